@@ -1,0 +1,8 @@
+"""The one exception that means "the user can mend this"."""
+
+
+class UserError(Exception):
+    """Wrong input from outside: a config value, a path, a file. The commands print its one-line message and exit with code 2.
+
+    The message says what is wrong and what to do; it holds no line breaks.
+    """

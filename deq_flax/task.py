@@ -1,0 +1,107 @@
+"""What a task is: the only thing the trainer knows of language, classification or segmentation.
+
+A task joins data, model, loss and metrics. The trainer owns time: steps, the optimizer, checkpoints, reports, devices.
+Everything a task remembers from one batch to the next (Transformer-XL memory, for one) is the *carry*: an explicit pytree
+that goes into `loss`, comes out of it, is checkpointed, and starts afresh in evaluation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from clu import metrics as clu_metrics
+from flax import nnx
+
+Batch = Mapping[str, Any]
+"""Arrays by name, every one with the batch as its leading axis."""
+
+Carry = Any
+"""A pytree of arrays, every one with the batch as its leading axis."""
+
+Metrics = dict[str, clu_metrics.Average]
+"""Sums and counts by name: merged over devices, micro-batches and steps, then divided once."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a training step does. Static: each distinct phase is compiled once."""
+
+    unrolled: bool = False
+    """Apply the cell a fixed number of times and differentiate through it (pretraining), instead of solving."""
+    jacobian_loss: bool = False
+    """Add the Jacobian regulariser to the loss."""
+
+
+class Controls(NamedTuple):
+    """Numbers that change from step to step within a phase. Traced: they never recompile."""
+
+    max_steps: Any
+    """int32 scalar, limit on the evaluations of this step's forward solve."""
+    jacobian_weight: Any
+    """float32 scalar."""
+
+
+class LossOutput(NamedTuple):
+    """What `Task.loss` returns beside the scalar to differentiate."""
+
+    carry: Carry
+    metrics: Metrics
+
+
+class Dataset(Protocol):
+    """A random-access sequence of whole batches; Grain's `MapDataset` is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+
+class Task(Protocol):
+    """One problem to train on. Methods are pure: state in, state out."""
+
+    def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """A freshly initialised model."""
+        ...
+
+    def train_batch(self, step: int) -> Batch:
+        """The batch of training step `step`, counted from 0: a function of the step alone, so a run resumes by its number."""
+        ...
+
+    def eval_batches(self, split: str) -> Dataset:
+        """Every batch of 'valid' or 'test', in order."""
+        ...
+
+    def fresh_carry(self, batch_size: int) -> Carry:
+        """The carry at the start of a stream."""
+        ...
+
+    def phase(self, step: int) -> Phase:
+        """What training step `step` does; a function of the step alone."""
+        ...
+
+    def controls(self, step: int) -> Controls:
+        """The numbers of training step `step`; a function of the step alone."""
+        ...
+
+    def loss(
+        self,
+        model: nnx.Module,
+        batch: Batch,
+        carry: Carry,
+        *,
+        phase: Phase | None = None,
+        controls: Controls | None = None,
+        key: jax.Array | None = None,
+        probe: jax.Array | None = None,
+    ) -> tuple[jax.Array, LossOutput]:
+        """The scalar to minimise, the next carry and the metrics.
+
+        Evaluation gives neither phase, controls nor key: nothing random happens then. The gradient with respect to `probe`
+        carries the statistics of the adjoint solve (see `equilibrium.gradients.backward_probe`).
+        """
+        ...
+
+    def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What a person wants to read, from divided metrics: a perplexity from a mean loss, and the like."""
+        ...
