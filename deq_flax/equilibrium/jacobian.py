@@ -1,0 +1,81 @@
+"""The Jacobian of f at a state: a regulariser of its size, and its spectral radius."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deq_flax.equilibrium.state import flattener
+
+
+def jacobian_loss(
+    f: Callable[[Any], Any], z: Any, key: jax.Array | None = None, *, samples: int = 1, vectors: Any = None
+) -> jax.Array:
+    """Hutchinson's estimate of the squared Frobenius norm of the Jacobian, per element (Bai et al. 2021, eq. 5).
+
+    mean over samples of |v^T J|^2 / (number of elements of z), v standard normal: a scalar. It is differentiable in what f
+    closes over, and in z: pass `jax.lax.stop_gradient(z)` to hold the equilibrium constant, as the authors' own training
+    does, or z itself to differentiate through it too.
+
+    Args:
+      f: state to state.
+      z: where; usually the equilibrium.
+      key: random key for the v. Not needed with `vectors`.
+      samples: how many v to average over.
+      vectors: an explicit v, a pytree like z, instead of random ones.
+
+    Raises:
+      ValueError: neither key nor vectors is given.
+    """
+    if key is None and vectors is None:
+        raise ValueError("jacobian_loss needs a random key, or explicit vectors")
+    _, pullback = jax.vjp(f, z)
+    count = sum(leaf.size for leaf in jax.tree.leaves(z))
+
+    def once(v: Any) -> jax.Array:
+        (vj,) = pullback(v)
+        return sum(jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(vj)) / count
+
+    if vectors is not None:
+        return once(vectors)
+    return jnp.mean(jnp.stack([once(_normal_like(z, k)) for k in jax.random.split(key, samples)]))
+
+
+def spectral_radius(f: Callable[[Any], Any], z: Any, key: jax.Array, *, steps: int = 100) -> jax.Array:
+    """The spectral radius of the Jacobian of f at z, (B,), by power iteration with Jacobian-vector products.
+
+    Below 1 near an equilibrium, Picard iteration converges. The estimate is the growth of the norm, as a geometric mean over
+    the second half of the steps: right for non-symmetric Jacobians and complex eigenvalues too, where a Rayleigh quotient
+    is not.
+
+    Args:
+      f: state to state, member by member.
+      z: where; usually the equilibrium.
+      key: random key of the starting vector.
+      steps: Jacobian-vector products to spend.
+
+    Raises:
+      ValueError: steps is less than 2.
+    """
+    if steps < 2:
+        raise ValueError(f"spectral_radius: steps must be at least 2, not {steps}")
+    flatten, unflatten = flattener(z)
+    _, push = jax.linearize(f, z)
+    tiny = jnp.finfo(flatten(z).dtype).tiny
+
+    def body(v: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        w = flatten(push(unflatten(v)))
+        growth = jnp.sqrt(jnp.sum(w * w, axis=1))
+        return w / jnp.maximum(growth, tiny)[:, None], growth
+
+    v = flatten(_normal_like(z, key))
+    v = v / jnp.sqrt(jnp.sum(v * v, axis=1, keepdims=True))
+    _, growth = jax.lax.scan(body, v, None, length=steps)
+    return jnp.exp(jnp.mean(jnp.log(jnp.maximum(growth[steps // 2 :], tiny)), axis=0))
+
+
+def _normal_like(z: Any, key: jax.Array) -> Any:
+    leaves, structure = jax.tree.flatten(z)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])

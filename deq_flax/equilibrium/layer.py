@@ -1,0 +1,63 @@
+"""`Equilibrium`: a cell, solved for its fixed point, as an NNX module."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from deq_flax.equilibrium.fixed_point import fixed_point
+from deq_flax.equilibrium.gradients import Gradient, Implicit
+from deq_flax.equilibrium.solution import Solution, Solver
+from deq_flax.equilibrium.solvers.broyden import Broyden
+
+
+class Equilibrium(nnx.Module):
+    """The output z* = cell(z*, *inputs).
+
+    >>> class Cell(nnx.Module):
+    ...     def __init__(self, d, *, rngs):
+    ...         self.linear = nnx.Linear(d, d, rngs=rngs)
+    ...     def __call__(self, z, x):
+    ...         return jax.numpy.tanh(0.5 * self.linear(z) + x)
+    >>> layer = Equilibrium(Cell(8, rngs=nnx.Rngs(0)))
+    >>> layer(jax.numpy.zeros((2, 8)), jax.numpy.ones((2, 8))).value.shape
+    (2, 8)
+
+    Random streams of the cell (dropout) are frozen during a solve, so that every evaluation draws the same mask and there is
+    a fixed point to find; they advance once per call. Other state that the cell writes, such as running statistics, is read
+    but not updated: keep such layers outside the cell.
+
+    Args:
+      cell: called as cell(z, *inputs); returns a pytree like z.
+      solver, gradient: as for `fixed_point`.
+    """
+
+    def __init__(self, cell: nnx.Module, *, solver: Solver | None = None, gradient: Gradient | None = None):
+        self.cell = cell
+        self.solver = solver or Broyden()
+        self.gradient = gradient or Implicit()
+
+    def __call__(self, z0: Any, *inputs: Any, max_steps: jax.Array | None = None, probe: jax.Array | None = None) -> Solution:
+        """Solve from z0, a pytree with leading batch axes; see `fixed_point`."""
+        graph, streams, state = nnx.split(self.cell, nnx.RngState, ...)
+
+        def f(z: Any, *inputs: Any) -> Any:
+            # A copy, because the streams may not be advanced from inside the loop's own trace.
+            return nnx.merge(graph, streams, state, copy=True)(z, *inputs)
+
+        solution = fixed_point(f, z0, *inputs, solver=self.solver, gradient=self.gradient, max_steps=max_steps, probe=probe)
+        if jax.tree.leaves(streams):
+            nnx.update(self.cell, _advanced(graph, streams, state, z0, inputs))
+        return solution
+
+
+def _advanced(graph: Any, streams: Any, state: Any, z0: Any, inputs: Any) -> Any:
+    """The random streams after one evaluation of the cell. Under jit the evaluation itself is dead code."""
+
+    @jax.jit
+    def run(streams: Any, state: Any, z0: Any, inputs: Any) -> Any:
+        cell = nnx.merge(graph, streams, state, copy=True)
+        cell(z0, *inputs)
+        return nnx.state(cell, nnx.RngState)
+
+    return run(streams, state, z0, inputs)

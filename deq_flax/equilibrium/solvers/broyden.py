@@ -1,0 +1,167 @@
+"""Broyden's good method, on one buffer of steps.
+
+Write s_k = z_{k+1} - z_k for the steps and H_k for the inverse Jacobian estimate of g(z) = f(z) - z, with H_0 = -I. The
+Sherman-Morrison form of the update (Broyden 1965; Bai et al. 2019, eq. 9) is
+
+    H_{k+1} = (I + u_k s_k^T) H_k,    u_k = (s_k - H_k y_k) / (s_k . H_k y_k),    y_k = g_{k+1} - g_k.
+
+Keeping the rank-one terms of H needs two buffers, read twice a step. But the next direction d_{k+1} = -H_{k+1} g_{k+1} is
+itself a multiple of u_k plus a multiple of s_k (Kelley 1995, section 7.3): with step lengths l_k, s_k = l_k d_k,
+
+    u_k = a_k s_{k+1} + b_k s_k,    a_k = l_k / (l_{k+1} |s_k|^2),    b_k = (l_k - 1) / |s_k|^2,
+
+so the steps alone hold everything. Applying the product of factors to g is then a triangular recursion in their inner
+products: c_j = s_j . w_j = -s_j . g + sum_{i<j} (s_j . u_i) c_i. The inverse of that triangular matrix grows by one row a
+step. A step reads the buffer twice, half of what two buffers need, and stores half as much.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deq_flax.equilibrium.solution import StopMode, check_solver
+
+
+class BroydenState(NamedTuple):
+    """History in a ring of m slots; s_j sits in slot j mod m."""
+
+    steps: jax.Array
+    """(B, m, N): s_j."""
+    inverse: jax.Array
+    """(B, m, m): c = inverse (-s . g), row and column j for s_j."""
+    toward_next: jax.Array
+    """(B, m): a_j, zero where the pair is not complete."""
+    toward_self: jax.Array
+    """(B, m): b_j."""
+    pending: jax.Array
+    """(B, N): the step that led to the iterate under evaluation; it enters the ring when that is known."""
+    search: "_Search | None"
+
+
+class _Search(NamedTuple):
+    """Backtracking state, only with line search."""
+
+    base: jax.Array
+    """(B, N): the iterate the step starts from."""
+    merit: jax.Array
+    """(B,): |g|^2 there."""
+    length: jax.Array
+    """(B,): l, the step length under trial."""
+    count: jax.Array
+    """(B,) int32: accepted steps."""
+
+
+@dataclass(frozen=True)
+class Broyden:
+    """Broyden's good method with H_0 = -I: superlinear where Picard is linear, whatever its spectral radius.
+
+    Args:
+      tol: a member stops when its residual is at most this.
+      max_steps: limit on the evaluations of f.
+      stop: whether `tol` is about the 'relative' or the 'absolute' residual.
+      memory: how many steps to keep (None: all of them). The state is `memory` copies of z; past it the oldest is forgotten.
+      line_search: halve a step until |g|^2 falls (Armijo), up to 6 times. Trials count as evaluations.
+      trace: record the residual of every iterate.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+
+    tol: float = 1e-6
+    max_steps: int = 50
+    stop: StopMode = "relative"
+    memory: int | None = None
+    line_search: bool = False
+    trace: bool = False
+
+    def __post_init__(self):
+        check_solver(self)
+        if self.memory is not None and self.memory < 2:
+            raise ValueError(f"Broyden: memory must be None or at least 2, not {self.memory}")
+
+    def init(self, z: jax.Array) -> BroydenState:
+        batch, size = z.shape
+        slots = max(1, min(self.memory or self.max_steps, self.max_steps) - 1)
+        blank = jnp.zeros((batch, slots), z.dtype)
+        search = None
+        if self.line_search:
+            ones = jnp.ones(batch, z.dtype)
+            search = _Search(z, jnp.inf * ones, ones, jnp.zeros(batch, jnp.int32))
+        return BroydenState(
+            steps=jnp.zeros((batch, slots, size), z.dtype),
+            inverse=jnp.zeros((batch, slots, slots), z.dtype),
+            toward_next=blank,
+            toward_self=blank,
+            pending=jnp.zeros_like(z),
+            search=search,
+        )
+
+    def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
+        if state.search is None:
+            length = jnp.ones(z.shape[:1], z.dtype)
+            direction, state = _update(k - 1, length, g, state)
+            return z + direction, state._replace(pending=direction)
+        return _step_with_search(z, g, state, state.search)
+
+
+def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
+    """Take the pending step, number `newest` (scalar or (B,)), into the history. Returns the direction -H g (B, N) and the state."""
+    slots = state.inverse.shape[1]
+    slot = newest % slots
+    here = jnp.broadcast_to(jnp.arange(slots)[None] == jnp.reshape(slot, (-1, 1)), state.toward_next.shape)
+    # The write comes before every read of the buffer: XLA then updates it in place instead of copying it every step.
+    if jnp.ndim(slot) == 0:
+        steps = jax.lax.dynamic_update_index_in_dim(state.steps, state.pending, slot, axis=1)
+    else:
+        steps = jnp.where(here[:, :, None], state.pending[:, None, :], state.steps)
+    along_g = jnp.einsum("bmn,bn->bm", steps, g)
+    along_step = jnp.einsum("bmn,bn->bm", steps, state.pending)
+
+    # The slot's previous pair is forgotten; its successor's factor is complete, now that this step is known.
+    a = jnp.where(here, 0.0, state.toward_next)
+    b = jnp.where(here, 0.0, state.toward_self)
+    row = jnp.einsum("bi,bij->bj", a * jnp.roll(along_step, -1, axis=1) + b * along_step, state.inverse)
+    row = jnp.where(here, 1.0, row)
+    inverse = jnp.where(here[:, :, None], row[:, None, :], jnp.where(here[:, None, :], 0.0, state.inverse))
+    c = -jnp.einsum("bij,bj->bi", inverse, along_g)
+    weights = jnp.roll(c * a, 1, axis=1) + c * b
+    h_g = jnp.einsum("bm,bmn->bn", weights, steps) - g
+
+    square = jnp.sum(jnp.where(here, along_step, 0.0), axis=1)
+    along_h_g = jnp.sum(state.pending * h_g, axis=1)
+    denominator = along_h_g + square / length
+    # No first step yet, or a singular update: leave H as it is.
+    good = jnp.abs(denominator) > 1e-8 * square
+    safe = jnp.where(good, denominator, 1.0)
+    gain = jnp.where(good, (square / length) / safe, 1.0)
+    drift = jnp.where(good, (1.0 - 1.0 / length) * along_h_g / safe, 0.0)
+    direction = -gain[:, None] * h_g - drift[:, None] * state.pending
+    per_square = jnp.where(good, 1.0 / jnp.where(square > 0, square, 1.0), 0.0)
+    a = jnp.where(here, (length * per_square)[:, None], a)
+    b = jnp.where(here, ((length - 1.0) * per_square)[:, None], b)
+    return direction, BroydenState(steps, inverse, a, b, state.pending, state.search)
+
+
+def _step_with_search(z: jax.Array, g: jax.Array, state: BroydenState, search: _Search) -> tuple[jax.Array, BroydenState]:
+    """Accept the iterate under evaluation and go on from it, or try half the step; member by member."""
+    merit = jnp.sum(g * g, axis=1)
+    accept = (merit <= (1.0 - 2e-4 * search.length) * search.merit) | (search.length < 2.0**-5.5)
+    direction, updated = _update(search.count - 1, search.length, g, state)
+    # a_j was filled in for a full next step; it is divided by that step's length once known (below).
+    keep = lambda new, old: jnp.where(jnp.reshape(accept, (-1,) + (1,) * (new.ndim - 1)), new, old)  # noqa: E731
+    length = jnp.where(accept, 1.0, 0.5 * search.length)
+    base = keep(z, search.base)
+    pending = keep(direction, 0.5 * state.pending)
+    newest = jnp.arange(state.toward_next.shape[1])[None] == ((search.count - 2) % state.toward_next.shape[1])[:, None]
+    toward_next = keep(updated.toward_next, jnp.where(newest, 2.0 * state.toward_next, state.toward_next))
+    state = BroydenState(
+        steps=keep(updated.steps, state.steps),
+        inverse=keep(updated.inverse, state.inverse),
+        toward_next=toward_next,
+        toward_self=keep(updated.toward_self, state.toward_self),
+        pending=pending,
+        search=_Search(base, keep(merit, search.merit), length, search.count + accept.astype(jnp.int32)),
+    )
+    return base + pending, state

@@ -1,0 +1,32 @@
+"""What the compiler makes of the loop: histories are updated in place."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deq_flax import Anderson, Broyden, fixed_point
+
+B, N, M = 3, 640, 9
+
+
+def outside_entry(hlo):
+    """The lines of every computation but the entry one: what loops run."""
+    entry, lines = False, []
+    for line in hlo.splitlines():
+        if line and not line.startswith((" ", "}")):
+            entry = line.startswith("ENTRY")
+        if not entry:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("solver", [Anderson(tol=0, memory=M), Broyden(tol=0, max_steps=40, memory=M + 1)], ids=repr)
+def test_no_history_is_copied_in_the_loop(solver):
+    w = jax.random.normal(jax.random.key(0), (N, N)) / N**0.5 / 2
+    step = jax.jit(lambda x: fixed_point(lambda z: jnp.tanh(z @ w + x), jnp.zeros_like(x), solver=solver).value)
+    body = outside_entry(step.lower(jnp.ones((B, N))).compile().as_text())
+    assert re.search(rf"= f32\[{B},{M},{N}\]\S* dynamic-update-slice\(", body), "no history of this shape is written"
+    copies = re.findall(rf"= f32\[{B},{M},{N}\]\S* copy\(.*", body)
+    assert not copies, copies

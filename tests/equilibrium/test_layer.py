@@ -1,0 +1,75 @@
+"""The `Equilibrium` module: parameters get gradients, random streams advance once per solve."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from deq_flax import Anderson, Broyden, Equilibrium, Unroll
+
+
+class Cell(nnx.Module):
+    def __init__(self, d, *, rate=0.0, rngs):
+        self.linear = nnx.Linear(d, d, rngs=rngs, kernel_init=nnx.initializers.normal(0.5 / d**0.5))
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+
+    def __call__(self, z, x):
+        return jnp.tanh(self.dropout(self.linear(z)) + x)
+
+
+X = jax.random.normal(jax.random.key(1), (4, 8))
+
+
+def test_gradient_of_the_cell_parameters_is_that_of_the_unrolled_cell():
+    def gradient(estimator):
+        layer = Equilibrium(Cell(8, rngs=nnx.Rngs(0)), solver=Broyden(tol=1e-6), gradient=estimator)
+        return nnx.grad(lambda layer: jnp.sum(layer(jnp.zeros_like(X), X).value ** 2))(layer)
+
+    ours, unrolled = gradient(None), gradient(Unroll(60))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, unrolled)
+
+
+def test_one_dropout_mask_per_solve_and_a_new_one_for_the_next():
+    layer = Equilibrium(Cell(8, rate=0.5, rngs=nnx.Rngs(0)), solver=Anderson(tol=1e-5))
+    first, second = (layer(jnp.zeros_like(X), X) for _ in range(2))
+    assert first.stats.converged.all() and second.stats.converged.all()
+    assert jnp.abs(first.value - second.value).max() > 1e-2
+
+
+def test_evaluation_changes_nothing():
+    layer = Equilibrium(Cell(8, rate=0.5, rngs=nnx.Rngs(0)))
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
+    count = int(layer.cell.dropout.rngs.count[...]) if hasattr(layer.cell.dropout.rngs, "count") else None
+    evaluation = nnx.view(layer, deterministic=True) if hasattr(nnx, "view") else layer
+    a, b = (evaluation(jnp.zeros_like(X), X).value for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
+    if count is not None:
+        assert int(layer.cell.dropout.rngs.count[...]) == count
+
+
+def test_trains_inside_a_users_own_model():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.inject = nnx.Linear(2, 16, rngs=rngs)
+            self.layer = Equilibrium(Cell(16, rngs=rngs), solver=Anderson(tol=1e-4, max_steps=30))
+            self.head = nnx.Linear(16, 1, rngs=rngs)
+
+        def __call__(self, x):
+            h = self.inject(x)
+            return self.head(self.layer(jnp.zeros_like(h), h).value)[:, 0]
+
+    x = jax.random.normal(jax.random.key(0), (64, 2))
+    y = x[:, 0] * x[:, 1]
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, gradient = nnx.value_and_grad(lambda m: jnp.mean((m(x) - y) ** 2))(model)
+        optimizer.update(model, gradient)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(150)]
+    assert losses[-1] < 0.2 * losses[0]
