@@ -5,7 +5,7 @@ Everything a task remembers from one batch to the next (Transformer-XL memory, f
 that goes into `loss`, comes out of it, is checkpointed, and starts afresh in evaluation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -49,14 +49,6 @@ class LossOutput(NamedTuple):
     metrics: Metrics
 
 
-class Dataset(Protocol):
-    """A random-access sequence of whole batches; Grain's `MapDataset` is one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Batch: ...
-
-
 class Task(Protocol):
     """One problem to train on. Methods are pure: state in, state out."""
 
@@ -64,15 +56,28 @@ class Task(Protocol):
         """A freshly initialised model."""
         ...
 
-    def train_batch(self, step: int) -> Batch:
-        """The batch of training step `step`, counted from 0: a function of the step alone, so a run resumes by its number."""
+    @property
+    def batch_size(self) -> int:
+        """Of training."""
         ...
 
-    def eval_batches(self, split: str) -> Dataset:
+    @property
+    def eval_batch_size(self) -> int:
+        """Of evaluation."""
+        ...
+
+    def train_batches(self, step: int) -> Iterator[Batch]:
+        """The batches of training steps `step`, `step` + 1, ... without end; steps count from 0.
+
+        Each is a function of its step alone, so that a run resumes by its number.
+        """
+        ...
+
+    def eval_batches(self, split: str) -> Sequence[Batch]:
         """Every batch of 'valid' or 'test', in order."""
         ...
 
-    def fresh_carry(self, batch_size: int) -> Carry:
+    def fresh_carry(self, model: nnx.Module, batch_size: int) -> Carry:
         """The carry at the start of a stream."""
         ...
 
@@ -102,6 +107,10 @@ class Task(Protocol):
         """
         ...
 
-    def summary(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def summary(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """What a person wants to read, from divided metrics: a perplexity from a mean loss, and the like."""
+        ...
+
+    def work(self, seconds_per_step: float) -> dict[str, float]:
+        """The speed of training in the task's own unit, such as `tokens_per_second`."""
         ...

@@ -1,9 +1,17 @@
-"""Settings of the whole suite: strict broadcasting, and a persistent compilation cache that halves the time of a second run."""
+"""Settings of the whole suite: strict broadcasting, four devices, and as little compilation as can be.
 
+Programs here run for milliseconds and compile for seconds, so the CPU code generator does not optimise (XLA's own passes do),
+and a persistent cache halves the time of a second run.
+"""
+
+import os
 import pathlib
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax
 
+jax.config.update("jax_num_cpu_devices", 4)  # for the tests of sharding; the others use the first
 jax.config.update("jax_numpy_rank_promotion", "raise")
 cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"
 cache.mkdir(parents=True, exist_ok=True)

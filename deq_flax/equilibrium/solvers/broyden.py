@@ -107,7 +107,7 @@ class Broyden:
 
 
 def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
-    """Take the pending step, number `newest` (scalar or (B,)), into the history. Returns the direction -H g (B, N) and the state."""
+    """Take the pending step, number `newest`, scalar or (B,), into the history. Returns direction -H g, (B, N), and state."""
     slots = state.inverse.shape[1]
     slot = newest % slots
     here = jnp.broadcast_to(jnp.arange(slots)[None] == jnp.reshape(slot, (-1, 1)), state.toward_next.shape)
