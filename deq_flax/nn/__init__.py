@@ -1,0 +1,1 @@
+"""Layers any model may use; import them from the modules."""

@@ -1,0 +1,92 @@
+"""Laws of the adaptive embedding and softmax. B batch, L length, D model features."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deq_flax.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+
+LAYOUTS = {
+    "clusters": ((10, 20), 2, 8),
+    "shared": ((10, 20), 1, 4),
+    "plain": ((), 1, 8),
+    "projected": ((), 4, 8),
+}
+VOCAB_SIZE, D_MODEL = 30, 8
+
+
+def build(name, max_logits=2**25):
+    cutoffs, div_value, d_embed = LAYOUTS[name]
+    embedding = AdaptiveEmbedding(VOCAB_SIZE, d_embed, D_MODEL, cutoffs=cutoffs, div_value=div_value, rngs=nnx.Rngs(0))
+    softmax = AdaptiveSoftmax(embedding, max_logits=max_logits, rngs=nnx.Rngs(1))
+    random = np.random.default_rng(0)
+    for _, param in nnx.to_flat_state(nnx.state(softmax)):
+        param.set_value(jnp.asarray(random.normal(size=param.shape), jnp.float32))
+    return embedding, softmax
+
+
+def batch():
+    random = np.random.default_rng(1)
+    hidden_BLD = jnp.asarray(random.normal(size=(2, VOCAB_SIZE, D_MODEL)), jnp.float32)
+    return hidden_BLD, jnp.asarray(random.permuted([range(VOCAB_SIZE)] * 2, axis=1), jnp.int32)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_nll_is_that_of_a_distribution_over_the_vocabulary(name):
+    graphdef, state = nnx.split(build(name)[1])
+    hidden_BLD, targets_BL = batch()
+    log_p, nll = jax.jit(lambda s, h, t: (nnx.merge(graphdef, s).log_probabilities(h), nnx.merge(graphdef, s).nll(h, t)))(
+        state, hidden_BLD, targets_BL
+    )
+    np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
+    expected = -np.take_along_axis(np.asarray(log_p), np.asarray(targets_BL)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(nll, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "max_logits"), [("clusters", 70), ("shared", 300), ("plain", 300)])
+def test_chunks_change_neither_values_nor_gradients(name, max_logits):
+    hidden_BLD, targets_BL = batch()
+    weights_BL = jnp.asarray(np.random.default_rng(2).uniform(size=targets_BL.shape), jnp.float32)
+
+    def run(limit):
+        graphdef, state = nnx.split(build(name, limit)[1])
+        loss = lambda s, h: jnp.sum(weights_BL * nnx.merge(graphdef, s).nll(h, targets_BL))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, hidden_BLD)
+
+    for whole, chunked in zip(jax.tree.leaves(run(2**25)), jax.tree.leaves(run(max_logits)), strict=True):
+        np.testing.assert_allclose(chunked, whole, rtol=2e-4, atol=2e-4)
+
+
+def test_chunks_never_hold_more_logits_than_allowed():
+    graphdef, state = nnx.split(build("clusters", 70)[1])
+    hidden_BLD, targets_BL = batch()
+    grad = jax.grad(lambda s, h: nnx.merge(graphdef, s).nll(h, targets_BL).sum(), argnums=1)
+    hlo = jax.jit(grad).lower(state, hidden_BLD).as_text()
+    assert "tensor<7x10xf32>" in hlo
+    assert "tensor<60x10xf32>" not in hlo
+
+
+def test_embedding_looks_each_token_up_in_its_cluster():
+    embedding, _ = build("clusters")
+    for token, cluster, row in [(0, 0, 0), (9, 0, 9), (10, 1, 0), (29, 2, 9)]:
+        x_D = embedding.tables_NE[cluster][...][row] @ embedding.projections_ED[cluster][...] * D_MODEL**0.5
+        np.testing.assert_allclose(embedding(jnp.array([[token]]))[0, 0], x_D, rtol=1e-5)
+
+
+def test_tied_weights_are_one_param():
+    embedding, softmax = build("clusters")
+    assert all(a is b for a, b in zip(embedding.tables_NE, softmax.tables_NE, strict=True))
+    assert [a is b for a, b in zip(embedding.projections_ED, softmax.projections_ED, strict=True)] == [False, True, True]
+    embedding, softmax = build("shared")
+    assert [embedding.projections_ED[0] is p for p in softmax.projections_ED] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("cutoffs", "d_embed", "div_value", "message"),
+    [((20, 10), 8, 2, "increase"), ((10, 30), 8, 2, "increase"), ((0,), 8, 2, "increase"), ((10, 20), 8, 4, "leaves nothing")],
+)
+def test_wrong_clusters_are_refused(cutoffs, d_embed, div_value, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveEmbedding(30, d_embed, 8, cutoffs=cutoffs, div_value=div_value, rngs=nnx.Rngs(0))

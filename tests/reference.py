@@ -1,0 +1,128 @@
+"""Numbers computed with the authors' original PyTorch code, and its parameter names mapped to ours.
+
+Floating arrays are float64 (gradients are stored rounded to float32). Originals are laid out (features, length) or
+(length, batch): the helpers here turn them into (batch, length, features).
+"""
+
+import json
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deq_flax.models.deq_transformer import DEQTransformer
+
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+"""For `jax.jit(compiler_options=)`: these models are tiny, and all the time goes into compiling them."""
+
+FOLDER = Path(__file__).parent / "data" / "reference"
+
+MODULES = {
+    "inject_conv": "injection",
+    "func.dec_attn.qkv_net": "cell/qkv",
+    "func.dec_attn.r_net": "cell/relative",
+    "func.dec_attn.o_net": "cell/out",
+    "func.pos_ff.ff1_net": "cell/inner",
+    "func.pos_ff.ff2_net": "cell/outer",
+}
+LINEAR = {"weight": "weight_IO", "weight_v": "v_IO", "weight_g": "g_O", "bias": "bias_O"}
+SINGLE = {
+    "func.dec_attn.r_w_bias": "cell/content_bias_HE",
+    "func.dec_attn.r_r_bias": "cell/position_bias_HE",
+    "crit.cluster_weight": "softmax/clusters_EC",
+    "crit.cluster_bias": "softmax/cluster_biases_C",
+}
+
+
+def load(name):
+    """The arrays of a fixture by name."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def facts():
+    """{'hparams': of every fixture, 'wt103': shapes and parameter count of the full-size model}."""
+    return json.loads((FOLDER / "language_models.json").read_text())
+
+
+def our_name(theirs, n_projections):
+    """Path of the Param that holds the original's `theirs` (the shared one, where weights are tied)."""
+    if theirs in SINGLE:
+        return SINGLE[theirs]
+    if match := re.fullmatch(r"(?:word_emb\.emb|crit\.out)_layers\.(\d+)\.weight", theirs):
+        return f"embedding/tables_NE/{match[1]}"
+    if match := re.fullmatch(r"crit\.out_layers\.(\d+)\.bias", theirs):
+        return f"softmax/biases_N/{match[1]}"
+    if theirs == "crit.out_projs.0.weight":
+        return "softmax/projections_ED/0"
+    if match := re.fullmatch(r"(?:word_emb\.emb|crit\.out)_projs\.(\d+)\.weight", theirs):
+        return f"embedding/projections_ED/{min(int(match[1]), n_projections - 1)}"
+    module, leaf = theirs.rsplit(".", 1)
+    return f"{MODULES[module]}/{LINEAR[leaf]}"
+
+
+def our_layout(theirs, array):
+    """An original array as our Param holds it."""
+    if theirs.endswith(("r_w_bias", "r_r_bias")) or "_layers." in theirs:
+        return array
+    if theirs.endswith(("bias", "weight_g")):
+        return array.reshape(-1)
+    return array.reshape(array.shape[:2]).T
+
+
+def our_gradients(arrays, prefix):
+    """{path: gradient} from the entries under `prefix`: shared storage gets the sum of its entries."""
+    names = [key.removeprefix(prefix) for key in arrays if key.startswith(prefix)]
+    n_projections = sum("emb_projs" in name for name in names)
+    gradients = {}
+    for name in names:
+        path = our_name(name, n_projections)
+        gradients[path] = gradients.get(path, 0) + our_layout(name, arrays[prefix + name]).astype(np.float64)
+    return gradients
+
+
+def build(name, *, weights=None, wide=True, **options):
+    """The model of a fixture with its weights, as float64 if `wide`."""
+    h = facts()["hparams"][name]
+    same = {key: h[key] for key in ("d_model", "d_embed", "n_head", "d_head", "d_inner", "mem_len", "local_size")}
+    sizes = same | dict(vocab_size=h["n_token"], cutoffs=h["cutoffs"], div_value=h["div_val"])
+    kind = dict(pre_norm=h["pre_lnorm"], weight_norm=h["wnorm"])
+    model = nnx.eval_shape(lambda: DEQTransformer(**(sizes | kind | options), rngs=nnx.Rngs(0)))
+    params = parameters(model)
+    stored = load(f"{weights or name}_weights")
+    n_projections = sum("emb_projs" in key for key in stored)
+    left = set(params)
+    for theirs, array in stored.items():
+        if theirs != "pos_emb.inv_freq":
+            path = our_name(theirs, n_projections)
+            value = our_layout(theirs, array)
+            assert params[path].shape == value.shape, path
+            params[path].set_value(jnp.asarray(value, jnp.float64 if wide else jnp.float32))
+            left.remove(path)
+    assert not left, left
+    return model
+
+
+def parameters(model):
+    """{path: Param} of a module."""
+    return {"/".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def flat(state):
+    """{path: array} of a state, of Variables or pure."""
+    return {
+        "/".join(map(str, path)): np.asarray(x.get_value() if isinstance(x, nnx.Variable) else x)
+        for path, x in nnx.to_flat_state(state)
+    }
+
+
+def by_batch(array):
+    """(length, batch, ...) -> (batch, length, ...)."""
+    return jnp.asarray(np.swapaxes(array, 0, 1))
+
+
+def by_features_last(array):
+    """(batch, features, length) -> (batch, length, features)."""
+    return jnp.asarray(np.swapaxes(array, 1, 2))
