@@ -1,0 +1,126 @@
+"""Train or evaluate a model.
+
+  python -m deq_flax.main --config configs/wt103.py:tiny --workdir runs/tiny
+  python -m deq_flax.main --config configs/ptb.py --workdir runs/ptb --config.data.path=DIR --config.train.steps=20000
+  python -m deq_flax.main --config configs/wt103.py:tiny --workdir runs/tiny --mode eval
+
+The same command again continues an unfinished run from its last checkpoint.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from deq_flax import cli
+from deq_flax.errors import UserError
+
+_CONFIG = cli.config_flag()
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics.jsonl, config.json, tensorboard")
+_MODE = flags.DEFINE_string("mode", "train", "'train', or 'eval' to evaluate the best checkpoint")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "with --mode eval: a workdir or checkpoint other than this workdir's best"
+)
+
+MAY_CHANGE = (
+    "data.path",
+    "data.cache",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "mesh.",
+    "checkpoint.",
+)
+"""Keys of the config that a run may be continued with other values of, with the same outcome."""
+
+
+def main() -> int:
+    """The command."""
+    config = cli.config_to_kwargs(_CONFIG.value)
+    workdir = Path(_WORKDIR.value)
+    if _MODE.value == "eval":
+        return _evaluate(config, workdir, _CHECKPOINT.value)
+    cli.require(_MODE.value == "train", f"unknown --mode {_MODE.value!r}; known: train, eval")
+    cli.require(
+        _CHECKPOINT.value is None,
+        "--checkpoint goes with --mode eval; to train from weights: --config.checkpoint.init_from=DIR",
+    )
+    return _train(config, workdir)
+
+
+def _train(config: Mapping[str, Any], workdir: Path) -> int:
+    _refuse_another_config(config, workdir)
+    # Imported late: a mistake in the command line should not have to wait for the libraries.
+    from deq_flax.tasks import make_task
+    from deq_flax.train.loop import train
+
+    result = train(
+        make_task(config),
+        workdir=workdir,
+        config=config,
+        optimizer=config["optimizer"],
+        train=config["train"],
+        mesh=config["mesh"],
+        checkpoint=config["checkpoint"],
+    )
+    if result.interrupted:
+        return 0
+    if result.resumed:
+        print(f"this run is complete ({config['train']['steps']} steps); its best checkpoint once more:")
+    print(_summary("done", result.step, result.metrics))
+    return 0
+
+
+def _evaluate(config: Mapping[str, Any], workdir: Path, checkpoint: str | None) -> int:
+    from deq_flax.tasks import make_task
+    from deq_flax.train.evaluate import evaluate_checkpoint
+
+    step, metrics = evaluate_checkpoint(
+        make_task(config), Path(checkpoint) if checkpoint else workdir, mesh=config["mesh"], seed=config["train"]["seed"]
+    )
+    print(_summary("evaluated", step, metrics))
+    return 0
+
+
+def _summary(head: str, step: int, metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """The one-line result."""
+    parts = [f"{head}: best checkpoint, step {step}"]
+    for split, values in metrics.items():
+        parts.append(f"{split} " + " ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    return " | ".join(parts)
+
+
+def _refuse_another_config(config: Mapping[str, Any], workdir: Path) -> None:
+    """UserError when the workdir belongs to a run of another config: continuing it would give neither's result."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        old = dict(_leaves(json.loads(path.read_text())))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
+    new = dict(_leaves(json.loads(json.dumps(config))))
+    differing = [
+        key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if differing:
+        shown = ", ".join(f"{key} {old.get(key)!r} there, {new.get(key)!r} here" for key in differing[:3])
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{workdir} holds a run of another config ({shown}{more}): choose another --workdir, "
+            "or start from its weights with --config.checkpoint.init_from"
+        )
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config", "workdir"))

@@ -1,0 +1,127 @@
+"""Language modelling: predict the next token, with memory carried from segment to segment.
+
+B batch, L length.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu.metrics import Average
+from flax import nnx
+
+from deq_flax.data.segments import EvalSegments, TrainSegments, iterate, segment_dataset
+from deq_flax.data.text import load_text
+from deq_flax.errors import UserError
+from deq_flax.models.deq_transformer import DEQTransformer, Memory
+from deq_flax.task import Batch, Controls, LossOutput, Phase
+from deq_flax.tasks.recipe import EquilibriumRecipe
+
+
+class LanguageTask:
+    """A DEQ-Transformer on a text.
+
+    Args:
+      data, model, deq: these sections of the config. `model.vocab_size` 0 takes the text's.
+      seed: decides which steps add the Jacobian loss, and their step limits.
+
+    Raises:
+      UserError: the text cannot be had, or a value makes no sense.
+    """
+
+    def __init__(self, *, data: Mapping[str, Any], model: Mapping[str, Any], deq: Mapping[str, Any], seed: int):
+        self.recipe = EquilibriumRecipe(**deq, seed=seed)
+        self.batch_size, self.eval_batch_size = data["batch_size"], data["eval_batch_size"]
+        self._seq_len, self._eval_seq_len = data["seq_len"], data["eval_seq_len"]
+        for name in ("batch_size", "seq_len", "eval_batch_size", "eval_seq_len"):
+            if data[name] < 1:
+                raise UserError(f"data.{name} must be at least 1, not {data[name]}")
+        self.corpus = load_text(data["name"], data["path"], data["cache"], vocab_size=model["vocab_size"])
+        self._model = dict(model) | {"vocab_size": model["vocab_size"] or self.corpus.vocab_size}
+        self._segments = TrainSegments(self.corpus.train, self.batch_size, self._seq_len)
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """Build the model's shapes, which is where bad values show, without allocating it."""
+        try:
+            nnx.eval_shape(lambda: DEQTransformer(**self._model, rngs=nnx.Rngs(0)))
+        except ValueError as error:
+            raise UserError(f"section model: {error}") from error
+
+    def build_model(self, rngs: nnx.Rngs) -> DEQTransformer:
+        return DEQTransformer(**self._model, rngs=rngs)
+
+    def train_batches(self, step: int) -> Iterator[Batch]:
+        return iterate(segment_dataset(self._segments).repeat(), step)
+
+    def eval_batches(self, split: str) -> Sequence[Batch]:
+        return EvalSegments(self.corpus.split(split), self.eval_batch_size, self._eval_seq_len)
+
+    def fresh_carry(self, model: DEQTransformer, batch_size: int) -> Memory:
+        return model.fresh_memory(batch_size)
+
+    def phase(self, step: int) -> Phase:
+        return self.recipe.phase(step)
+
+    def controls(self, step: int) -> Controls:
+        return self.recipe.controls(step)
+
+    def loss(
+        self,
+        model: DEQTransformer,
+        batch: Batch,
+        carry: Memory,
+        *,
+        phase: Phase | None = None,
+        controls: Controls | None = None,
+        key: jax.Array | None = None,
+        probe: jax.Array | None = None,
+    ) -> tuple[jax.Array, LossOutput]:
+        """Mean negative log-likelihood of the targets that count, plus the Jacobian loss in phases that have it."""
+        memory = carry._replace(length_B=jnp.where(batch["fresh"], 0, carry.length_B))
+        with_jacobian = phase is not None and phase.jacobian_loss
+        output = model(
+            batch["inputs"],
+            memory,
+            solver=self.recipe.forward_solver,
+            gradient=self.recipe.gradient(phase),
+            key=key,
+            max_steps=None if controls is None else controls.max_steps,
+            probe=probe,
+            jacobian_key=jax.random.fold_in(key, 1) if with_jacobian else None,
+            jacobian_through_equilibrium=self.recipe.jacobian_through_equilibrium,
+        )
+        nll_BL = model.nll(output.hidden_BLD, batch["targets"]) * batch["mask"]
+        total, count = jnp.sum(nll_BL), jnp.sum(batch["mask"])
+        loss = total / jnp.maximum(count, 1.0)
+        metrics = {"loss": Average(total=total, count=count)} | _solver_metrics(output.stats)
+        if with_jacobian:
+            loss = loss + controls.jacobian_weight * output.jacobian_loss
+            metrics["jacobian_loss"] = Average(total=output.jacobian_loss, count=jnp.ones(()))
+        return loss, LossOutput(output.memory, metrics)
+
+    def summary(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Adds perplexities: the model's and, in evaluation, that of word frequencies alone."""
+        summary = {"loss": metrics["loss"], "ppl": _ppl(metrics["loss"])} if "loss" in metrics else {}
+        summary |= metrics
+        if split != "train":
+            summary["unigram_ppl"] = _ppl(self.corpus.unigram_nll(split))
+        return summary
+
+    def work(self, seconds_per_step: float) -> dict[str, float]:
+        return {"tokens_per_second": self.batch_size * self._seq_len / seconds_per_step}
+
+
+def _solver_metrics(stats: Any) -> dict[str, Average]:
+    """Evaluations of f, and the residual of the member that is worst off."""
+    one = jnp.ones(())
+    return {
+        "forward_nfe": Average(total=stats.nfe, count=one),
+        "forward_residual": Average(total=jnp.max(stats.relative_residual), count=one),
+    }
+
+
+def _ppl(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

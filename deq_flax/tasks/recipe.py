@@ -1,0 +1,89 @@
+"""How an equilibrium model is solved and trained over time: the section `deq` of a config, shared by all tasks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from deq_flax.equilibrium import SOLVERS, Gradient, Implicit, Solver, Unroll
+from deq_flax.errors import UserError
+from deq_flax.task import Controls, Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquilibriumRecipe:
+    """Solvers, and what happens at which training step. Everything is a function of (seed, step): runs resume exactly."""
+
+    solver: str
+    tol: float
+    max_steps: int
+    """Evaluations of f in a forward solve."""
+    stop: str
+    backward_solver: str
+    backward_tol: float
+    backward_max_steps: int
+    jacobian_weight: float
+    jacobian_frequency: float
+    """Probability that a step adds the Jacobian loss."""
+    jacobian_increment: float
+    """Added to the weight ..."""
+    jacobian_increment_every: int
+    """... after each so many steps past pretraining; 0 is never."""
+    jacobian_stop: int
+    """The step from which on there is no Jacobian loss; 0 is never."""
+    jacobian_through_equilibrium: bool
+    max_steps_jitter: int
+    """A step's limit is drawn from max_steps - jitter ... max_steps."""
+    pretrain_steps: int
+    """Steps of unrolled pretraining."""
+    pretrain_layers: int
+    """Evaluations of f in it."""
+    seed: int
+
+    def __post_init__(self):
+        for name in (self.solver, self.backward_solver):
+            if name not in SOLVERS:
+                raise UserError(f"unknown solver {name!r} in section deq; known: {', '.join(SOLVERS)}")
+        if not 0 <= self.jacobian_frequency <= 1:
+            raise UserError(f"deq.jacobian_frequency is a probability, not {self.jacobian_frequency}")
+        if not 0 <= self.max_steps_jitter < self.max_steps:
+            raise UserError(f"deq.max_steps_jitter must be at least 0 and below max_steps, not {self.max_steps_jitter}")
+        for name in ("jacobian_weight", "jacobian_increment_every", "jacobian_stop", "pretrain_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"deq.{name} must not be negative, but is {getattr(self, name)}")
+        try:
+            _ = self.forward_solver, self.gradient(Phase()), self.gradient(Phase(unrolled=True))
+        except ValueError as error:
+            raise UserError(f"section deq: {error}") from error
+
+    @property
+    def forward_solver(self) -> Solver:
+        return SOLVERS[self.solver](tol=self.tol, max_steps=self.max_steps, stop=self.stop)  # ty: ignore[unknown-argument]
+
+    def gradient(self, phase: Phase | None) -> Gradient:
+        """How a phase differentiates; evaluation, None, solves as equilibrium training does."""
+        if phase is not None and phase.unrolled:
+            return Unroll(self.pretrain_layers)
+        adjoint = SOLVERS[self.backward_solver](  # ty: ignore[unknown-argument]
+            tol=self.backward_tol, max_steps=self.backward_max_steps, stop=self.stop
+        )
+        return Implicit(solver=adjoint)
+
+    def phase(self, step: int) -> Phase:
+        if step < self.pretrain_steps:
+            return Phase(unrolled=True)
+        wanted = self.jacobian_weight > 0 and not (self.jacobian_stop and step >= self.jacobian_stop)
+        return Phase(jacobian_loss=wanted and self._random(step).random() < self.jacobian_frequency)
+
+    def controls(self, step: int) -> Controls:
+        random = self._random(step)
+        random.random()  # the phase's draw
+        jitter = random.integers(0, self.max_steps_jitter + 1)
+        past = max(0, step - self.pretrain_steps)
+        increments = past // self.jacobian_increment_every if self.jacobian_increment_every else 0
+        return Controls(
+            max_steps=np.int32(self.max_steps - jitter),
+            jacobian_weight=np.float32(self.jacobian_weight + self.jacobian_increment * increments),
+        )
+
+    def _random(self, step: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, step))

@@ -1,0 +1,298 @@
+"""The training run: the owner of time. Steps, evaluations, checkpoints and reports happen here and nowhere else."""
+
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from deq_flax.errors import UserError
+from deq_flax.task import Metrics, Phase, Task
+from deq_flax.train.checkpoint import Checkpoints, load_params
+from deq_flax.train.evaluate import divide, evaluate, merge
+from deq_flax.train.mesh import by_batch, check_batch, make_mesh, replicated
+from deq_flax.train.optimizer import make_optimizer
+from deq_flax.train.report import Clock, Report
+from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model
+
+REST = ("variables", "opt_state", "carry", "skipped", "skipped_in_all")
+"""What a checkpoint's `rest` holds of the state; `params` and `ema` are items of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The section `train` of a config."""
+
+    steps: int
+    seed: int
+    log_every: int
+    eval_every: int
+    """0: only at the end."""
+    checkpoint_every: int
+    accumulate: int
+    ema_decay: float
+    """0: no average is kept."""
+    max_skipped: int
+    """Updates in a row that may be skipped because something was not finite."""
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "checkpoint_every", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        if self.eval_every < 0:
+            raise UserError(f"train.eval_every must be at least 0 (only at the end), not {self.eval_every}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"train.ema_decay must be at least 0 (off) and below 1, not {self.ema_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended."""
+
+    step: int
+    metrics: Mapping[str, Mapping[str, float]]
+    """By split, of the best checkpoint; empty when interrupted."""
+    interrupted: bool = False
+    resumed: bool = False
+
+
+def train(
+    task: Task,
+    *,
+    workdir: str | Path,
+    config: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    train: Mapping[str, Any],
+    mesh: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
+) -> RunResult:
+    """Train from where `workdir` stands to `train.steps`, then evaluate the best checkpoint.
+
+    A run that was stopped, at whatever moment, continues bit for bit as if it had not been, from its last checkpoint. SIGTERM
+    and SIGINT end it at the next step with a checkpoint.
+
+    Args:
+      task: what to train.
+      workdir: holds checkpoints, metrics.jsonl, config.json and TensorBoard events.
+      config: the whole resolved config, as plain data, for the record.
+      optimizer, train, mesh, checkpoint: these sections of it.
+
+    Raises:
+      UserError: an option is out of range, the workdir is not usable, or too many updates in a row were not finite.
+    """
+    options = TrainOptions(**train)
+    devices = make_mesh(**mesh)
+    check_batch(devices, batch_size=task.batch_size, accumulate=options.accumulate, eval_batch_size=task.eval_batch_size)
+    run = _Run(task, options, devices, optimizer)
+    init_from = checkpoint["init_from"]
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(Path(workdir) / "checkpoints", keep_latest=checkpoint["keep_latest"], keep_best=checkpoint["keep_best"])
+        )
+        start = run.restore(checkpoints, init_from)
+        report = stack.enter_context(Report(workdir, start or None))
+        report.write_config(config, start)
+        interrupted = False
+        if start < options.steps:
+            interrupted = run.run(start, checkpoints, report, config)
+        if interrupted:
+            return RunResult(step=run.step, metrics={}, interrupted=True)
+        results, best = run.final(checkpoints, report)
+        return RunResult(step=best, metrics=results, resumed=start >= options.steps)
+
+
+class _Run:
+    """The model, its state and its compiled steps."""
+
+    def __init__(self, task: Task, options: TrainOptions, devices: Mesh, optimizer: Mapping[str, Any]):
+        self.task, self.options, self.devices = task, options, devices
+        transformation, schedule = make_optimizer(**optimizer, steps=options.steps)
+        self.model = task.build_model(nnx.Rngs(options.seed))
+        graph, params, variables = split_model(self.model)
+        carry = task.fresh_carry(self.model, task.batch_size)
+        everywhere, split = replicated(devices), by_batch(devices)
+        # Copies, because the state is donated and the model keeps its own arrays.
+        params = jax.device_put(jax.tree.map(jnp.copy, params), everywhere)
+        self.state = TrainState(
+            params=params,
+            variables=jax.device_put(jax.tree.map(jnp.copy, variables), everywhere),
+            opt_state=jax.jit(transformation.init, out_shardings=everywhere)(params),
+            carry=jax.device_put(carry, split),
+            ema=jax.tree.map(jnp.copy, params) if options.ema_decay else None,
+            skipped=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+            skipped_in_all=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+        )
+        self.step = 0
+        self.clock = Clock()
+        self.last_loss: dict[str, float] | None = None
+        self._train_step = make_train_step(
+            task,
+            graph,
+            transformation,
+            schedule,
+            devices,
+            seed=options.seed,
+            accumulate=options.accumulate,
+            ema_decay=options.ema_decay,
+        )
+        self._eval_step = make_eval_step(task, graph, devices)
+        self._compiled: set[Phase] = set()
+
+    def restore(self, checkpoints: Checkpoints, init_from: str) -> int:
+        """Take up the newest whole checkpoint, or the weights of another run. Returns the steps done."""
+        rest = {name: getattr(self.state, name) for name in REST}
+        restored = checkpoints.restore_latest(self.state.params, rest, self.state.ema)
+        if restored is not None:
+            state = self.state._replace(params=restored.params, **restored.rest)
+            self.state = state if state.ema is None else state._replace(ema=restored.ema)
+            self.step = restored.step
+            print(f"continuing from the checkpoint of step {restored.step}", flush=True)
+        elif init_from:
+            weights = load_params(init_from, self.state.params).weights
+            self.state = self.state._replace(params=weights)
+            if self.state.ema is not None:
+                self.state = self.state._replace(ema=jax.tree.map(jnp.copy, weights))
+            print(f"starting from the weights in {init_from}", flush=True)
+        return self.step
+
+    def run(self, start: int, checkpoints: Checkpoints, report: Report, config: Mapping[str, Any]) -> bool:
+        """Steps `start` to the last. Returns whether a signal ended it early."""
+        options = self.options
+        batches = self.task.train_batches(start)
+        log = _Log(self, report, start)
+        self.clock.lap()
+        with _stop_signal() as stop:
+            for number in range(start, options.steps):
+                self._dispatch(number, next(batches), log)
+                done = self.step
+                evaluates = done == options.steps or (options.eval_every and done % options.eval_every == 0)
+                if evaluates or done % options.checkpoint_every == 0 or stop.received:
+                    log.flush()
+                    with self.clock.pause():
+                        metrics = self.evaluate("valid", report) if evaluates else None
+                        self._save(checkpoints, config, metrics)
+                if stop.received and done < options.steps:
+                    log.flush()
+                    print(f"{stop.received}: stopped at step {done}; the same command continues from here", flush=True)
+                    return True
+            log.flush()
+        return False
+
+    def _dispatch(self, number: int, batch: Any, log: "_Log") -> None:
+        phase, controls = self.task.phase(number), self.task.controls(number)
+        arguments = (jax.device_put(batch, by_batch(self.devices)), controls, np.int32(number))
+        if phase in self._compiled:
+            self.state, metrics = self._train_step(self.state, *arguments, phase=phase)
+        else:
+            log.flush()
+            with self.clock.pause():
+                print(f"compiling {phase}", flush=True)
+                self.state, metrics = self._train_step(self.state, *arguments, phase=phase)
+                jax.block_until_ready(metrics)
+            self._compiled.add(phase)
+        self.step = number + 1
+        log.add(self.step, metrics)
+
+    def evaluate(self, split: str, report: Report | None = None) -> dict[str, float]:
+        """Evaluate the running average if there is one, else the parameters as they are."""
+        params = self.state.params if self.state.ema is None else self.state.ema
+        metrics = self.evaluate_weights(params, split)
+        if report is not None:
+            report.write(self.step, split, metrics)
+            report.line(self.step, self.options.steps, metrics, split)
+        return metrics
+
+    def evaluate_weights(self, params: Any, split: str) -> dict[str, float]:
+        return evaluate(self.task, self.model, self._eval_step, self.devices, params, self.state.variables, split)
+
+    def _save(self, checkpoints: Checkpoints, config: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
+        rest = {name: getattr(self.state, name) for name in REST}
+        data = {"step": self.step}
+        checkpoints.save(self.step, self.state.params, rest, data, {"config": config}, metrics, ema=self.state.ema)
+
+    def final(self, checkpoints: Checkpoints, report: Report) -> tuple[dict[str, dict[str, float]], int]:
+        """Metrics of the best checkpoint on valid and test, and its step."""
+        checkpoints.wait()
+        best = checkpoints.restore_best(self.state.params)
+        results = {split: self.evaluate_weights(best.weights, split) for split in ("valid", "test")}
+        return results, best.step
+
+
+class _Log:
+    """Averages metrics between log lines, one step behind the device, so that the host never waits for what it just sent."""
+
+    def __init__(self, run: _Run, report: Report, start: int):
+        self._run, self._report = run, report
+        self._pending: tuple[int, Metrics] | None = None
+        self._totals: Metrics = {}
+        self._since = start
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of a step that has just been dispatched; read those of the one before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Read what is pending, waiting for the device if need be."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        metrics = jax.device_get(metrics)
+        self._stop_if_hopeless(step, metrics)
+        self._totals = merge(self._totals, metrics)
+        options = self._run.options
+        if step % options.log_every == 0 or step == options.steps:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        seconds = self._run.clock.lap() / (step - self._since)
+        averages = divide(self._totals)
+        skipped = averages.pop("skipped", 0.0)
+        summary = self._run.task.summary("train", averages) | {"steps_per_second": 1.0 / seconds} | self._run.task.work(seconds)
+        if skipped:
+            summary["skipped"] = skipped
+        self._report.write(step, "train", summary)
+        self._report.line(step, self._run.options.steps, summary)
+        self._totals, self._since = {}, step
+
+    def _stop_if_hopeless(self, step: int, metrics: Metrics) -> None:
+        in_a_row = int(metrics["skipped"].total)
+        if in_a_row >= self._run.options.max_skipped:
+            raise UserError(
+                f"the loss or gradient was not finite {in_a_row} steps in a row, up to step {step}: lower "
+                "optimizer.learning_rate or raise deq.max_steps; the last good checkpoint is kept"
+            )
+
+
+class _Stop:
+    received: str = ""
+
+
+@contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """Turns SIGTERM and the first SIGINT into a request to stop after the current step. A second SIGINT interrupts at once."""
+    stop = _Stop()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.received = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(f"{stop.received}: finishing the step and saving", file=sys.stderr, flush=True)
+
+    try:
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

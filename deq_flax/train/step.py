@@ -1,0 +1,192 @@
+"""One update, and one evaluation batch, as compiled functions of pure state.
+
+Both are `shard_map`s over the batch: every device solves its own part with its own number of steps, and only gradients
+and metrics are summed over devices, once, after the solves.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics as clu_metrics
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deq_flax.equilibrium import backward_probe
+from deq_flax.task import Batch, Carry, Controls, Metrics, Phase, Task
+from deq_flax.train.mesh import DATA
+
+
+class TrainState(NamedTuple):
+    """Everything that changes from step to step. All of it is checkpointed, so a resumed run cannot differ from one."""
+
+    params: Any
+    """Nested dictionary of arrays."""
+    variables: Any
+    """The model's other arrays, such as running statistics; nested dictionary, often empty."""
+    opt_state: Any
+    carry: Carry
+    ema: Any
+    """Running average of params, or None."""
+    skipped: jax.Array
+    """int32: updates skipped in a row because something was not finite."""
+    skipped_in_all: jax.Array
+    """int32."""
+
+
+STATE_SPEC = TrainState(P(), P(), P(), P(DATA), P(), P(), P())
+
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+EvalStep = Callable[[Any, Any, Batch, Carry], tuple[Carry, Metrics]]
+
+
+def split_model(model: nnx.Module) -> tuple[Any, Any, Any]:
+    """The model's graph, its parameters and its other variables; the latter two as nested dictionaries of arrays.
+
+    Plain dictionaries, because dispatching a step with thousands of them costs a third of what NNX states do.
+    """
+    graph, params, variables = nnx.split(model, nnx.Param, ...)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(variables)
+
+
+def make_train_step(
+    task: Task,
+    graph: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    mesh: Mesh,
+    *,
+    seed: int,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+) -> TrainStep:
+    """`step(state, batch, controls, number, phase=)` -> (next state, metrics). `state` is donated; `phase` is static.
+
+    Randomness depends on the seed, the step's number and the device alone. With `accumulate` > 1 the batch is taken in that
+    many micro-batches, one after the other, and their gradients averaged. An update whose loss or gradient is not finite
+    leaves everything, the carry too, as it was, and is counted.
+    """
+
+    def gradients(
+        state: TrainState, batch: Batch, carry: Carry, variables: Any, key: jax.Array, phase: Phase, controls: Controls
+    ):
+        def loss(params: Any, probe: jax.Array) -> tuple[jax.Array, tuple[Carry, Metrics, Any]]:
+            model = nnx.merge(graph, params, variables, copy=True)
+            value, output = task.loss(model, batch, carry, phase=phase, controls=controls, key=key, probe=probe)
+            return value, (output.carry, output.metrics, split_model(model)[2])
+
+        (value, aux), (gradient, report) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            state.params, backward_probe()
+        )
+        return value, gradient, report, *aux
+
+    def local(state: TrainState, batch: Batch, controls: Controls, number: jax.Array, *, phase: Phase):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), jax.lax.axis_index(DATA))
+
+        def micro(carried: tuple[Any, Any], part: tuple[Batch, Carry, jax.Array]):
+            total, variables = carried
+            batch, carry, key = part
+            value, gradient, report, carry, metrics, variables = gradients(state, batch, carry, variables, key, phase, controls)
+            total = jax.tree.map(jnp.add, total, (value, gradient, report))
+            return (total, variables), (carry, metrics)
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), backward_probe())
+        parts = _micro_batches((batch, state.carry), accumulate)
+        (total, variables), (carry, metrics) = _scan(
+            micro, (zero, state.variables), (*parts, jax.random.split(key, accumulate))
+        )
+        value, gradient = jax.tree.map(lambda x: x / accumulate, total[:2])
+        value, gradient, variables = jax.lax.pmean((value, gradient, variables), DATA)
+        carry = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), carry)
+        metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+        metrics |= _adjoint_metrics(total[2])
+        proposed = state._replace(variables=variables, carry=carry)
+        return _update(proposed, state, value, gradient, jax.lax.psum(metrics, DATA))
+
+    def _update(proposed: TrainState, state: TrainState, value: jax.Array, gradient: Any, metrics: Metrics):
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+        proposed = proposed._replace(params=params, opt_state=opt_state, ema=ema)
+        # A carry is split over devices: it is kept only if it is finite on all of them, like the rest.
+        finite &= jax.lax.pmin(_all_finite(proposed.carry).astype(jnp.int32), DATA) == 1
+        chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+        skip = 1 - finite.astype(jnp.int32)
+        state = chosen._replace(skipped=(state.skipped + 1) * skip, skipped_in_all=state.skipped_in_all + skip)
+        # A skipped step counts in `skipped`, not in the averages.
+        metrics = metrics | {
+            "grad_norm": _one(norm),
+            "learning_rate": _one(schedule(_updates_done(state.opt_state))),
+        }
+        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
+        return state, metrics | {"skipped": clu_metrics.Average(total=state.skipped.astype(float), count=jnp.ones(()))}
+
+    def on_mesh(specs: Any) -> Any:
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+
+    @partial(jax.jit, static_argnames="phase", donate_argnames="state", out_shardings=on_mesh((STATE_SPEC, P())))
+    def step(state: TrainState, batch: Batch, controls: Controls, number: Any, *, phase: Phase):
+        return jax.shard_map(
+            partial(local, phase=phase),
+            mesh=mesh,
+            in_specs=(STATE_SPEC, P(DATA), P(), P()),
+            out_specs=(STATE_SPEC, P()),
+            check_vma=False,
+        )(state, batch, controls, number)
+
+    return step
+
+
+def make_eval_step(task: Task, graph: Any, mesh: Mesh) -> EvalStep:
+    """`step(params, variables, batch, carry)` -> (next carry, metrics). Nothing random, nothing remembered but the carry."""
+
+    def local(params: Any, variables: Any, batch: Batch, carry: Carry) -> tuple[Carry, Metrics]:
+        model = nnx.merge(graph, params, variables, copy=True)
+        _, output = task.loss(model, batch, carry)
+        return output.carry, jax.lax.psum(output.metrics, DATA)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(DATA), P(DATA)), out_specs=(P(DATA), P()), check_vma=False)
+    return jax.jit(mapped, donate_argnums=3)
+
+
+def _micro_batches(tree: Any, parts: int) -> Any:
+    """Leaves (B, ...) as (parts, B / parts, ...)."""
+    return jax.tree.map(lambda x: jnp.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:])), tree)
+
+
+def _scan(f: Callable, init: Any, xs: Any) -> Any:
+    """`lax.scan`, but a single iteration is inlined: the compiler then sees no loop around the step."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(f, init, xs)
+    last, out = f(init, jax.tree.map(lambda x: x[0], xs))
+    return last, jax.tree.map(lambda x: x[None], out)
+
+
+def _adjoint_metrics(report: jax.Array) -> Metrics:
+    """Averages from a probe's gradient; a step without an adjoint solve counts for nothing."""
+    return {
+        "backward_nfe": clu_metrics.Average(total=report[0], count=report[2]),
+        "backward_residual": clu_metrics.Average(total=report[1], count=report[2]),
+    }
+
+
+def _updates_done(opt_state: Any) -> jax.Array:
+    """What the learning-rate schedule counts."""
+    return optax.tree.get(
+        opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == optax.ScaleByScheduleState.__name__
+    )
+
+
+def _one(value: Any) -> clu_metrics.Average:
+    return clu_metrics.Average(total=jnp.asarray(value, float), count=jnp.ones(()))
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)

@@ -1,0 +1,205 @@
+"""Laws of the command line: a mistake of the user's is one line and exit code 2; only bugs have tracebacks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from deq_flax import cli
+from deq_flax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(variant="base"):
+    if variant not in ("base", "tiny"):
+        raise ValueError(f"unknown variant {variant!r}; known: base, tiny")
+    sections = {"model": {"d_model": 3, "cutoffs": (1, 2), "empty": (), "norm": True}, "train": {"steps": 10, "rate": 0.1}}
+    return ConfigDict(sections | {"task": variant}).lock()
+"""
+
+
+class Command:
+    """A command as the real ones are built, but with flags of its own."""
+
+    def __init__(self, body=None):
+        self.values = flags.FlagValues()
+        self.config = cli.config_flag(self.values)
+        flags.DEFINE_string("workdir", None, "folder of the run", flag_values=self.values)
+        flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do", flag_values=self.values)
+        self.seen = None
+        self.body = body
+
+    def __call__(self, *arguments, **options):
+        def main(*positional):
+            self.seen = cli.config_to_kwargs(self.config.value) if self.config.value is not None else positional
+            return self.body() if self.body else None
+
+        main.__module__ = __name__
+        with pytest.raises(SystemExit) as caught:
+            cli.run(main, ["command", *arguments], flag_values=self.values, **options)
+        return caught.value.code
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def the_error(capsys):
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_overrides_reach_the_config(config):
+    command = Command()
+    arguments = ["--config.model.cutoffs=1000,2000", "--config.model.empty=(3,)", "--config.train.steps", "7"]
+    assert command("--config", f"{config}:tiny", *arguments, "--noconfig.model.norm", "--config.train.rate=2") == 0
+    model = {"d_model": 3, "cutoffs": (1000, 2000), "empty": (3,), "norm": False}
+    assert command.seen == {"model": model, "train": {"steps": 7, "rate": 2.0}, "task": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.modle.d_model=3"], "no key 'modle'. Did you mean 'model'?"),
+        (["--config.model.d_modle=3"], "no key 'd_modle'. Did you mean 'd_model'?"),
+        (["--config.zzz=3"], "no key zzz"),
+        (["--config.train.steps=abc"], "--config.train.steps=abc"),
+        (["--config.train.steps=1.5"], "--config.train.steps=1.5"),
+        (["--config.train=3"], "--config.train=3"),
+        (["--config.model.norm=maybe"], "--config.model.norm=maybe"),
+        (["--config.model.cutoffs=1,b"], "--config.model.cutoffs: '1,b' is not of type int"),
+        (["--config.model.cutoffs=1,2.5"], "2.5 is not of type int"),
+        (["--config.model.cutoffs=(1,2"], "--config.model.cutoffs=(1,2"),
+        (["--mode=trian"], "train|eval"),
+        (["--wrkdir=x"], "Did you mean: workdir"),
+        (["--workdir"], "Missing value for flag --workdir"),
+        (["stray"], "got 1 arguments besides flags (stray), need none"),
+    ],
+)
+def test_mistakes_in_flags_are_one_line(config, capsys, arguments, words):
+    assert Command()("--config", config, *arguments) == 2
+    assert words in the_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file"),
+        ("def get_config(:", "SyntaxError"),
+        ("x = unknown_name", "NameError: name 'unknown_name' is not defined (line 1)"),
+        ("x = 1", "it defines no get_config()"),
+        ("def get_config():\n    return {}['lost']", "KeyError: lost (line 2)"),
+        ("def get_config():\n    return 5", "must return a ConfigDict"),
+        ("def get_config():\n    raise ValueError('first\\nlast')", "last"),
+    ],
+)
+@pytest.mark.parametrize("override", [[], ["--config.train.steps=3"]])
+def test_mistakes_in_config_files_are_one_line(tmp_path, capsys, text, words, override):
+    path = tmp_path / "broken.py"
+    if text is not None:
+        path.write_text(text)
+    assert Command()(f"--config={path}", *override) == 2
+    message = the_error(capsys)
+    assert str(path) in message and (words in message or override)
+
+
+def test_an_unknown_variant_lists_the_known(config, capsys):
+    assert Command()("--config", f"{config}:tiyn") == 2
+    assert the_error(capsys).endswith("unknown variant 'tiyn'; known: base, tiny\n")
+
+
+def test_missing_flags_and_arguments_are_one_line(config, capsys):
+    assert Command()("--workdir=x", required=("config", "workdir")) == 2
+    assert "--config is missing" in the_error(capsys)
+    assert Command()("--config", config, required=("config", "workdir")) == 2
+    assert "--workdir is missing" in the_error(capsys)
+    assert Command()("a.pth", positional=("SOURCE", "DIR")) == 2
+    assert "got 1 arguments besides flags (a.pth), need SOURCE DIR" in the_error(capsys)
+
+
+def test_positional_arguments_reach_main():
+    command = Command()
+    assert command("a.pth", "--mode=eval", "folder", positional=("SOURCE", "DIR")) == 0
+    assert command.seen == ("a.pth", "folder")
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--helpshort", "--helpfull"])
+def test_help_tells_the_purpose_the_flags_and_the_keys(config, capsys, flag):
+    assert Command()(flag, required=("config",)) == 0
+    text = capsys.readouterr().out
+    assert "Laws of the command line" in text and "--config.section.key=value" in text
+    assert Command()("--config", config, "--config.train.steps=5", flag, required=("workdir",)) == 0
+    text = capsys.readouterr().out
+    assert "--config.train.steps=5\n" in text and "--config.model.cutoffs=1,2\n" in text
+    assert Command()("--config", config + ":tny", flag) == 2
+
+
+def test_errors_of_main(capsys):
+    def mistaken():
+        raise UserError("two\nlines")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def buggy():
+        raise ZeroDivisionError
+
+    assert Command(mistaken)() == 2
+    assert the_error(capsys) == "error: two lines\n"
+    assert Command(interrupted)() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(ZeroDivisionError):
+        cli.run(buggy, ["command"], flag_values=flags.FlagValues())
+    assert Command(lambda: 3)() == 3
+
+
+def test_require():
+    cli.require(True, "fine")
+    with pytest.raises(UserError, match="not fine"):
+        cli.require(False, "not fine")
+
+
+SCRIPT = '''"""Greets.
+
+    python greet.py --name NAME
+"""
+from absl import flags
+from deq_flax import cli
+
+_CONFIG = cli.config_flag()
+_NAME = flags.DEFINE_string("name", None, "whom to greet")
+
+
+def main():
+    print("hello", _NAME.value, _CONFIG.value.train.steps)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config",))
+'''
+
+
+def test_a_real_command(tmp_path, config):
+    (tmp_path / "greet.py").write_text(SCRIPT)
+
+    def greet(*arguments):
+        command = [sys.executable, "-W", "ignore", str(tmp_path / "greet.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=False)
+
+    done = greet("--name=you", "--config", config, "--config.train.steps=4")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello you 4\n", "")
+    done = greet("--help")
+    assert done.returncode == 0 and "--name         whom to greet" in done.stdout and "python greet.py" in done.stdout
+    done = greet("--config", config, "--config.train.step=4")
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr == f"error: --config has no key 'step'. Did you mean 'steps'? To list the keys: --config {config} --help\n"
+    )

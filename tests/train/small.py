@@ -1,0 +1,51 @@
+"""A language task small enough to train in a test, with everything on that could break a resume: dropout, jitter, phases."""
+
+import numpy as np
+
+from deq_flax.tasks import make_task
+from deq_flax.train.loop import train
+
+
+def config(folder, **overrides):
+    """A resolved config as plain data; overrides by section name: `train={'steps': 3}`."""
+    sections = {
+        "task": "language",
+        "data": dict(name="tokens", path=str(folder), cache="", batch_size=4, seq_len=8, eval_batch_size=4, eval_seq_len=8),
+        "model": dict(
+            vocab_size=40, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=32, cutoffs=(10,), div_value=2, pre_norm=False,
+            weight_norm=True, mem_len=8, local_size=0, dropout=0.1, attention_dropout=0.1, output_dropout="tokens",
+            dtype="float32",
+        ),
+        "deq": dict(
+            solver="anderson", tol=1e-3, max_steps=8, stop="relative", backward_solver="broyden", backward_tol=1e-3,
+            backward_max_steps=8, jacobian_weight=0.5, jacobian_frequency=0.5, jacobian_increment=0.1,
+            jacobian_increment_every=2, jacobian_stop=0, jacobian_through_equilibrium=False, max_steps_jitter=2,
+            pretrain_steps=3, pretrain_layers=2,
+        ),
+        "optimizer": dict(
+            name="adam", learning_rate=5e-3, warmup_steps=2, schedule="cosine", clip_norm=0.25, weight_decay=0.0,
+            momentum=0.0, nesterov=False,
+        ),
+        "train": dict(
+            steps=8, seed=0, log_every=1, eval_every=4, checkpoint_every=2, accumulate=1, ema_decay=0.9, max_skipped=3
+        ),
+        "mesh": dict(data=1, fsdp=1, tensor=1),
+        "checkpoint": dict(keep_latest=2, keep_best=1, init_from=""),
+    }  # fmt: skip
+    return {name: section | overrides.get(name, {}) if name != "task" else section for name, section in sections.items()}
+
+
+def write_tokens(folder, seed=0):
+    """A repeating, learnable stream of ids below 40."""
+    random = np.random.default_rng(seed)
+    phrases = [random.integers(0, 40, 6) for _ in range(8)]
+    for split, count in {"train": 60, "valid": 12, "test": 12}.items():
+        tokens = np.concatenate([phrases[i] for i in random.integers(0, 8, count)])
+        np.save(folder / f"{split}.npy", tokens.astype(np.int32))
+    return folder
+
+
+def run(config, workdir, wrap=lambda task: task):
+    """Train as the command does; `wrap` may put something between the trainer and its task."""
+    sections = {name: config[name] for name in ("optimizer", "train", "mesh", "checkpoint")}
+    return train(wrap(make_task(config)), workdir=workdir, config=config, **sections)

@@ -1,0 +1,238 @@
+"""The training run: resuming, stopping, skipping, and what evaluation may not do."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from deq_flax.errors import UserError
+from deq_flax.task import Phase
+from deq_flax.tasks import make_task
+from deq_flax.train import loop
+from deq_flax.train.checkpoint import Checkpoints
+from deq_flax.train.mesh import make_mesh
+from tests.train.small import config, run, write_tokens
+
+SPEED = ("steps_per_second", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, tmp_path_factory):
+    """The run that the others are compared with."""
+    workdir = tmp_path_factory.mktemp("whole")
+    run(config(folder), workdir)
+    return workdir
+
+
+class Disturbed:
+    """A task whose batches are handed through `disturb(step, batch)`."""
+
+    def __init__(self, task, disturb):
+        self._task, self._disturb = task, disturb
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def train_batches(self, step):
+        for number, batch in enumerate(self._task.train_batches(step), step):
+            yield self._disturb(number, batch)
+
+
+def crash_at(*steps):
+    def disturb(number, batch):
+        if number in steps:
+            raise RuntimeError("crash")
+        return batch
+
+    return lambda task: Disturbed(task, disturb)
+
+
+def metrics(workdir):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+
+
+def arrays(workdir, step):
+    """Every array of a checkpoint, by checksum."""
+    record = json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+    return record["arrays"]
+
+
+def test_a_run_crashed_twice_is_bit_identical_to_one_never_stopped(folder, uninterrupted, tmp_path):
+    """Across the end of pretraining (step 3), with dropout, jitter, Jacobian loss, memory and a running average."""
+    for steps in ((3,), (7,)):
+        with pytest.raises(RuntimeError, match="crash"):
+            run(config(folder), tmp_path, crash_at(*steps))
+    run(config(folder), tmp_path)
+    assert metrics(tmp_path) == metrics(uninterrupted)
+    assert arrays(tmp_path, 8) == arrays(uninterrupted, 8)
+
+
+def test_a_stop_signal_saves_and_the_run_goes_on_from_there(folder, uninterrupted, tmp_path):
+    def terminate(number, batch):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    result = run(config(folder), tmp_path, lambda task: Disturbed(task, terminate))
+    assert result.interrupted and result.step == 5
+    assert Checkpoints(tmp_path / "checkpoints", keep_latest=1, keep_best=0, read_only=True).steps()[-1] == 5
+    run(config(folder), tmp_path)
+    assert metrics(tmp_path) == metrics(uninterrupted)
+    assert arrays(tmp_path, 8) == arrays(uninterrupted, 8)
+
+
+def test_a_complete_run_is_only_evaluated_again(folder, uninterrupted, tmp_path):
+    before = metrics(uninterrupted)
+    result = run(config(folder), uninterrupted, crash_at(*range(100)))
+    assert result.resumed and set(result.metrics) == {"valid", "test"}
+    assert metrics(uninterrupted) == before
+
+
+def test_lines_and_files_that_a_run_promises(uninterrupted):
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 9))
+    assert [line["step"] for line in lines if line["split"] == "valid"] == [4, 8]
+    last = [line for line in lines if line["split"] == "train"][-1]
+    for name in ("loss", "ppl", "forward_nfe", "forward_residual", "backward_nfe", "backward_residual", "grad_norm"):
+        assert np.isfinite(last[name]), name
+    assert any("jacobian_loss" in line for line in lines)
+    assert not any("backward_nfe" in line for line in lines[:3])  # unrolled: no adjoint solve
+    assert json.loads((uninterrupted / "config.json").read_text())["train"]["steps"] == 8
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+
+
+def test_not_finite_updates_are_skipped_and_counted(folder, tmp_path):
+    def poison(number, batch):
+        return batch | {"mask": batch["mask"] * np.nan} if number in (4, 6) else batch
+
+    run(config(folder), tmp_path, lambda task: Disturbed(task, poison))
+    lines = {line["step"]: line for line in metrics(tmp_path) if line["split"] == "train"}
+    assert lines[5]["skipped"] == 1 and lines[7]["skipped"] == 1 and "skipped" not in lines[6]
+    assert "loss" not in lines[5] and np.isfinite(lines[8]["loss"])
+    assert np.isfinite([line["loss"] for line in metrics(tmp_path) if line["split"] == "valid"]).all()
+
+
+def test_too_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(folder, uninterrupted, tmp_path):
+    def poison(number, batch):
+        return batch | {"mask": batch["mask"] * np.nan} if number >= 4 else batch
+
+    with pytest.raises(UserError, match="not finite 3 steps in a row"):
+        run(config(folder), tmp_path, lambda task: Disturbed(task, poison))
+    assert Checkpoints(tmp_path / "checkpoints", keep_latest=1, keep_best=0, read_only=True).steps() == [4, 6]
+    assert metrics(tmp_path)[:5] == metrics(uninterrupted)[:5]  # four steps and an evaluation
+    assert arrays(tmp_path, 4)["params"] == arrays(tmp_path, 6)["params"]
+
+
+def test_evaluation_leaves_the_training_state_bit_identical(folder):
+    c = config(folder)
+    it = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=1, tensor=1), c["optimizer"])
+    before = jax.tree.map(np.asarray, it.state)
+    first, second = it.evaluate("valid"), it.evaluate("valid")
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, it.state))
+    assert first == second
+
+
+def plain(folder, **train):
+    """Nothing random, so that only arithmetic order may differ."""
+    return config(
+        folder,
+        model={"dropout": 0.0, "attention_dropout": 0.0},
+        optimizer={"learning_rate": 1e-3},
+        deq={"jacobian_weight": 0.0, "max_steps_jitter": 0, "tol": 1e-6, "max_steps": 30}
+        | {"backward_tol": 1e-6, "backward_max_steps": 30},
+        train={"steps": 5, "eval_every": 0, "checkpoint_every": 5} | train,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference_losses(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("plain")
+    run(plain(folder), workdir)
+    return [line["loss"] for line in metrics(workdir)]
+
+
+@pytest.mark.parametrize(
+    "change", [{"train": {"accumulate": 2}}, {"mesh": {"data": 4}}, {"train": {"accumulate": 2}, "mesh": {"data": 2}}]
+)
+def test_devices_and_micro_batches_do_not_change_the_result(folder, tmp_path, reference_losses, change):
+    c = plain(folder)
+    c = {name: section | change.get(name, {}) if name in change else section for name, section in c.items()}
+    run(c, tmp_path)
+    np.testing.assert_allclose([line["loss"] for line in metrics(tmp_path)], reference_losses, rtol=2e-5)
+
+
+def test_the_host_reads_a_step_only_after_sending_the_next(folder, tmp_path, monkeypatch):
+    events = []
+    make = loop.make_train_step
+
+    def recording(*args, **kwargs):
+        step = make(*args, **kwargs)
+
+        def send(state, batch, controls, number, *, phase):
+            events.append(("sent", int(number) + 1))
+            return step(state, batch, controls, number, phase=phase)
+
+        return send
+
+    flush = loop._Log.flush
+
+    def read(self):
+        if self._pending is not None:
+            events.append(("read", self._pending[0]))
+        flush(self)
+
+    monkeypatch.setattr(loop, "make_train_step", recording)
+    monkeypatch.setattr(loop._Log, "flush", read)
+    c = config(folder, deq={"pretrain_steps": 0, "jacobian_weight": 0.0}, train={"eval_every": 0, "checkpoint_every": 8})
+    run(c, tmp_path)
+    for step in range(2, 8):
+        assert events.index(("read", step)) > events.index(("sent", step + 1))
+
+
+def test_each_phase_is_compiled_once(folder):
+    c = config(folder)
+    it = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=1, tensor=1), c["optimizer"])
+    phases = {it.task.phase(n) for n in range(8)}
+    assert len(phases) == 3 and Phase(unrolled=True) in phases
+    batches = it.task.train_batches(0)
+    for number in range(8):
+        arguments = (jax.device_put(next(batches)), it.task.controls(number), np.int32(number))
+        it.state, _ = it._train_step(it.state, *arguments, phase=it.task.phase(number))
+    assert it._train_step._cache_size() == len(phases)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"train": {"steps": 0}}, "train.steps"),
+        ({"train": {"ema_decay": 1.0}}, "ema_decay"),
+        ({"train": {"accumulate": 3}}, "multiple"),
+        ({"mesh": {"fsdp": 2}}, "fsdp"),
+        ({"mesh": {"data": 99}}, "mesh.data"),
+        ({"data": {"batch_size": 6}, "mesh": {"data": 4}}, "multiple"),
+        ({"data": {"eval_batch_size": 3}, "mesh": {"data": 2}}, "eval_batch_size"),
+        ({"deq": {"solver": "newton"}}, "known: picard, anderson, broyden"),
+        ({"deq": {"jacobian_frequency": 2.0}}, "probability"),
+        ({"deq": {"stop": "rel"}}, "'relative' or 'absolute'"),
+        ({"optimizer": {"name": "adamm"}}, "known"),
+        ({"model": {"cutoffs": (30, 10)}}, "cutoffs"),
+        ({"model": {"dtype": "int8"}}, "dtype"),
+        ({"data": {"seq_len": 0}}, "seq_len"),
+        ({"data": {"seq_len": 999}}, "seq_len"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(folder, tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(config(folder, **change), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "config.json").exists()
