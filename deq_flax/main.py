@@ -39,7 +39,7 @@ MAY_CHANGE = (
 def main() -> int:
     """The command."""
     config = cli.config_to_kwargs(_CONFIG.value)
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(_WORKDIR.value or "")
     if _MODE.value == "eval":
         return _evaluate(config, workdir, _CHECKPOINT.value)
     cli.require(_MODE.value == "train", f"unknown --mode {_MODE.value!r}; known: train, eval")

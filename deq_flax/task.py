@@ -5,11 +5,12 @@ Everything a task remembers from one batch to the next (Transformer-XL memory, f
 that goes into `loss`, comes out of it, is checkpointed, and starts afresh in evaluation.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from clu import metrics as clu_metrics
 from flax import nnx
 
@@ -21,6 +22,12 @@ Carry = Any
 
 Metrics = dict[str, clu_metrics.Average]
 """Sums and counts by name: merged over devices, micro-batches and steps, then divided once."""
+
+
+def average(total: Any, count: Any = 1.0) -> clu_metrics.Average:
+    """A metric whose value is total / count, once both have been summed over everything."""
+    total, count = jnp.asarray(total, float), jnp.asarray(count, float)
+    return clu_metrics.Average(total=total, count=count)  # ty: ignore[unknown-argument]
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,14 @@ class LossOutput(NamedTuple):
     metrics: Metrics
 
 
+class Batches(Protocol):
+    """Whole batches by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Batch: ...
+
+
 class Task(Protocol):
     """One problem to train on. Methods are pure: state in, state out."""
 
@@ -73,7 +88,7 @@ class Task(Protocol):
         """
         ...
 
-    def eval_batches(self, split: str) -> Sequence[Batch]:
+    def eval_batches(self, split: str) -> "Batches":
         """Every batch of 'valid' or 'test', in order."""
         ...
 

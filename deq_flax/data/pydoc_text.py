@@ -57,7 +57,7 @@ def split_topics(topics: Mapping[str, list[str]]) -> dict[str, list[str]]:
         size = sum(len(paragraph.split()) for paragraph in paragraphs)
         seen += size
         room = {split: share * seen - sizes[split] for split, share in SHARES.items()}
-        held_out = max(room, key=room.get)
+        held_out = max(room, key=room.__getitem__)
         split = held_out if size <= room[held_out] else "train"
         sizes[split] += size
         lines[split] += paragraphs

@@ -6,7 +6,7 @@ segments of L pairs. Element i is segment i of every stream, so a run resumes by
 Axes: B batch (streams), L positions in a segment.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -17,7 +17,7 @@ READ_AHEAD = 4
 """Batches that `iterate` reads while the current one is used."""
 
 
-class TrainSegments(Sequence):
+class TrainSegments:
     """Segments of full streams: the incomplete last one, and pairs that do not fill every stream, are left out.
 
     Element: `inputs` and `targets` (B, L) int32; `mask` (B, L) float32, all one; `fresh` (B,) bool, true where a stream
@@ -49,7 +49,7 @@ class TrainSegments(Sequence):
         return _batch(self._tokens, self._batch_size, self._seq_len, self._stream, _valid_index(index, len(self)))
 
 
-class EvalSegments(Sequence):
+class EvalSegments:
     """Segments that score every token but the first exactly once: what is missing at the end is padded and masked.
 
     Element: `inputs` and `targets` (B, L) int32, 0 where padded; `mask` (B, L) float32, 1 where a target counts, 0 where
@@ -76,7 +76,7 @@ class EvalSegments(Sequence):
         return _batch(self._tokens, self._batch_size, self._seq_len, self._stream, _valid_index(index, len(self)))
 
 
-def segment_dataset(source: Sequence) -> grain.MapDataset:
+def segment_dataset(source: TrainSegments | EvalSegments) -> grain.MapDataset:
     """The batches of `source` as a Grain dataset. Index i gives batch i modulo its length: epoch after epoch."""
     return grain.MapDataset.source(source)
 

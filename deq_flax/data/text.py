@@ -110,7 +110,7 @@ def _load_tokens(path: str, vocab_size: int) -> Corpus:
             largest = max(largest, int(chunk.max()))
             if largest >= limit:
                 raise UserError(f"{file} holds the id {largest}, the ids must be below {limit}: see model.vocab_size")
-    return Corpus(**splits, vocab_size=vocab_size or largest + 1)
+    return Corpus(**splits, vocab_size=vocab_size or largest + 1)  # ty: ignore[invalid-argument-type]
 
 
 def _map_tokens(file: Path) -> np.ndarray:

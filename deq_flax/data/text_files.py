@@ -1,13 +1,13 @@
 """The files that hold a text, plain or inside a zip, found and read in pieces."""
 
 import contextlib
-import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from deq_flax.errors import UserError
 
@@ -17,7 +17,7 @@ PIECE_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def readable(label: str | Path) -> Iterator[None]:
+def readable(label: object) -> Generator[None]:
     """Turn what can go wrong while reading a file into one line that names it."""
     try:
         yield
@@ -55,7 +55,7 @@ class TextFile:
             status = self.path.stat()
         return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
 
-    def open(self) -> io.BufferedIOBase:
+    def open(self) -> IO[bytes]:
         if not self.member:
             return self.path.open("rb")
         with zipfile.ZipFile(self.path) as archive:

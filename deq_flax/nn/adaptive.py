@@ -142,7 +142,7 @@ class AdaptiveSoftmax(nnx.Module):
 
     def _tail_logits(self, head_TE):
         """(T, C) logits of the tail clusters within the head, or None."""
-        if self.clusters_EC is None:
+        if self.clusters_EC is None or self.cluster_biases_C is None:
             return None
         return contract("te,ec->tc", head_TE, self.clusters_EC[...], self.dtype) + self.cluster_biases_C[...][None, :]
 

@@ -3,6 +3,8 @@
 I, O: input and output features.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -38,7 +40,7 @@ class Linear(nnx.Module):
             self.g_O = nnx.Param(_norm(v_IO))
         else:
             self.weight_IO = normal_param(rngs.params(), (d_in, d_out), init_std)
-        self.bias_O = zeros_param((d_out,)) if use_bias else None
+        self.bias_O: Any = zeros_param((d_out,)) if use_bias else None
 
     def kernel(self):
         """The effective kernel (d_in, d_out)."""

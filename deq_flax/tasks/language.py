@@ -4,19 +4,19 @@ B batch, L length.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from clu.metrics import Average
 from flax import nnx
 
 from deq_flax.data.segments import EvalSegments, TrainSegments, iterate, segment_dataset
 from deq_flax.data.text import load_text
+from deq_flax.equilibrium import SolverStats
 from deq_flax.errors import UserError
 from deq_flax.models.deq_transformer import DEQTransformer, Memory
-from deq_flax.task import Batch, Controls, LossOutput, Phase
+from deq_flax.task import Batch, Batches, Controls, LossOutput, Metrics, Phase, average
 from deq_flax.tasks.recipe import EquilibriumRecipe
 
 
@@ -56,7 +56,7 @@ class LanguageTask:
     def train_batches(self, step: int) -> Iterator[Batch]:
         return iterate(segment_dataset(self._segments).repeat(), step)
 
-    def eval_batches(self, split: str) -> Sequence[Batch]:
+    def eval_batches(self, split: str) -> Batches:
         return EvalSegments(self.corpus.split(split), self.eval_batch_size, self._eval_seq_len)
 
     def fresh_carry(self, model: DEQTransformer, batch_size: int) -> Memory:
@@ -76,12 +76,14 @@ class LanguageTask:
         *,
         phase: Phase | None = None,
         controls: Controls | None = None,
-        key: jax.Array | None = None,
+        key: Any = None,
         probe: jax.Array | None = None,
     ) -> tuple[jax.Array, LossOutput]:
         """Mean negative log-likelihood of the targets that count, plus the Jacobian loss in phases that have it."""
         memory = carry._replace(length_B=jnp.where(batch["fresh"], 0, carry.length_B))
-        with_jacobian = phase is not None and phase.jacobian_loss
+        jacobian_key = None
+        if phase is not None and phase.jacobian_loss:
+            jacobian_key = jax.random.fold_in(key, 1)
         output = model(
             batch["inputs"],
             memory,
@@ -90,16 +92,16 @@ class LanguageTask:
             key=key,
             max_steps=None if controls is None else controls.max_steps,
             probe=probe,
-            jacobian_key=jax.random.fold_in(key, 1) if with_jacobian else None,
+            jacobian_key=jacobian_key,
             jacobian_through_equilibrium=self.recipe.jacobian_through_equilibrium,
         )
         nll_BL = model.nll(output.hidden_BLD, batch["targets"]) * batch["mask"]
         total, count = jnp.sum(nll_BL), jnp.sum(batch["mask"])
         loss = total / jnp.maximum(count, 1.0)
-        metrics = {"loss": Average(total=total, count=count)} | _solver_metrics(output.stats)
-        if with_jacobian:
+        metrics = {"loss": average(total, count)} | _solver_metrics(output.stats)
+        if output.jacobian_loss is not None and controls is not None:
             loss = loss + controls.jacobian_weight * output.jacobian_loss
-            metrics["jacobian_loss"] = Average(total=output.jacobian_loss, count=jnp.ones(()))
+            metrics["jacobian_loss"] = average(output.jacobian_loss)
         return loss, LossOutput(output.memory, metrics)
 
     def summary(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -114,13 +116,9 @@ class LanguageTask:
         return {"tokens_per_second": self.batch_size * self._seq_len / seconds_per_step}
 
 
-def _solver_metrics(stats: Any) -> dict[str, Average]:
+def _solver_metrics(stats: SolverStats) -> Metrics:
     """Evaluations of f, and the residual of the member that is worst off."""
-    one = jnp.ones(())
-    return {
-        "forward_nfe": Average(total=stats.nfe, count=one),
-        "forward_residual": Average(total=jnp.max(stats.relative_residual), count=one),
-    }
+    return {"forward_nfe": average(stats.nfe), "forward_residual": average(jnp.max(stats.relative_residual))}
 
 
 def _ppl(nats: float) -> float:

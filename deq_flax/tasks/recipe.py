@@ -1,5 +1,6 @@
 """How an equilibrium model is solved and trained over time: the section `deq` of a config, shared by all tasks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,16 +58,17 @@ class EquilibriumRecipe:
 
     @property
     def forward_solver(self) -> Solver:
-        return SOLVERS[self.solver](tol=self.tol, max_steps=self.max_steps, stop=self.stop)  # ty: ignore[unknown-argument]
+        return self._make(self.solver, self.tol, self.max_steps)
 
     def gradient(self, phase: Phase | None) -> Gradient:
         """How a phase differentiates; evaluation, None, solves as equilibrium training does."""
         if phase is not None and phase.unrolled:
             return Unroll(self.pretrain_layers)
-        adjoint = SOLVERS[self.backward_solver](  # ty: ignore[unknown-argument]
-            tol=self.backward_tol, max_steps=self.backward_max_steps, stop=self.stop
-        )
-        return Implicit(solver=adjoint)
+        return Implicit(solver=self._make(self.backward_solver, self.backward_tol, self.backward_max_steps))
+
+    def _make(self, name: str, tol: float, max_steps: int) -> Solver:
+        solver: Callable[..., Solver] = SOLVERS[name]
+        return solver(tol=tol, max_steps=max_steps, stop=self.stop)
 
     def phase(self, step: int) -> Phase:
         if step < self.pretrain_steps:

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,7 +278,7 @@ class _Stop:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[_Stop]:
+def _stop_signal() -> Generator[_Stop]:
     """Turns SIGTERM and the first SIGINT into a request to stop after the current step. A second SIGINT interrupts at once."""
     stop = _Stop()
 

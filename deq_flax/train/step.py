@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from clu import metrics as clu_metrics
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deq_flax.equilibrium import backward_probe
-from deq_flax.task import Batch, Carry, Controls, Metrics, Phase, Task
+from deq_flax.task import Batch, Carry, Controls, Metrics, Phase, Task, average
 from deq_flax.train.mesh import DATA
 
 
@@ -32,9 +31,9 @@ class TrainState(NamedTuple):
     carry: Carry
     ema: Any
     """Running average of params, or None."""
-    skipped: jax.Array
+    skipped: Any
     """int32: updates skipped in a row because something was not finite."""
-    skipped_in_all: jax.Array
+    skipped_in_all: Any
     """int32."""
 
 
@@ -121,11 +120,11 @@ def make_train_step(
         state = chosen._replace(skipped=(state.skipped + 1) * skip, skipped_in_all=state.skipped_in_all + skip)
         # A skipped step counts in `skipped`, not in the averages.
         metrics = metrics | {
-            "grad_norm": _one(norm),
-            "learning_rate": _one(schedule(_updates_done(state.opt_state))),
+            "grad_norm": average(norm),
+            "learning_rate": average(schedule(_updates_done(state.opt_state))),
         }
         metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
-        return state, metrics | {"skipped": clu_metrics.Average(total=state.skipped.astype(float), count=jnp.ones(()))}
+        return state, metrics | {"skipped": average(state.skipped)}
 
     def on_mesh(specs: Any) -> Any:
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
@@ -170,10 +169,7 @@ def _scan(f: Callable, init: Any, xs: Any) -> Any:
 
 def _adjoint_metrics(report: jax.Array) -> Metrics:
     """Averages from a probe's gradient; a step without an adjoint solve counts for nothing."""
-    return {
-        "backward_nfe": clu_metrics.Average(total=report[0], count=report[2]),
-        "backward_residual": clu_metrics.Average(total=report[1], count=report[2]),
-    }
+    return {"backward_nfe": average(report[0], report[2]), "backward_residual": average(report[1], report[2])}
 
 
 def _updates_done(opt_state: Any) -> jax.Array:
@@ -181,10 +177,6 @@ def _updates_done(opt_state: Any) -> jax.Array:
     return optax.tree.get(
         opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == optax.ScaleByScheduleState.__name__
     )
-
-
-def _one(value: Any) -> clu_metrics.Average:
-    return clu_metrics.Average(total=jnp.asarray(value, float), count=jnp.ones(()))
 
 
 def _all_finite(tree: Any) -> jax.Array:

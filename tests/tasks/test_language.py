@@ -1,0 +1,91 @@
+"""The language task: what is counted, what is carried."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deq_flax.task import Controls, Phase
+from deq_flax.tasks import make_task
+from deq_flax.train.evaluate import evaluate
+from deq_flax.train.mesh import make_mesh
+from deq_flax.train.step import make_eval_step, split_model
+from tests.train.small import config, write_tokens
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    c = config(write_tokens(tmp_path_factory.mktemp("tokens")))
+    return make_task(c | {"deq": c["deq"] | {"max_steps": 30, "tol": 1e-5}})
+
+
+@pytest.fixture(scope="module")
+def model(task):
+    return task.build_model(nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def loss(task, model):
+    return jax.jit(lambda batch, carry: task.loss(model, batch, carry))
+
+
+def test_every_token_of_a_split_is_scored_once(task, model, loss):
+    """The reported loss is the mean over all targets, whatever the padding of the last segment."""
+    mesh = make_mesh(data=1, fsdp=1, tensor=1)
+    graph, params, variables = split_model(model)
+    reported = evaluate(task, model, make_eval_step(task, graph, mesh), mesh, params, variables, "valid")
+    carry, total, count = task.fresh_carry(model, 4), 0.0, 0
+    batches = task.eval_batches("valid")
+    for i in range(len(batches)):
+        mean, output = loss(batches[i], carry)
+        carry, n = output.carry, batches[i]["mask"].sum()
+        total, count = total + float(mean) * n, count + n
+    assert count == len(task.corpus.valid) - 1
+    np.testing.assert_allclose(reported["loss"], total / count, rtol=1e-5)
+    np.testing.assert_allclose(reported["ppl"], np.exp(total / count), rtol=1e-5)
+
+
+def test_a_fresh_batch_forgets_the_memory(task, model, loss):
+    first, second = next(task.train_batches(0)), next(task.train_batches(1))
+    _, output = loss(first, task.fresh_carry(model, 4))
+    with_memory = loss(second, output.carry)[0]
+    forgotten = loss(second | {"fresh": np.ones(4, bool)}, output.carry)[0]
+    never_had = loss(second, task.fresh_carry(model, 4))[0]
+    assert abs(float(with_memory - never_had)) > 1e-6
+    np.testing.assert_allclose(forgotten, never_had, rtol=1e-6)
+
+
+def test_masked_targets_count_for_nothing(task, model, loss):
+    batch = next(task.train_batches(0))
+    mask = np.array(batch["mask"])
+    mask[:, 5:] = 0
+    changed = np.where(mask == 0, (batch["targets"] + 1) % 40, batch["targets"])
+    carry = task.fresh_carry(model, 4)
+    a = loss(batch | {"mask": mask}, carry)[1].metrics["loss"]
+    b = loss(batch | {"mask": mask, "targets": changed}, carry)[1].metrics["loss"]
+    np.testing.assert_allclose(a.total, b.total)
+    assert a.count == 20
+
+
+def test_the_jacobian_loss_is_weighted_and_reported_apart(task, model):
+    batch, carry = next(task.train_batches(0)), task.fresh_carry(model, 4)
+
+    @jax.jit
+    def value(weight):
+        controls = Controls(max_steps=jnp.int32(30), jacobian_weight=weight)
+        loss, output = task.loss(model, batch, carry, phase=Phase(jacobian_loss=True), controls=controls, key=jax.random.key(0))
+        return loss, output.metrics
+
+    (zero, _), (three, metrics) = value(0.0), value(3.0)
+    jacobian = metrics["jacobian_loss"].total
+    np.testing.assert_allclose(three - zero, 3 * jacobian, rtol=1e-4)
+    np.testing.assert_allclose(zero, metrics["loss"].total / metrics["loss"].count, rtol=1e-6)
+    assert jacobian > 0
+
+
+def test_dropout_needs_a_key(task, model, loss):
+    batch, carry = next(task.train_batches(0)), task.fresh_carry(model, 4)
+    noisy = jax.jit(lambda key: task.loss(model, batch, carry, key=key)[0])
+    assert noisy(jax.random.key(0)) != noisy(jax.random.key(1))
+    assert loss(batch, carry)[0] == loss(batch, carry)[0]

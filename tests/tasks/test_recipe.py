@@ -1,0 +1,55 @@
+"""What happens at which step: phases and controls are functions of (seed, step)."""
+
+import numpy as np
+
+from deq_flax import Implicit, Unroll
+from deq_flax.task import Phase
+from deq_flax.tasks.recipe import EquilibriumRecipe
+
+
+def recipe(**options):
+    defaults = dict(
+        solver="anderson", tol=1e-3, max_steps=12, stop="relative", backward_solver="broyden", backward_tol=1e-4,
+        backward_max_steps=13, jacobian_weight=1.9, jacobian_frequency=0.35, jacobian_increment=0.1,
+        jacobian_increment_every=100, jacobian_stop=0, jacobian_through_equilibrium=False, max_steps_jitter=2,
+        pretrain_steps=50, pretrain_layers=2, seed=0,
+    )  # fmt: skip
+    return EquilibriumRecipe(**defaults | options)
+
+
+def test_pretraining_is_unrolled_and_without_jacobian_loss():
+    r = recipe()
+    assert {r.phase(step) for step in range(50)} == {Phase(unrolled=True)}
+    assert not any(r.phase(step).unrolled for step in range(50, 500))
+    assert r.gradient(Phase(unrolled=True)) == Unroll(2)
+    assert isinstance(r.gradient(Phase()), Implicit) and r.gradient(None) == r.gradient(Phase())
+
+
+def test_the_jacobian_loss_comes_with_its_frequency_and_stops():
+    share = np.mean([recipe().phase(step).jacobian_loss for step in range(50, 4050)])
+    assert abs(share - 0.35) < 0.03
+    stopping = recipe(jacobian_stop=60, jacobian_frequency=1.0)
+    assert all(stopping.phase(step).jacobian_loss for step in range(50, 60))
+    assert not any(stopping.phase(step).jacobian_loss for step in range(60, 500))
+    assert not any(recipe(jacobian_weight=0.0).phase(step).jacobian_loss for step in range(50, 500))
+
+
+def test_the_weight_grows_on_schedule():
+    weights = [float(recipe().controls(step).jacobian_weight) for step in (0, 149, 150, 250)]
+    np.testing.assert_allclose(weights, [1.9, 1.9, 2.0, 2.1], rtol=1e-6)
+    np.testing.assert_allclose(recipe(jacobian_increment_every=0).controls(10_000).jacobian_weight, 1.9, rtol=1e-6)
+
+
+def test_step_limits_are_drawn_from_the_published_range():
+    limits = [int(recipe().controls(step).max_steps) for step in range(600)]
+    assert set(limits) == {10, 11, 12}
+    assert min(np.bincount(limits)[10:]) > 150
+    assert {int(recipe(max_steps_jitter=0).controls(step).max_steps) for step in range(50)} == {12}
+
+
+def test_a_step_is_decided_by_seed_and_number_alone():
+    a, b = recipe(), recipe()
+    forward = [(a.phase(s), a.controls(s)) for s in range(200)]
+    backward = [(b.phase(s), b.controls(s)) for s in reversed(range(200))][::-1]
+    assert forward == backward
+    assert [recipe(seed=1).phase(s) for s in range(200)] != [phase for phase, _ in forward]

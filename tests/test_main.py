@@ -1,0 +1,130 @@
+"""The command, as a user meets it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+QUICK = [
+    f"--config.{option}"
+    for option in (
+        "train.steps=4",
+        "train.eval_every=0",
+        "train.log_every=2",
+        "deq.pretrain_steps=2",
+        "model.d_model=16",
+        "model.d_embed=16",
+        "model.n_head=2",
+        "model.d_head=8",
+        "model.d_inner=16",
+        "model.mem_len=8",
+        "data.seq_len=8",
+        "data.eval_batch_size=64",
+    )
+]
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "deq_flax.main", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla")} | environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny run from the command line, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    return workdir, command("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK)
+
+
+def test_trains_and_says_how_it_went(trained):
+    workdir, result = trained
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("done: best checkpoint, step 4 | valid loss") and "unigram_ppl" in last and "test loss" in last
+    assert (workdir / "metrics.jsonl").exists() and (workdir / "config.json").exists()
+
+
+def test_the_same_command_again_says_that_the_run_is_complete(trained):
+    workdir, first = trained
+    again = command("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK)
+    assert again.returncode == 0 and "this run is complete" in again.stdout
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+
+def test_eval_reports_the_best_checkpoint_and_changes_nothing(trained):
+    workdir, first = trained
+    before = (workdir / "metrics.jsonl").read_bytes()
+    result = command("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), "--mode", "eval", *QUICK)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].split("|")[1:] == first.stdout.splitlines()[-1].split("|")[1:]
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_workdir_of_another_config_is_left_alone(trained):
+    workdir, _ = trained
+    before = (workdir / "config.json").read_bytes()
+    result = command(
+        "--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK, "--config.optimizer.learning_rate=0.5"
+    )
+    assert result.returncode == 2
+    assert "another config" in result.stderr and "optimizer.learning_rate" in result.stderr
+    assert (workdir / "config.json").read_bytes() == before
+    assert json.loads(before)["optimizer"]["learning_rate"] != 0.5
+
+
+def bad_inputs(tmp_path):
+    """Name -> (arguments, what the one line must mention)."""
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "broken").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "broken" / f"{split}.npy").write_bytes(b"not an array")
+    tiny = ["--config", "configs/wt103.py:tiny", "--workdir", str(tmp_path / "run")]
+    return {
+        "unknown variant": (["--config", "configs/wt103.py:huge", "--workdir", "x"], "known: base"),
+        "no such config": (["--config", "configs/none.py", "--workdir", "x"], "no such file"),
+        "no workdir": (tiny[:2], "--workdir"),
+        "misspelled key": ([*tiny, "--config.modle.d_model=3"], "Did you mean"),
+        "wrong type": ([*tiny, "--config.train.steps=many"], "steps"),
+        "sequence length 0": ([*tiny, "--config.data.seq_len=0"], "seq_len"),
+        "cutoffs out of order": ([*tiny, "--config.model.cutoffs=900,300"], "cutoffs"),
+        "missing data": (["--config", "configs/wt103.py", "--workdir", "x", f"--config.data.path={tmp_path}/none"], "WikiText"),
+        "missing PTB": (["--config", "configs/ptb.py", "--workdir", "x", f"--config.data.path={tmp_path}/none"], "Treebank"),
+        "unreadable data": ([*tiny, "--config.data.name=tokens", f"--config.data.path={tmp_path}/broken"], "train.npy"),
+        "workdir not writable": ([*tiny[:2], "--workdir", str(tmp_path / "file" / "run")], "cannot write"),
+        "unknown mode": ([*tiny, "--mode", "dance"], "dance"),
+        "eval without checkpoint": ([*tiny, "--mode", "eval"], "no checkpoint"),
+        "unknown optimizer": ([*tiny, "--config.optimizer.name=adem"], "known: adam"),
+    }
+
+
+def test_every_mistake_is_one_line_and_exit_code_2(tmp_path):
+    cases = bad_inputs(tmp_path)
+    for start in range(0, len(cases), 2):  # two at a time: each starts a Python of its own
+        running = {
+            name: subprocess.Popen(
+                [sys.executable, "-m", "deq_flax.main", *cases[name][0]],
+                cwd=ROOT,
+                env=os.environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for name in list(cases)[start : start + 2]
+        }
+        for name, process in running.items():
+            out, err = process.communicate(timeout=120)
+            lines = [line for line in err.splitlines() if line.strip()]
+            assert process.returncode == 2, (name, out, err)
+            assert len(lines) == 1 and lines[0].startswith("error: "), (name, err)
+            assert cases[name][1] in lines[0], (name, err)
+            assert "compiling" not in out, name
