@@ -28,8 +28,6 @@ def jacobian_loss(
     Raises:
       ValueError: neither key nor vectors is given.
     """
-    if key is None and vectors is None:
-        raise ValueError("jacobian_loss needs a random key, or explicit vectors")
     _, pullback = jax.vjp(f, z)
     count = sum(leaf.size for leaf in jax.tree.leaves(z))
 
@@ -39,6 +37,8 @@ def jacobian_loss(
 
     if vectors is not None:
         return once(vectors)
+    if key is None:
+        raise ValueError("jacobian_loss needs a random key, or explicit vectors")
     return jnp.mean(jnp.stack([once(_normal_like(z, k)) for k in jax.random.split(key, samples)]))
 
 

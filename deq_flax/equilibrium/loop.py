@@ -30,10 +30,15 @@ class _Loop(NamedTuple):
     best: _Best
     solver: Any
     traces: tuple[jax.Array, jax.Array] | None
+    sampled: jax.Array | None
+
+
+Freeze = Callable[[jax.Array, Any, Any], Any]
+"""(going (B,), new, old) -> the solver state with the members that have stopped as in `old`."""
 
 
 def solve(
-    f: Callable[[jax.Array], jax.Array], z0: jax.Array, solver: Solver, max_steps: jax.Array | None = None
+    f: Callable[[jax.Array], jax.Array], z0: jax.Array, solver: Solver, max_steps: jax.Array | int | None = None
 ) -> tuple[jax.Array, SolverStats]:
     """Iterate towards z = f(z) on flat states.
 
@@ -48,8 +53,27 @@ def solve(
       The iterate of lowest residual, (B, N), and statistics. NaN-safe: a member that starts at a non-finite evaluation
       returns its z0 with a non-finite residual and `converged` 0.
     """
+    z, stats, _ = solve_with_state(f, z0, solver, max_steps, freeze=lambda going, new, old: new)
+    return z, stats
+
+
+def freeze_members(going: jax.Array, new: Any, old: Any) -> Any:
+    """The `Freeze` that keeps every leaf, all (B, ...), of a member that has stopped. It reads and writes the whole state."""
+    return jax.tree.map(lambda n, o: jnp.where(jnp.reshape(going, (-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
+
+
+def solve_with_state(
+    f: Callable[[jax.Array], jax.Array],
+    z0: jax.Array,
+    solver: Solver,
+    max_steps: jax.Array | int | None = None,
+    *,
+    freeze: Freeze = freeze_members,
+) -> tuple[jax.Array, SolverStats, Any]:
+    """`solve`, and the solver's own state after the last evaluation of each member that was finite."""
     limit = solver.max_steps if max_steps is None else jnp.clip(max_steps, 1, solver.max_steps)
     batch = z0.shape[:1]
+    sample_steps = jnp.asarray(solver.sample_steps, jnp.int32)
 
     def keep_going(s: _Loop) -> jax.Array:
         return (s.k < limit) & jnp.any(s.active)
@@ -61,7 +85,9 @@ def solve(
         relative = jnp.where(absolute == 0, 0.0, absolute / size)
         residual = relative if solver.stop == "relative" else absolute
         best_residual = s.best.relative if solver.stop == "relative" else s.best.absolute
-        better = s.active & ((residual < best_residual) | (s.k == 0))
+        # Where f is zero every other state is infinitely far, relatively: the absolute residual then tells.
+        tied = jnp.isinf(residual) & jnp.isinf(best_residual) & (absolute < s.best.absolute)
+        better = s.active & ((residual < best_residual) | tied | (s.k == 0))
         best = _Best(
             z=jnp.where(better[:, None], s.z, s.best.z),
             relative=jnp.where(better, relative, s.best.relative),
@@ -72,9 +98,12 @@ def solve(
             s.traces[0].at[:, s.k].set(jnp.where(s.active, relative, best.relative)),
             s.traces[1].at[:, s.k].set(jnp.where(s.active, absolute, best.absolute)),
         )
-        active = s.active & (residual > solver.tol) & jnp.isfinite(absolute) & jnp.isfinite(size)
+        sampled = None if s.sampled is None else jnp.where((sample_steps == s.k)[:, None, None], s.z[None], s.sampled)
+        going = s.active & jnp.isfinite(absolute) & jnp.isfinite(size)
+        active = going & (residual > solver.tol)
         z, state = solver.step(s.k, s.z, g, s.solver)
-        return _Loop(s.k + 1, jnp.where(active[:, None], z, best.z), active, best, state, traces)
+        state = freeze(going, state, s.solver)
+        return _Loop(s.k + 1, jnp.where(active[:, None], z, best.z), active, best, state, traces, sampled)
 
     infinite = jnp.full(batch, jnp.inf, z0.dtype)
     blank = jnp.zeros((*batch, solver.max_steps), z0.dtype)
@@ -85,9 +114,10 @@ def solve(
         best=_Best(z0, infinite, infinite, jnp.zeros(batch, z0.dtype)),
         solver=solver.init(z0),
         traces=(blank, blank) if solver.trace else None,
+        sampled=jnp.zeros((len(solver.sample_steps), *z0.shape), z0.dtype) if solver.sample_steps else None,
     )
     end = jax.lax.while_loop(keep_going, body, start)
-    return end.best.z, _stats(end, solver)
+    return end.best.z, _stats(end, solver), end.solver
 
 
 def _stats(end: _Loop, solver: Solver) -> SolverStats:
@@ -98,6 +128,10 @@ def _stats(end: _Loop, solver: Solver) -> SolverStats:
         never_run = (jnp.arange(solver.max_steps) >= end.k)[None]
         relative_trace = jnp.where(never_run, best.relative[:, None], end.traces[0])
         absolute_trace = jnp.where(never_run, best.absolute[:, None], end.traces[1])
+    sampled = None
+    if end.sampled is not None:
+        reached = jnp.asarray(solver.sample_steps) < end.k
+        sampled = jnp.where(reached[:, None, None], end.sampled, best.z[None])
     return SolverStats(
         nfe=end.k.astype(best.z.dtype),
         steps=best.step,
@@ -106,6 +140,7 @@ def _stats(end: _Loop, solver: Solver) -> SolverStats:
         converged=(residual <= solver.tol).astype(best.z.dtype),
         relative_trace=relative_trace,
         absolute_trace=absolute_trace,
+        sampled=sampled,
     )
 
 

@@ -1,7 +1,7 @@
 """What a solve returns, and what a solver is."""
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import jax
 
@@ -30,6 +30,8 @@ class SolverStats:
     """(B, max_steps) relative residual of each iterate, padded with the returned one's; None unless asked for."""
     absolute_trace: jax.Array | None = None
     """(B, max_steps), likewise absolute."""
+    sampled: jax.Array | None = None
+    """(S, B, N) flat iterates that `Solver.sample_steps` asked for. `fixed_point` turns them into `Solution.trajectory`."""
 
 
 @jax.tree_util.register_dataclass
@@ -40,50 +42,54 @@ class Solution:
     value: Any
     """A pytree like the initial guess."""
     stats: SolverStats
+    trajectory: Any = None
+    """A pytree like the initial guess with a leading axis for the iterates `Solver.sample_steps`; None unless asked for."""
 
 
-class Solver(Protocol):
+@dataclass(frozen=True)
+class Solver:
     """How to step towards z = f(z). The loop (`loop.solve`) owns evaluating, counting, stopping and keeping the best.
 
     A solver is a frozen dataclass of Python numbers: hashable, so that it can be a static argument of `jax.jit`. It works on
-    flat states (B, N) and never mixes members of the batch.
+    flat states (B, N) and never mixes members of the batch. A new one derives from this class, which holds the options that
+    all have, and defines `init` and `step`.
+
+    Args:
+      tol: a member stops when its residual is at most this.
+      max_steps: limit on the evaluations of f.
+      stop: whether `tol` is about the 'relative' or the 'absolute' residual; see `SolverStats`.
+      trace: record the residual of every iterate.
+      sample_steps: iterates to record in `Solution.trajectory`, increasing, each below max_steps; 0 is the initial guess.
+
+    Raises:
+      ValueError: an option is out of range.
     """
 
-    @property
-    def tol(self) -> float:
-        """A member stops when its residual is at most this."""
-        ...
+    tol: float = 1e-6
+    max_steps: int = 50
+    stop: StopMode = "relative"
+    trace: bool = field(default=False, kw_only=True)
+    sample_steps: tuple[int, ...] = field(default=(), kw_only=True)
 
-    @property
-    def max_steps(self) -> int:
-        """Limit on the evaluations of f."""
-        ...
-
-    @property
-    def stop(self) -> StopMode:
-        """Which residual `tol` is about."""
-        ...
-
-    @property
-    def trace(self) -> bool:
-        """Whether to record the residual of every iterate."""
-        ...
+    def __post_init__(self):
+        name, steps = type(self).__name__, self.sample_steps
+        if self.stop not in ("relative", "absolute"):
+            raise ValueError(f"{name}: stop must be 'relative' or 'absolute', not {self.stop!r}")
+        if not self.tol >= 0:
+            raise ValueError(f"{name}: tol must be at least 0, not {self.tol}")
+        if self.max_steps < 1:
+            raise ValueError(f"{name}: max_steps must be at least 1, not {self.max_steps}")
+        if not isinstance(steps, tuple) or list(steps) != sorted({k for k in steps if 0 <= k < self.max_steps}):
+            raise ValueError(f"{name}: sample_steps must be a tuple of increasing steps below {self.max_steps}, not {steps!r}")
 
     def init(self, z: jax.Array) -> Any:
         """The solver's own state for an initial guess z (B, N)."""
-        ...
+        raise NotImplementedError
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """The next iterate (B, N), from iterate k = 0, 1, ..., its residual g = f(z) - z, and the state."""
-        ...
+        raise NotImplementedError
 
-
-def check_solver(solver: Solver) -> None:
-    """Raise ValueError when an option common to all solvers is out of range."""
-    name = type(solver).__name__
-    if solver.stop not in ("relative", "absolute"):
-        raise ValueError(f"{name}: stop must be 'relative' or 'absolute', not {solver.stop!r}")
-    if not solver.tol >= 0:
-        raise ValueError(f"{name}: tol must be at least 0, not {solver.tol}")
-    if solver.max_steps < 1:
-        raise ValueError(f"{name}: max_steps must be at least 1, not {solver.max_steps}")
+    def quiet(self, **options: Any) -> Self:
+        """The same solver recording nothing, with other options changed: for the solves a caller does not see."""
+        return replace(self, trace=False, sample_steps=(), **options)

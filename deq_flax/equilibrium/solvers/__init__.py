@@ -1,10 +1,13 @@
-"""Solvers, one file each. A new one is a frozen dataclass with `init` and `step`, and a line in this table."""
+"""Solvers, one file each. A new one derives from `Solver`, with `init` and `step`, and gets a line in this table.
 
-from collections.abc import Callable
+`GMRES` solves linear equations only, so it is for `Implicit(solver=...)` and stands apart.
+"""
 
 from deq_flax.equilibrium.solution import Solver
 from deq_flax.equilibrium.solvers.anderson import Anderson
 from deq_flax.equilibrium.solvers.broyden import Broyden
+from deq_flax.equilibrium.solvers.gmres import GMRES
 from deq_flax.equilibrium.solvers.picard import Picard
 
-SOLVERS: dict[str, Callable[..., Solver]] = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}
+SOLVERS: dict[str, type[Solver]] = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}
+ADJOINT_SOLVERS: dict[str, type[Solver] | type[GMRES]] = {**SOLVERS, "gmres": GMRES}

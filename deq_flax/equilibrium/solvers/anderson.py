@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import StopMode, check_solver
+from deq_flax.equilibrium.solution import Solver
 
 
 class AndersonState(NamedTuple):
@@ -21,7 +21,7 @@ class AndersonState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Anderson:
+class Anderson(Solver):
     """Anderson acceleration, type II (Walker & Ni 2011, eq. 2.2; Bai et al. 2019, section 3.1.2).
 
     z_{k+1} = sum_i a_i (z_i + mixing g_i) over the last `memory` iterates, where a minimises
@@ -30,28 +30,21 @@ class Anderson:
     improving where an absolute ridge of 1e-4 stalls at residuals of 1e-4.
 
     Args:
-      tol: a member stops when its residual is at most this.
-      max_steps: limit on the evaluations of f.
-      stop: whether `tol` is about the 'relative' or the 'absolute' residual.
+      tol, max_steps, stop, trace, sample_steps: see `Solver`.
       memory: how many iterates to combine; the state is 2 x memory copies of z.
       mixing: weight of the residuals in the combination; 1 combines the values of f.
       ridge: relative Tikhonov regularisation.
-      trace: record the residual of every iterate.
 
     Raises:
       ValueError: an option is out of range.
     """
 
-    tol: float = 1e-6
-    max_steps: int = 50
-    stop: StopMode = "relative"
     memory: int = 6
     mixing: float = 1.0
     ridge: float = 1e-4
-    trace: bool = False
 
     def __post_init__(self):
-        check_solver(self)
+        super().__post_init__()
         if self.memory < 1:
             raise ValueError(f"Anderson: memory must be at least 1, not {self.memory}")
         if not 0 < self.mixing <= 1:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import StopMode, check_solver
+from deq_flax.equilibrium.solution import Solver
 
 
 class BroydenState(NamedTuple):
@@ -35,6 +35,8 @@ class BroydenState(NamedTuple):
     """(B, m): a_j, zero where the pair is not complete."""
     toward_self: jax.Array
     """(B, m): b_j."""
+    newest: jax.Array
+    """(B,) int32: j of the youngest step in the ring; negative before there is one."""
     pending: jax.Array
     """(B, N): the step that led to the iterate under evaluation; it enters the ring when that is known."""
     search: "_Search | None"
@@ -54,30 +56,23 @@ class _Search(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Broyden:
+class Broyden(Solver):
     """Broyden's good method with H_0 = -I: superlinear where Picard is linear, whatever its spectral radius.
 
     Args:
-      tol: a member stops when its residual is at most this.
-      max_steps: limit on the evaluations of f.
-      stop: whether `tol` is about the 'relative' or the 'absolute' residual.
+      tol, max_steps, stop, trace, sample_steps: see `Solver`.
       memory: how many steps to keep (None: all of them). The state is `memory` copies of z; past it the oldest is forgotten.
       line_search: halve a step until |g|^2 falls (Armijo), up to 6 times. Trials count as evaluations.
-      trace: record the residual of every iterate.
 
     Raises:
       ValueError: an option is out of range.
     """
 
-    tol: float = 1e-6
-    max_steps: int = 50
-    stop: StopMode = "relative"
     memory: int | None = None
     line_search: bool = False
-    trace: bool = False
 
     def __post_init__(self):
-        check_solver(self)
+        super().__post_init__()
         if self.memory is not None and self.memory < 2:
             raise ValueError(f"Broyden: memory must be None or at least 2, not {self.memory}")
 
@@ -94,6 +89,7 @@ class Broyden:
             inverse=jnp.zeros((batch, slots, slots), z.dtype),
             toward_next=blank,
             toward_self=blank,
+            newest=jnp.full(batch, -1, jnp.int32),
             pending=jnp.zeros_like(z),
             search=search,
         )
@@ -141,7 +137,23 @@ def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenSt
     per_square = jnp.where(good, 1.0 / jnp.where(square > 0, square, 1.0), 0.0)
     a = jnp.where(here, (length * per_square)[:, None], a)
     b = jnp.where(here, ((length - 1.0) * per_square)[:, None], b)
-    return direction, BroydenState(steps, inverse, a, b, state.pending, state.search)
+    newest = jnp.broadcast_to(newest, state.newest.shape)
+    return direction, BroydenState(steps, inverse, a, b, newest, state.pending, state.search)
+
+
+def apply_inverse_transpose(state: BroydenState, x: jax.Array) -> jax.Array:
+    """H^T x, (B, N): the transposed inverse Jacobian estimate of g(z) = f(z) - z that a state holds, times x (B, N).
+
+    With S the rows s_j, U the rows u_j and L the triangular matrix `inverse`, H = -I - U^T L S.
+    """
+    slots = state.inverse.shape[1]
+    along_x = jnp.einsum("bmn,bn->bm", state.steps, x)
+    here = jnp.arange(slots)[None] == (state.newest % slots)[:, None]
+    # The step after the youngest in the ring is the pending one.
+    along_next = jnp.where(here, jnp.sum(state.pending * x, axis=1)[:, None], jnp.roll(along_x, -1, axis=1))
+    u_x = state.toward_next * along_next + state.toward_self * along_x
+    weights = jnp.einsum("bij,bi->bj", state.inverse, u_x)
+    return -x - jnp.einsum("bm,bmn->bn", weights, state.steps)
 
 
 def _step_with_search(z: jax.Array, g: jax.Array, state: BroydenState, search: _Search) -> tuple[jax.Array, BroydenState]:
@@ -161,6 +173,7 @@ def _step_with_search(z: jax.Array, g: jax.Array, state: BroydenState, search: _
         inverse=keep(updated.inverse, state.inverse),
         toward_next=toward_next,
         toward_self=keep(updated.toward_self, state.toward_self),
+        newest=keep(updated.newest, state.newest),
         pending=pending,
         search=_Search(base, keep(merit, search.merit), length, search.count + accept.astype(jnp.int32)),
     )
