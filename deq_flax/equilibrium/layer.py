@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deq_flax.equilibrium.fixed_point import fixed_point
+from deq_flax.equilibrium.fixed_point import OnFailure, fixed_point
 from deq_flax.equilibrium.gradients import Gradient, Implicit
 from deq_flax.equilibrium.solution import Solution, Solver
 from deq_flax.equilibrium.solvers.broyden import Broyden
@@ -29,15 +29,25 @@ class Equilibrium(nnx.Module):
 
     Args:
       cell: called as cell(z, *inputs); returns a pytree like z.
-      solver, gradient: as for `fixed_point`.
+      solver, gradient, on_failure: as for `fixed_point`.
     """
 
-    def __init__(self, cell: nnx.Module, *, solver: Solver | None = None, gradient: Gradient | None = None):
+    def __init__(
+        self,
+        cell: nnx.Module,
+        *,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+        on_failure: OnFailure = "return",
+    ):
         self.cell = cell
         self.solver = solver or Broyden()
         self.gradient = gradient or Implicit()
+        self.on_failure: OnFailure = on_failure
 
-    def __call__(self, z0: Any, *inputs: Any, max_steps: jax.Array | None = None, probe: jax.Array | None = None) -> Solution:
+    def __call__(
+        self, z0: Any, *inputs: Any, max_steps: jax.Array | int | None = None, probe: jax.Array | None = None
+    ) -> Solution:
         """Solve from z0, a pytree with leading batch axes; see `fixed_point`."""
         graph, streams, state = nnx.split(self.cell, nnx.RngState, ...)
 
@@ -45,7 +55,16 @@ class Equilibrium(nnx.Module):
             # A copy, because the streams may not be advanced from inside the loop's own trace.
             return nnx.merge(graph, streams, state, copy=True)(z, *inputs)
 
-        solution = fixed_point(f, z0, *inputs, solver=self.solver, gradient=self.gradient, max_steps=max_steps, probe=probe)
+        solution = fixed_point(
+            f,
+            z0,
+            *inputs,
+            solver=self.solver,
+            gradient=self.gradient,
+            max_steps=max_steps,
+            probe=probe,
+            on_failure=self.on_failure,
+        )
         if jax.tree.leaves(streams):
             nnx.update(self.cell, _advanced(graph, streams, state, z0, inputs))
         return solution
