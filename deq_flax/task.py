@@ -39,6 +39,9 @@ class Phase:
     jacobian_loss: bool = False
     """Add the Jacobian regulariser to the loss."""
 
+    def __str__(self) -> str:
+        return ("unrolled pretraining" if self.unrolled else "equilibrium") + " with Jacobian loss" * self.jacobian_loss
+
 
 class Controls(NamedTuple):
     """Numbers that change from step to step within a phase. Traced: they never recompile."""

@@ -1,5 +1,7 @@
 """Variational dropout: a mask drawn once per solve, a constant of the equation whose root is sought."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -12,10 +14,23 @@ def check_rate(name, rate):
 
 def draw_mask(key, rate, shape, dtype=jnp.float32):
     """A mask of `shape` already divided by the keep probability, or None when `rate` is 0 or `key` is None."""
-    if key is None or rate == 0:
-        return None
-    keep = 1 - rate
-    return jax.random.bernoulli(key, keep, shape).astype(dtype) / keep
+    return draw_masks(key, (rate, shape), dtype=dtype)[0]
+
+
+def draw_masks(key, *wanted, dtype=jnp.float32):
+    """A mask, as of `draw_mask`, for each (rate, shape) wanted: independent, but from one draw.
+
+    One, because each call of a random generator is a large program of its own to compile.
+    """
+    sizes = [0 if key is None or rate == 0 else math.prod(shape) for rate, shape in wanted]
+    if not any(sizes):
+        return [None] * len(wanted)
+    uniform, start, masks = jax.random.uniform(key, (sum(sizes),), jnp.float32), 0, []
+    for (rate, shape), size in zip(wanted, sizes, strict=True):
+        kept = uniform[start : start + size].reshape(shape) < 1 - rate if size else None
+        masks.append(None if kept is None else kept.astype(dtype) / (1 - rate))
+        start += size
+    return masks
 
 
 def apply_mask(x, mask):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deq_flax.nn.attention import attention_mask, mask_to_bias, relative_attention
-from deq_flax.nn.dropout import apply_mask, check_rate, draw_mask
+from deq_flax.nn.dropout import apply_mask, check_rate, draw_masks
 from deq_flax.nn.linear import Linear, normal_param
 from deq_flax.nn.norm import layer_norm
 from deq_flax.nn.precision import compute_dtype, contract, contract_narrow
@@ -97,15 +97,16 @@ class TransformerCell(nnx.Module):
 
     def draw_masks(self, key, batch_size, length, n_memory):
         """Dropout masks for one solve; none at all when key is None."""
-        if key is None:
-            return Masks()
-        keys = jax.random.split(key, 5)
+        features, keys = (batch_size, 1, self.d_model), n_memory + length
         return Masks(
-            draw_mask(keys[0], self.dropout, (1, self.d_model)),
-            draw_mask(keys[1], self.attention_dropout, (self.n_head, batch_size, length, n_memory + length)),
-            draw_mask(keys[2], self.dropout, (batch_size, 1, self.d_model)),
-            draw_mask(keys[3], self.dropout, (batch_size, 1, self.d_inner)),
-            draw_mask(keys[4], self.dropout, (batch_size, 1, self.d_model)),
+            *draw_masks(
+                key,
+                (self.dropout, (1, self.d_model)),
+                (self.attention_dropout, (self.n_head, batch_size, length, keys)),
+                (self.dropout, features),
+                (self.dropout, (batch_size, 1, self.d_inner)),
+                (self.dropout, features),
+            )
         )
 
     def context(self, injection_BLJ, memory, positions_KD, masks=None):

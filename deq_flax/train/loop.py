@@ -195,7 +195,7 @@ class _Run:
         else:
             log.flush()
             with self.clock.pause():
-                print(f"compiling {phase}", flush=True)
+                print(f"compiling: {phase}", flush=True)
                 self.state, metrics = self._train_step(self.state, *arguments, phase=phase)
                 jax.block_until_ready(metrics)
             self._compiled.add(phase)

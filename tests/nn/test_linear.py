@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.nn.dropout import apply_mask, check_rate, draw_mask
+from deq_flax.nn.dropout import apply_mask, check_rate, draw_mask, draw_masks
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.norm import layer_norm
 from deq_flax.nn.precision import compute_dtype, contract
@@ -33,6 +33,8 @@ def test_mask_keeps_the_mean_and_is_absent_without_key_or_rate():
     assert set(np.unique(mask)) == {0.0, np.float32(1) / np.float32(0.75)}
     assert abs(mask.mean() - 1) < 0.03
     assert draw_mask(None, 0.25, (2,)) is None
+    a, none, b = draw_masks(jax.random.key(0), (0.5, (4, 8)), (0.0, (3,)), (0.5, (4, 8)))
+    assert none is None and (a != b).any()
     assert draw_mask(jax.random.key(0), 0, (2,)) is None
     assert apply_mask(mask, None) is mask
 
