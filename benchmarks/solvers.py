@@ -1,0 +1,304 @@
+"""Solvers and gradients, side by side with other libraries.
+
+    pip install -r requirements.txt -r requirements-bench.txt && python benchmarks/solvers.py [--rounds 9] [--write benchmarks/solvers.md]
+
+One process a library, all alive at once; they take turns, so that a slow spell of the machine hits all of them, and the
+medians are compared. Every library makes the same number of evaluations of the same layer (tolerance 0); their calls of f are
+counted, and overhead = time / (calls x time of f alone in a loop). A library that is not installed is left out.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+
+THREADS = 2
+STEPS = 30
+LIBRARIES = {"deq_flax": "jax", "banax": "banax", "jaxopt": "jaxopt", "optimistix": "optimistix", "torchdeq": "torchdeq"}
+"""Library -> the distribution that must be installed."""
+CASES = ("f", "vjp", "picard", "anderson", "broyden", "gradient", "idle anderson", "idle broyden")
+"""'idle' is f(z) = a z + x with a diagonal a, which costs nothing: the solver's own time. 'gradient' is Anderson forward and
+Broyden adjoint."""
+
+
+def jax_cases(library: str) -> tuple[dict[str, Callable], dict[str, int]]:
+    """Compiled programs by case, and how often each calls f (the gradient: f, and separately its adjoint)."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.layer import jax_layer, weights
+
+    w = {name: jnp.asarray(value) for name, value in weights().items()}
+    z0 = jnp.zeros((*w["x"].shape[:2], w["out"].shape[0]))
+    calls = {"n": 0}
+
+    def counted(f):
+        def g(w, z):
+            jax.debug.callback(lambda: calls.__setitem__("n", calls["n"] + 1))
+            return f(w, z)
+
+        return g
+
+    def idle(w, z):
+        return jnp.linspace(-0.9, 0.9, z.shape[-1])[None, None] * z + w["x"][..., : z.shape[-1]]
+
+    solve = JAX_SOLVES[library]
+    programs, counts = {}, {}
+    for case in ("picard", "anderson", "broyden", "idle anderson", "idle broyden"):
+        f = idle if case.startswith("idle") else jax_layer
+        run = solve(case.removeprefix("idle "))
+        if run is None:
+            continue
+        jax.block_until_ready(jax.jit(lambda w, z, run=run, f=f: run(counted(f), w, z))(w, z0))
+        jax.effects_barrier()
+        counts[case], calls["n"] = calls["n"], 0
+        programs[case] = bind(jax.jit(lambda w, z, run=run, f=f: run(f, w, z)), w, z0)
+    run = solve("gradient")
+    if run is not None:
+        programs["gradient"] = bind(jax.jit(jax.grad(lambda w, z: jnp.sum(jnp.sin(run(jax_layer, w, z))))), w, z0)
+    if library == "deq_flax":
+
+        def repeated(w, z):
+            return jax.lax.fori_loop(0, STEPS, lambda _, z: jax_layer(w, z), z)
+
+        def repeated_vjp(w, z):
+            _, pullback = jax.vjp(lambda z: jax_layer(w, z), z)
+            return jax.lax.fori_loop(0, STEPS, lambda _, v: pullback(v)[0], jnp.ones_like(z))
+
+        programs |= {"f": bind(jax.jit(repeated), w, z0), "vjp": bind(jax.jit(repeated_vjp), w, z0)}
+    return programs, counts
+
+
+def bind(program: Callable, *arguments) -> Callable:
+    import jax
+
+    return lambda: jax.block_until_ready(program(*arguments))
+
+
+def ours(case: str) -> Callable:
+    from deq_flax import Anderson, Broyden, Implicit, Picard, fixed_point
+
+    exact = {"tol": 0.0, "max_steps": STEPS}
+    solver = {"picard": Picard(**exact), "broyden": Broyden(**exact)}.get(case, Anderson(**exact))
+    gradient = Implicit(Broyden(**exact))
+    return lambda f, w, z: fixed_point(lambda z: f(w, z), z, solver=solver, gradient=gradient).value
+
+
+def banax(case: str) -> Callable:
+    import banax.adjoint
+    import banax.solver
+
+    limits = {"rtol": 0.0, "atol": 0.0, "max_steps": STEPS - 1}
+    anderson = banax.solver.Anderson(depth=6, **limits)
+    broyden = banax.solver.Broyden(history_size=STEPS, **limits)
+    solver = {"picard": banax.solver.Picard(**limits), "broyden": broyden}.get(case, anderson)
+    adjoint = banax.adjoint.Implicit(solver=solver, b_solver=broyden)
+    return lambda f, w, z: adjoint((lambda z, w: f(w, z), (w,)), z).value
+
+
+def jaxopt(case: str) -> Callable | None:
+    import jaxopt
+
+    limits = {"maxiter": STEPS, "tol": 0.0}
+    if case == "gradient":
+        return None  # its implicit gradient solves to a tolerance of its own: another number of evaluations
+    if case == "picard":
+        return lambda f, w, z: jaxopt.FixedPointIteration(lambda z, w: f(w, z), **limits).run(z, w).params
+    limits["history_size"] = 6 if case == "anderson" else STEPS
+    if case == "broyden":
+        return lambda f, w, z: jaxopt.Broyden(lambda z, w: f(w, z) - z, stepsize=1.0, **limits).run(z, w).params
+    return lambda f, w, z: jaxopt.AndersonAcceleration(lambda z, w: f(w, z), **limits).run(z, w).params
+
+
+def optimistix(case: str) -> Callable | None:
+    if case != "picard":
+        return None  # it has neither of the others
+    import optimistix as optx
+
+    solver = optx.FixedPointIteration(rtol=0.0, atol=0.0)
+    return lambda f, w, z: optx.fixed_point(lambda z, w: f(w, z), solver, z, w, max_steps=STEPS, throw=False).value
+
+
+JAX_SOLVES = {"deq_flax": ours, "banax": banax, "jaxopt": jaxopt, "optimistix": optimistix}
+
+
+def torch_cases() -> tuple[dict[str, Callable], dict[str, int]]:
+    import torch
+    import torchdeq
+
+    from benchmarks.layer import torch_layer, weights
+
+    torch.set_num_threads(THREADS)
+    w = {name: torch.tensor(value, requires_grad=True) for name, value in weights().items()}
+    z0 = torch.zeros(*w["x"].shape[:2], w["out"].shape[0])
+    calls = {"n": 0}
+
+    def layer(z):
+        calls["n"] += 1
+        return torch_layer(w, z)
+
+    def idle(z):
+        calls["n"] += 1
+        return torch.linspace(-0.9, 0.9, z.shape[-1]) * z + w["x"][..., : z.shape[-1]]
+
+    def deq(solver: str, limit: int):
+        # Its Broyden makes one call more than its limit.
+        options = dict(f_max_iter=limit, f_tol=0.0, b_solver="broyden", b_max_iter=STEPS - 1, b_tol=0.0, f_stop_mode="rel")
+        return torchdeq.get_deq(f_solver=solver, ift=True, **options)
+
+    def forward(solver: str, f: Callable, limit: int) -> Callable:
+        solve = deq(solver, limit).eval()
+
+        def run():
+            with torch.no_grad():
+                solve(f, z0)
+
+        return run
+
+    def repeated():
+        with torch.no_grad():
+            z = z0
+            for _ in range(STEPS):
+                z = torch_layer(w, z)
+
+    def repeated_vjp():
+        z = z0.clone().requires_grad_()
+        y, v = torch_layer(w, z), torch.ones_like(z0)
+        for _ in range(STEPS):
+            (v,) = torch.autograd.grad(y, z, v, retain_graph=True)
+
+    def gradient():
+        for value in w.values():
+            value.grad = None
+        z, _ = training(layer, z0)
+        torch.sin(z[-1]).sum().backward()
+
+    training = deq("anderson", STEPS).train()
+    programs = {
+        "f": repeated,
+        "vjp": repeated_vjp,
+        "picard": forward("fixed_point_iter", layer, STEPS),
+        "anderson": forward("anderson", layer, STEPS),
+        "broyden": forward("broyden", layer, STEPS - 1),
+        "gradient": gradient,
+        "idle anderson": forward("anderson", idle, STEPS),
+        "idle broyden": forward("broyden", idle, STEPS - 1),
+    }
+    counts = {}
+    for case, program in programs.items():
+        calls["n"] = 0
+        program()
+        counts[case] = calls["n"]
+    return programs, counts
+
+
+def worker(library: str) -> None:
+    """Answer each line on stdin, a case, with the seconds that one run of it took."""
+    from time import perf_counter
+
+    programs, counts = torch_cases() if library == "torchdeq" else jax_cases(library)
+    for program in programs.values():
+        program()
+    print(json.dumps({"cases": list(programs), "calls": counts}), flush=True)
+    for line in sys.stdin:
+        program = programs[line.strip()]
+        start = perf_counter()
+        program()
+        print(perf_counter() - start, flush=True)
+
+
+def measure(rounds: int) -> tuple[dict, dict]:
+    """Median seconds and calls of f, by (library, case)."""
+    environment = os.environ | {
+        "PYTHONPATH": os.getcwd(),
+        "OMP_NUM_THREADS": str(THREADS),
+        "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={THREADS}",
+    }
+    workers, times, calls = {}, {}, {}
+    for library, distribution in LIBRARIES.items():
+        try:
+            version(distribution)
+        except PackageNotFoundError:
+            print(f"{library}: not installed, left out", file=sys.stderr)
+            continue
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", library],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        ready = json.loads(process.stdout.readline())
+        workers[library] = process, ready["cases"]
+        calls |= {(library, case): n for case, n in ready["calls"].items()}
+        print(f"{library}: ready", file=sys.stderr)
+    for _ in range(rounds + 1):  # the first one warms up
+        for case in CASES:
+            for library, (process, cases) in workers.items():
+                if case in cases:
+                    process.stdin.write(case + "\n")
+                    process.stdin.flush()
+                    times.setdefault((library, case), []).append(float(process.stdout.readline()))
+    for process, _ in workers.values():
+        process.stdin.close()
+        process.wait()
+    return {key: median(values[1:]) for key, values in times.items()}, calls
+
+
+def table(times: dict, calls: dict) -> str:
+    """The result as Markdown."""
+    names = [name for name in LIBRARIES if (name, "picard") in times]
+    packages = ["jax", "numpy", *[LIBRARIES[n] for n in names if n != "deq_flax"]]
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} threads, Python {platform.python_version()}, "
+        + ", ".join(f"{p} {version(p)}" for p in packages),
+        "",
+        "Milliseconds of one call (calls of f in brackets; medians).",
+        "",
+        "| case | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for case in CASES:
+        cells = []
+        for name in names:
+            n = f" ({calls[name, case]})" if (name, case) in calls else ""
+            cells.append(f"{1e3 * times[name, case]:.1f}{n}" if (name, case) in times else "")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    lines += ["", "Overhead: time / (calls x the library's own f in a loop), gradient: / (30 f + 30 vjp).", ""]
+    lines += ["| case | deq_flax | torchdeq |", "|---|---|---|"]
+    for case in ("picard", "anderson", "broyden", "gradient"):
+        cells = []
+        for name in ("deq_flax", "torchdeq"):
+            if (name, case) not in times or (name, "f") not in times:
+                cells.append("")
+                continue
+            limit = times[name, "f"] / STEPS * calls.get((name, case), STEPS)
+            if case == "gradient":
+                limit = times[name, "f"] + times[name, "vjp"]
+            cells.append(f"{times[name, case] / limit:.2f}")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--write", help="also write the tables to this file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return worker(arguments.worker)
+    text = table(*measure(arguments.rounds))
+    print(text)
+    if arguments.write:
+        with open(arguments.write, "w") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()

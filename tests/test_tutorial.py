@@ -1,0 +1,23 @@
+"""The tutorial runs, cell by cell, and its claims hold."""
+
+import json
+import pathlib
+
+import pytest
+
+
+def test_every_cell_of_the_tutorial_runs():
+    matplotlib = pytest.importorskip("matplotlib", reason="the extra 'docs' is not installed")
+    matplotlib.use("Agg")
+    notebook = json.loads((pathlib.Path(__file__).parent.parent / "docs" / "tutorial.ipynb").read_text())
+    names: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"]).replace("range(400)", "range(60)")  # enough to see that it learns
+            exec(compile(source, "tutorial", "exec"), names)
+    assert bool(names["solution"].stats.converged.size)
+    assert abs(names["slope"] - names["difference"]) < 0.02 * abs(names["difference"])
+    for losses, _, evaluations in (history for _, history in names["runs"].values()):
+        assert losses[-5:].mean() < 0.6 * losses[0] and evaluations.min() > 1
+    evaluations = {name: history[2][-20:].mean() for name, (_, history) in names["runs"].items()}
+    assert evaluations["spectral norm 0.97"] < 0.7 * evaluations["unbounded"]
