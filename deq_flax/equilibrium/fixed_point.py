@@ -87,7 +87,7 @@ def fixed_point(
     solution = gradient(map_, jax.lax.stop_gradient(z0), solver, max_steps, probe)
     solution = _with_trajectory(map_, z0, solution)
     if on_failure != "return":
-        solution = _gate(solution, 0.0 if on_failure == "zero_gradient" else jnp.nan)
+        solution = _gate(solution, on_failure)
     return solution if batched else _without_batch(solution)
 
 
@@ -105,14 +105,15 @@ def _with_trajectory(f: Map, z0: Any, solution: Solution) -> Solution:
     return replace(solution, trajectory=trajectory, stats=replace(solution.stats, sampled=None))
 
 
-def _gate(solution: Solution, factor: float) -> Solution:
-    """The same values, with the gradient of the members that did not converge replaced: multiplied by 0 or NaN."""
+def _gate(solution: Solution, on_failure: OnFailure) -> Solution:
+    """The same values, with the gradient of the members that did not converge replaced."""
     failed = solution.stats.converged == 0
 
     def gate(leaf: jax.Array) -> jax.Array:
         here = jnp.reshape(failed, (-1,) + (1,) * (leaf.ndim - 1))
-        frozen = jax.lax.stop_gradient(leaf)
-        return jnp.where(here, frozen if factor == 0 else attach(frozen, factor * leaf), leaf)
+        if on_failure == "zero_gradient":
+            return jnp.where(here, jax.lax.stop_gradient(leaf), leaf)
+        return attach(jax.lax.stop_gradient(leaf), leaf * jnp.where(here, jnp.nan, 1.0).astype(leaf.dtype))
 
     return replace(solution, value=jax.tree.map(gate, solution.value))
 

@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from deq_flax.equilibrium.loop import solve
 from deq_flax.equilibrium.solution import Solution, Solver
@@ -46,6 +48,32 @@ def flat_map(f: Map, z0: Any) -> tuple[Flat, jax.Array, Callable[[jax.Array], An
 def stopped(f: Flat) -> Flat:
     """f without a gradient: a loop over it is not differentiated, whatever f closes over."""
     return lambda x: jax.lax.stop_gradient(f(x))
+
+
+def closed_over(f: Flat, x: jax.Array) -> tuple[Callable[[jax.Array, list[Any], list[Any]], jax.Array], list[Any], list[Any]]:
+    """f as a function of what it closes over too: pure_f(x, floating, others), and the traced values it closes over.
+
+    For `jax.custom_vjp`, which differentiates arguments only. `floating` may need a gradient; `others`, integers and random
+    keys, cannot have one, but must be arguments all the same: vmap and scan may have traced them.
+    """
+    closed = jax.make_jaxpr(f)(x)
+
+    def kind(value: Any) -> str:
+        if not isinstance(value, Tracer):
+            return "constant"
+        return "floating" if jnp.issubdtype(value.dtype, jnp.inexact) else "other"
+
+    kinds = [kind(value) for value in closed.consts]
+    groups = {
+        k: [v for v, own in zip(closed.consts, kinds, strict=True) if own == k] for k in ("constant", "floating", "other")
+    }
+
+    def pure_f(x: jax.Array, floating: list[Any], others: list[Any]) -> jax.Array:
+        source = {"constant": iter(groups["constant"]), "floating": iter(floating), "other": iter(others)}
+        (out,) = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, [next(source[k]) for k in kinds]))(x)
+        return out
+
+    return pure_f, groups["floating"], groups["other"]
 
 
 @jax.custom_jvp

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.gradients.base import Map, flat_map
+from deq_flax.equilibrium.gradients.base import Map, closed_over, flat_map
 from deq_flax.equilibrium.loop import freeze_members, solve_with_state
 from deq_flax.equilibrium.solution import Solution, Solver
 
@@ -66,21 +66,22 @@ class Reversible:
             trace=solver.trace,
             sample_steps=solver.sample_steps,
         )
-        # custom_vjp differentiates arguments only: what f closes over becomes arguments.
-        pure_f, closed_over = jax.closure_convert(flat_f, x0)
+        pure_f, floating, others = closed_over(flat_f, x0)
 
-        def forward(limit: jax.Array, x0: jax.Array, *closed_over: Any) -> Any:
-            z, stats, state = solve_with_state(lambda x: pure_f(x, *closed_over), x0, stepper, limit, freeze=_freeze)
-            return (z, stats), (stats.steps, state, closed_over)
+        def forward(limit: jax.Array, x0: jax.Array, floating: list[Any], others: list[Any]) -> Any:
+            f = lambda x: pure_f(x, floating, others)  # noqa: E731
+            z, stats, state = solve_with_state(f, x0, stepper, limit, freeze=_freeze)
+            return (z, stats), (stats.steps, state, floating, others)
 
         def backward(kept: Any, cotangent: Any) -> Any:
-            best, state, closed_over = kept
-            gradients = _run_backward(pure_f, closed_over, state, best, cotangent[0], stepper)
-            return (None, jnp.zeros_like(cotangent[0]), *gradients)
+            best, state, floating, others = kept
+            f = lambda x, floating: pure_f(x, floating, others)  # noqa: E731
+            gradients = _run_backward(f, floating, state, best, cotangent[0], stepper)
+            return None, jnp.zeros_like(cotangent[0]), gradients, None
 
         run = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
         run.defvjp(forward, backward)
-        x, stats = run(limit, x0, *closed_over)
+        x, stats = run(limit, x0, floating, others)
         return Solution(value=unflatten(x), stats=jax.lax.stop_gradient(stats))
 
 
@@ -127,25 +128,25 @@ class _Backward(NamedTuple):
     """(B, N): the cotangent of w_k, what the value itself contributes excepted."""
     to_before: jax.Array
     """(B, N): of w_{k-1}."""
-    gradients: tuple[Any, ...]
+    gradients: list[Any]
 
 
 def _run_backward(
-    f: Callable[..., jax.Array],
-    closed_over: Any,
+    f: Callable[[jax.Array, list[Any]], jax.Array],
+    floating: list[Any],
     state: _State,
     best: jax.Array,
     cotangent: jax.Array,
     stepper: _TwoStep,
-) -> tuple[Any, ...]:
-    """The gradient with respect to `closed_over` of the iterates w_best, (B,), which have the cotangent (B, N)."""
+) -> list[Any]:
+    """The gradient with respect to `floating` of the iterates w_best, (B,), which have the cotangent (B, N)."""
     b, every = stepper.mixing, stepper.every
 
     def body(s: _Backward) -> _Backward:
         here = (s.k <= state.k)[:, None]
         arriving = s.to_at + jnp.where((s.k == best.astype(jnp.int32))[:, None], cotangent, 0.0)
-        value, pullback = jax.vjp(f, s.before, *closed_over)
-        to_state, *to_closed_over = pullback(b * jnp.where(here, arriving, 0.0))
+        value, pullback = jax.vjp(f, s.before, floating)
+        to_state, to_floating = pullback(b * jnp.where(here, arriving, 0.0))
         earlier = (s.at - b * value) / (1.0 - b)
         earlier, before = jnp.where((s.k - 1) % every == 0, state.kept[(s.k - 1) // every], jnp.stack([earlier, s.before]))
         old = (s.before, s.at, s.to_at, s.to_before)
@@ -153,9 +154,9 @@ def _run_backward(
         return _Backward(
             s.k - 1,
             *(jnp.where(here, n, o) for n, o in zip(new, old, strict=True)),
-            tuple(jax.tree.map(jnp.add, s.gradients, tuple(to_closed_over))),
+            jax.tree.map(jnp.add, s.gradients, to_floating),
         )
 
     zero = jnp.zeros_like(cotangent)
-    start = _Backward(jnp.max(state.k), state.before, state.at, zero, zero, jax.tree.map(jnp.zeros_like, tuple(closed_over)))
+    start = _Backward(jnp.max(state.k), state.before, state.at, zero, zero, jax.tree.map(jnp.zeros_like, floating))
     return jax.lax.while_loop(lambda s: s.k > 0, body, start).gradients
