@@ -39,7 +39,10 @@ def jacobian_loss(
         return once(vectors)
     if key is None:
         raise ValueError("jacobian_loss needs a random key, or explicit vectors")
-    return jnp.mean(jnp.stack([once(_normal_like(z, k)) for k in jax.random.split(key, samples)]))
+    keys = jax.random.split(key, samples)
+    if samples == 1:
+        return once(_normal_like(z, keys[0]))
+    return jnp.mean(jax.lax.map(lambda k: once(_normal_like(z, k)), keys))
 
 
 def spectral_radius(f: Callable[[Any], Any], z: Any, key: jax.Array, *, steps: int = 100) -> jax.Array:
