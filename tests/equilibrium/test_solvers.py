@@ -1,22 +1,24 @@
-"""Solvers: agreement with published traces, and the laws every solver keeps."""
+"""Solvers: agreement with published traces, and the laws every solver keeps on every problem of the table."""
 
 import pathlib
-from dataclasses import replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_flax import Anderson, Broyden, Picard, fixed_point
+from deq_flax import GMRES, Anderson, Broyden, Picard, fixed_point
+from deq_flax.equilibrium import Solver
+from tests.equilibrium.problems import NAMES, SAMPLED, SOLVERS, TABLE, name, solved, solved_alone, solved_thousand, value_of
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "data" / "reference" / "solvers.npz"
-ALL = [Picard(damping=0.5), Anderson(), Broyden(), Broyden(line_search=True), Broyden(memory=8), Anderson(mixing=0.7, memory=3)]
+every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=name)
 
 
 def reference_problem(dtype):
     data = np.load(REFERENCE)
-    w, x = jnp.asarray(data["W"], dtype), jnp.asarray(data["x"], dtype)
+    w, x = (np.asarray(data[name], dtype) for name in ("W", "x"))
     return lambda z: jnp.tanh(jnp.einsum("ij,bjl->bil", w, z) + x), jnp.zeros_like(x), data
 
 
@@ -25,7 +27,8 @@ def test_broyden_traces_are_the_published_ones(tol, steps, key):
     """Same iterates as the reference's per-sample Broyden, which goes on iterating members that have converged."""
     with jax.enable_x64(True):
         f, z0, data = reference_problem(jnp.float64)
-        ours = fixed_point(f, z0, solver=Broyden(tol=tol, max_steps=steps + 1, trace=True)).stats
+        solver = Broyden(tol=tol, max_steps=steps + 1, trace=True)
+        ours = jax.device_get(jax.jit(lambda z0: fixed_point(f, z0, solver=solver).stats)(z0))
         theirs = data[f"f64/td_broyden_rel_{key}/rel_trace"]
         for b in range(len(theirs)):
             last = int(ours.steps[b])
@@ -36,7 +39,8 @@ def test_broyden_traces_are_the_published_ones(tol, steps, key):
 def test_picard_traces_are_the_published_ones():
     with jax.enable_x64(True):
         f, z0, data = reference_problem(jnp.float64)
-        ours = fixed_point(f, z0, solver=Picard(tol=0, max_steps=30, trace=True)).stats.relative_trace
+        solver = Picard(tol=0, max_steps=30, trace=True)
+        ours = np.asarray(jax.jit(lambda z0: fixed_point(f, z0, solver=solver).stats.relative_trace)(z0))
         theirs = data["f64/td_fixed_point_iter_rel_tol0_n30/rel_trace"][:, 1:]
         np.testing.assert_allclose(ours.min(axis=1), theirs.min(axis=1), rtol=1e-6)
 
@@ -44,87 +48,114 @@ def test_picard_traces_are_the_published_ones():
 def test_anderson_goes_on_where_an_absolute_ridge_stalls():
     with jax.enable_x64(True):
         f, z0, data = reference_problem(jnp.float64)
-        stats = fixed_point(f, z0, solver=Anderson(tol=1e-9, max_steps=120)).stats
+        run = jax.jit(lambda z0: fixed_point(f, z0, solver=Anderson(tol=1e-9, max_steps=120)).stats)
+        stats = jax.device_get(run(z0))
         assert data["f64/td_anderson_rel_tol1e-9_n80/rel_trace"].min(axis=1).max() > 1e-4
         assert stats.converged.all() and stats.relative_residual.max() <= 1e-9
 
 
-@pytest.mark.parametrize("solver", ALL, ids=repr)
-def test_solution_is_a_fixed_point_with_the_stated_residual(solver):
-    f, z0, _ = reference_problem(jnp.float32)
-    sol = fixed_point(f, z0, solver=replace(solver, tol=1e-3, max_steps=200, trace=True))
-    r, fz = f(sol.value) - sol.value, f(sol.value)
-    norm = lambda x: jnp.linalg.norm(x.reshape(4, -1), axis=1)  # noqa: E731
-    np.testing.assert_allclose(sol.stats.absolute_residual, norm(r), rtol=2e-3)
-    np.testing.assert_allclose(sol.stats.relative_residual, norm(r) / norm(fz), rtol=2e-3)
-    assert sol.stats.converged.all() and (sol.stats.relative_residual <= 1e-3).all()
-    at_best = sol.stats.relative_trace[jnp.arange(4), sol.stats.steps.astype(int)]
-    np.testing.assert_array_equal(at_best, sol.stats.relative_residual)
-    np.testing.assert_array_equal(sol.stats.relative_trace[:, -1], sol.stats.relative_residual)
+@every_solver
+def test_residual_is_that_of_the_returned_iterate(solver):
+    sol = solved(solver)
+    for i, problem in enumerate(TABLE.values()):
+        z, fz = sol.value[i], value_of(problem, sol.value[i])
+        absolute, size = np.linalg.norm(fz - z), np.linalg.norm(fz)
+        np.testing.assert_allclose(sol.stats.absolute_residual[i], absolute, rtol=1e-5, atol=1e-12)
+        if size > 0:
+            np.testing.assert_allclose(sol.stats.relative_residual[i], absolute / size, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("solver", ALL, ids=repr)
+@every_solver
+def test_converged_says_whether_the_residual_is_within_tolerance(solver):
+    stats = solved(solver).stats
+    np.testing.assert_array_equal(stats.converged == 1, stats.relative_residual <= solver.tol)
+    impossible = [i for i, problem in enumerate(TABLE.values()) if not problem.solvable]
+    assert (stats.converged[impossible] == 0).all() and stats.nfe <= solver.max_steps
+
+
+@every_solver
+def test_trace_leads_to_the_answer_and_nothing_in_it_is_better(solver):
+    stats = solved(solver).stats
+    members, trace = np.arange(len(TABLE)), stats.relative_trace
+    np.testing.assert_array_equal(trace[members, stats.steps.astype(int)], stats.relative_residual)
+    np.testing.assert_array_equal(
+        trace[:, -1] if stats.nfe < solver.max_steps else stats.relative_residual, stats.relative_residual
+    )
+    finite = np.where(np.isnan(trace), np.inf, trace)
+    sound = np.array([n != "not a number at the start" for n in NAMES])
+    assert (stats.relative_residual[sound] <= finite[sound].min(axis=1)).all()  # so never worse than the start
+    np.testing.assert_array_equal(solved(solver).value[~sound], [TABLE["not a number at the start"].start])
+
+
+@every_solver
+def test_trajectory_holds_the_iterates_of_the_trace(solver):
+    sol = solved(solver)
+    assert sol.trajectory.shape == (len(SAMPLED), *sol.value.shape)
+    for k, at in zip(SAMPLED, sol.trajectory, strict=True):
+        for i, problem in enumerate(TABLE.values()):
+            absolute = np.linalg.norm(value_of(problem, at[i]) - at[i])
+            np.testing.assert_allclose(sol.stats.absolute_trace[i, k], absolute, rtol=1e-5, atol=1e-10)
+
+
+@every_solver
 def test_a_member_is_solved_as_if_alone(solver):
-    f, z0, data = reference_problem(jnp.float32)
-    w, x = jnp.asarray(data["W"], jnp.float32), jnp.asarray(data["x"], jnp.float32)
-    solver = replace(solver, tol=1e-2, max_steps=100)
-    together = fixed_point(f, z0, solver=solver)
-    alone = fixed_point(lambda z: jnp.tanh(jnp.einsum("ij,bjl->bil", w, z) + x[2:3]), z0[2:3], solver=solver)
-    np.testing.assert_allclose(together.value[2:3], alone.value, rtol=1e-4, atol=1e-5)
-    assert together.stats.steps[2] == alone.stats.steps[0]
+    together = solved(solver)
+    for i, problem in enumerate(TABLE.values()):
+        alone = solved_alone(solver, problem)
+        np.testing.assert_array_equal(together.stats.converged[i], alone.stats.converged[0])
+        if alone.stats.converged[0]:
+            assert together.stats.steps[i] == alone.stats.steps[0]
+            np.testing.assert_allclose(together.value[i], alone.value[0], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", ALL, ids=repr)
-def test_a_failing_member_disturbs_nobody(solver):
-    f, z0, _ = reference_problem(jnp.float32)
-    solver = replace(solver, tol=1e-3, max_steps=100)
-    bad = fixed_point(lambda z: f(z).at[1].set(jnp.where(jnp.max(z[1]) > 0.1, jnp.nan, f(z)[1])), z0, solver=solver)
-    good = fixed_point(f, z0, solver=solver)
-    keep = jnp.array([0, 2, 3])
-    np.testing.assert_array_equal(bad.value[keep], good.value[keep])
-    assert bad.stats.converged[1] == 0 and bool(jnp.isfinite(bad.value).all())
-    assert bool((bad.stats.converged[keep] == 1).all())
+@every_solver
+def test_members_without_a_solution_disturb_nobody(solver):
+    solvable = [i for i, problem in enumerate(TABLE.values()) if problem.solvable]
+    with_them, without = solved(solver), solved(solver, healthy=True)
+    np.testing.assert_array_equal(with_them.value[solvable], without.value[solvable])
+    assert np.isfinite(with_them.value).all()
 
 
-@pytest.mark.parametrize("solver", ALL, ids=repr)
-def test_never_worse_than_the_initial_guess(solver):
-    w = 3.0 * jax.random.normal(jax.random.key(0), (12, 12))  # expanding: no solver need converge
-    z0 = jax.random.normal(jax.random.key(1), (5, 12))
-    f = lambda z: jnp.sin(z @ w) + 1.0  # noqa: E731
-    stats = fixed_point(f, z0, solver=replace(solver, max_steps=20, trace=True)).stats
-    assert (stats.relative_residual <= stats.relative_trace[:, 0]).all()
-    assert stats.nfe <= 20
+@every_solver
+def test_solved_at_the_start_costs_no_step(solver):
+    i = NAMES.index("solved at the start")
+    assert solved(solver).stats.steps[i] == 0 and solved_alone(solver, TABLE[NAMES[i]]).stats.nfe == 1
 
 
-@pytest.mark.parametrize("solver", ALL, ids=repr)
-def test_solved_at_the_start_costs_one_evaluation(solver):
-    sol = fixed_point(lambda z: 0.5 * z, jnp.zeros((3, 4)), solver=solver)
-    assert sol.stats.nfe == 1 and sol.stats.converged.all() and (sol.stats.steps == 0).all()
+def test_broyden_solves_all_that_can_be_solved():
+    solver = next(s for s in SOLVERS if name(s) == "Broyden")
+    stats = solved(solver).stats
+    assert all(stats.relative_residual[i] <= 1e-6 for i, problem in enumerate(TABLE.values()) if problem.solvable)
 
 
-@pytest.mark.parametrize("solver", [Broyden(), Anderson(), Broyden(line_search=True)], ids=repr)
-def test_solves_what_picard_cannot(solver):
-    """Spectral radius 2: plain iteration diverges."""
-    with jax.enable_x64(True):
-        f = lambda z: -2.0 * jnp.tanh(z) + jnp.array([[0.3, 1.0, -0.5, 2.0]])  # noqa: E731
-        z0 = jnp.zeros((1, 4))
-        assert fixed_point(f, z0, solver=replace(solver, tol=1e-10)).stats.converged.all()
-        assert not fixed_point(f, z0, solver=Picard(tol=1e-10)).stats.converged.all()
+def test_spectral_radius_two_is_too_much_for_plain_iteration_only():
+    i = NAMES.index("spectral radius 2 at the start")
+    assert all(solved(solver).stats.converged[i] for solver in SOLVERS)
+    assert not solved_alone(Picard(max_steps=50), TABLE[NAMES[i]]).stats.converged[0]
+
+
+@pytest.mark.parametrize("solver", [Picard, Anderson, Broyden])
+def test_a_thousand_members_reach_the_floor_of_float32_and_say_so(solver):
+    stats = solved_thousand(solver(tol=1e-9, max_steps=24)).stats
+    assert (stats.relative_residual < 5e-7).all()
+    np.testing.assert_array_equal(stats.converged == 1, stats.relative_residual <= 1e-9)
+    assert 0 < stats.converged.mean() < 1
 
 
 def test_line_search_never_lets_the_accepted_residual_grow():
     with jax.enable_x64(True):
         f = lambda z: z - (jnp.arctan(3.0 * z) + 0.1 * z)  # noqa: E731  far from the root a full step overshoots
-        z0 = jnp.full((1, 1), 3.0)
-        plain = fixed_point(f, z0, solver=Broyden(max_steps=25, stop="absolute", tol=1e-9, trace=True)).stats
-        searched = fixed_point(f, z0, solver=Broyden(max_steps=25, stop="absolute", tol=1e-9, line_search=True)).stats
+        options = {"max_steps": 25, "stop": "absolute", "tol": 1e-9}
+        solve = jax.jit(lambda z0, s: fixed_point(f, z0, solver=Broyden(line_search=s, **options)).stats, static_argnums=1)
+        plain, searched = (jax.device_get(solve(np.full((1, 1), 3.0), s)) for s in (False, True))
         assert searched.converged.all()
         assert searched.nfe <= plain.nfe or not plain.converged.all()
 
 
 def test_absolute_stop_looks_at_the_absolute_residual():
     f = lambda z: 0.5 * z + 100.0  # noqa: E731
-    stats = fixed_point(f, jnp.zeros((2, 3)), solver=Picard(tol=1.0, stop="absolute")).stats
+    run = jax.jit(lambda z0: fixed_point(f, z0, solver=Picard(tol=1.0, stop="absolute")).stats)
+    stats = jax.device_get(run(np.zeros((2, 3), np.float32)))
     assert stats.converged.all() and (stats.absolute_residual <= 1.0).all() and (stats.absolute_residual > 0.1).all()
 
 
@@ -140,14 +171,14 @@ def test_any_pytree_of_states_is_one_problem():
         return {"a": jnp.cos(z["b"][:, :3]), "b": 0.5 * jnp.sin(jnp.tile(z["a"], (1, 2)))}
 
     z0 = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((2, 6))}
-    sol = fixed_point(f, z0, solver=Broyden(tol=1e-5))
+    sol, again = jax.jit(lambda z0: (sol := fixed_point(f, z0, solver=Broyden(tol=1e-5)), f(sol.value)))(z0)
     assert sol.stats.converged.all()
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), f(sol.value), sol.value)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), again, sol.value)
 
 
 def test_bfloat16_states_are_iterated_in_float32():
     f = lambda z: (0.5 * jnp.tanh(z) + 1).astype(jnp.bfloat16)  # noqa: E731
-    sol = fixed_point(f, jnp.zeros((2, 8), jnp.bfloat16), solver=Anderson(tol=5e-3))
+    sol = jax.jit(lambda z0: fixed_point(f, z0, solver=Anderson(tol=5e-3)))(np.zeros((2, 8), jnp.bfloat16))
     assert sol.value.dtype == jnp.bfloat16 and sol.stats.relative_residual.dtype == jnp.float32
     assert sol.stats.converged.all()
 
@@ -179,8 +210,67 @@ def test_what_cannot_be_a_fixed_point_problem_is_refused(f, z0, message):
         (lambda: Anderson(max_steps=0), "max_steps"),
         (lambda: Broyden(tol=-1.0), "tol"),
         (lambda: Broyden(memory=1), "memory"),
+        (lambda: Picard(sample_steps=(4, 2)), "increasing"),
+        (lambda: Picard(sample_steps=(50,)), "below 50"),
+        (lambda: Picard(sample_steps=[1]), "tuple"),
+        (lambda: GMRES(restart=0), "restart"),
+        (lambda: GMRES(max_steps=0), "max_steps"),
+        (lambda: GMRES(tol=-1.0), "tol"),
     ],
 )
 def test_options_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_no_solver_is_refused():
+    with pytest.raises(TypeError, match=r"Implicit\(solver=GMRES"):
+        fixed_point(jnp.tanh, jnp.zeros((1, 2)), solver=GMRES())
+    with pytest.raises(TypeError, match="must be a Solver"):
+        fixed_point(jnp.tanh, jnp.zeros((1, 2)), solver="broyden")
+
+
+def test_a_new_solver_is_a_dataclass_with_two_methods():
+    @dataclass(frozen=True)
+    class HeavyBall(Solver):
+        """z_{k+1} = z_k + g_k + momentum (z_k - z_{k-1})."""
+
+        momentum: float = 0.2
+
+        def init(self, z):
+            return z
+
+        def step(self, k, z, g, before):
+            return z + g + self.momentum * (z - before), z
+
+    problem = TABLE["contractive"]
+    mine, plain = (solved_alone(solver(max_steps=99), problem) for solver in (HeavyBall, Picard))
+    assert mine.stats.converged[0] == 1
+    np.testing.assert_allclose(mine.value, plain.value, rtol=1e-4)
+
+
+def test_an_earlier_solution_is_a_warm_start():
+    rng = np.random.default_rng(0)
+    w, x = (0.3 * rng.normal(size=(6, 6))).astype(np.float32), rng.normal(size=(3, 6)).astype(np.float32)
+    run = jax.jit(lambda z0, x: fixed_point(lambda z: jnp.tanh(z @ w + x), z0, solver=Anderson(tol=1e-5)))
+    warm = run(run(0 * x, x).value, np.float32(1.001) * x)
+    from_zero = run(0 * x, np.float32(1.001) * x)
+    assert warm.stats.converged.all() and warm.stats.nfe <= from_zero.stats.nfe - 2
+
+
+def test_a_state_without_a_batch_axis_is_one_problem():
+    w = 0.5 * jnp.eye(3)
+
+    def run(x, batched):
+        f = lambda z: {"a": jnp.tanh(z["a"] @ w + x), "b": jnp.cos(z["b"]) * 0.5}  # noqa: E731
+        z0 = {"a": jnp.zeros_like(x), "b": jnp.zeros(x.shape[:-1])}
+        return fixed_point(f, z0, solver=Picard(trace=True, sample_steps=(2,)), batched=batched)
+
+    x = np.float32([1.0, 2.0, 3.0])
+    one, many = jax.device_get(jax.jit(lambda x: (run(x, False), run(x[None], True)))(x))
+    assert one.stats.converged.shape == () and one.stats.relative_trace.shape == (50,)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0]), one.value, many.value)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[:, 0]), one.trajectory, many.trajectory)
+    total = lambda x, b: run(x[None] if b else x, b).value["a"].sum()  # noqa: E731
+    slopes = jax.jit(lambda x: [jax.grad(total)(x, b) for b in (False, True)])(x)
+    np.testing.assert_allclose(*slopes, rtol=1e-6)

@@ -1,0 +1,144 @@
+"""What `fixed_point` adds to a solver and a gradient: failures, trajectories, shapes, shards."""
+
+import functools
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from deq_flax import (
+    Anderson,
+    Broyden,
+    Implicit,
+    PhantomGradient,
+    Picard,
+    Reversible,
+    Shine,
+    fixed_point,
+    fixed_point_correction_loss,
+)
+from deq_flax.equilibrium.state import flattener
+from tests.equilibrium.dense import cell, close, loss, problem, run
+from tests.equilibrium.test_compiled import outside_entry
+
+
+@functools.partial(jax.jit, static_argnames=("gradient", "on_failure"))
+def slopes(w, x, gain, gradient, on_failure):
+    """Gradients where each member has a gain of its own: one far above 1 never converges."""
+
+    def total(w, x):
+        f = lambda z: jnp.tanh(gain * (z @ w) + x)  # noqa: E731
+        sol = fixed_point(f, jnp.zeros_like(x), solver=Picard(tol=1e-5, max_steps=60), gradient=gradient, on_failure=on_failure)
+        return loss(sol.value), sol
+
+    return jax.grad(total, argnums=(0, 1), has_aux=True)(w, x)
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), PhantomGradient(), Reversible()], ids=lambda g: type(g).__name__)
+def test_on_failure_decides_the_gradient_of_failed_members_only(gradient):
+    w, x, _ = problem()
+    gain = np.float32([[0.2], [30.0], [0.2]])
+    (_, kept), sol = jax.device_get(slopes(w, x, gain, gradient, "return"))
+    np.testing.assert_array_equal(sol.stats.converged, [1, 0, 1])
+    (nan_w, nan), with_nan = jax.device_get(slopes(w, x, gain, gradient, "nan"))
+    (zero_w, zero), with_zero = jax.device_get(slopes(w, x, gain, gradient, "zero_gradient"))
+    healthy = np.array([0, 2])
+    close(nan[healthy], kept[healthy], rtol=1e-6)
+    close(zero[healthy], kept[healthy], rtol=1e-6)
+    assert np.isfinite(kept).all() and np.isnan(nan[1]).all() and (zero[1] == 0).all() and np.isnan(nan_w).all()
+    by_hand = slopes(w, x[healthy], gain[healthy], gradient, "return")[0][0]
+    close(zero_w, by_hand, rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, (with_nan.value, with_zero.value), (sol.value, sol.value))
+
+
+def test_unknown_ways_to_fail_are_refused():
+    with pytest.raises(ValueError, match="known: return, nan, zero_gradient"):
+        fixed_point(jnp.tanh, jnp.zeros((1, 2)), on_failure="raise")
+
+
+def test_trajectory_carries_the_gradient_of_one_evaluation():
+    with jax.enable_x64(True):
+        w, x, _ = problem()
+        solver = Anderson(sample_steps=(1, 3))
+
+        def solution(w):
+            return fixed_point(cell, jnp.zeros_like(x), w, x, solver=solver)
+
+        @jax.jit
+        def all_of_it(w):
+            sol = solution(w)
+            sampled = jax.grad(lambda w: sum(loss(z) for z in solution(w).trajectory))(w)
+            one_step = jax.grad(lambda w: sum(jnp.vdot(jax.grad(loss)(z), cell(z, w, x)) for z in sol.trajectory))(w)
+            total = fixed_point_correction_loss(loss, sol, gamma=0.5)
+            return sampled, one_step, total, 0.25 * loss(sol.trajectory[0]) + 0.5 * loss(sol.trajectory[1]) + loss(sol.value)
+
+        sampled, one_step, total, by_hand = all_of_it(w)
+        close(sampled, one_step)
+        np.testing.assert_allclose(total, by_hand, rtol=1e-12)
+        with pytest.raises(ValueError, match="sample_steps"):
+            fixed_point_correction_loss(loss, run(w, x, Picard(), Implicit()))
+
+
+leaf = st.tuples(st.lists(st.integers(1, 3), max_size=2), st.sampled_from([np.float32, jnp.bfloat16]))
+
+
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True, database=None)
+@hypothesis.given(st.integers(1, 3), st.lists(leaf, min_size=1, max_size=3))
+def test_any_pytree_of_shapes_goes_flat_and_comes_back_and_has_its_fixed_point_and_gradient(batch, leaves):
+    """z = z / 2 + c has z* = 2 c and dz*/dc = 2."""
+    c = [np.arange(batch * np.prod(shape, dtype=int)).reshape(batch, *shape).astype(dtype) for shape, dtype in leaves]
+
+    def total(c):
+        f = lambda z: [a / 2 + b for a, b in zip(z, c, strict=True)]  # noqa: E731
+        value = fixed_point(f, [jnp.zeros_like(x) for x in c], solver=Picard(tol=1e-3)).value
+        return sum(x.astype(jnp.float32).sum() for x in value), value
+
+    @jax.jit
+    def all_of_it(c):
+        flatten, unflatten = flattener(c)
+        flat = flatten(c)
+        return flat, unflatten(flat), *jax.grad(total, has_aux=True)(c)
+
+    flat, back, slope, value = jax.device_get(all_of_it(c))
+    assert flat.shape == (batch, sum(x[0].size for x in c)) and flat.dtype == np.float32
+    for i, x in enumerate(c):
+        assert x.dtype == back[i].dtype == slope[i].dtype == value[i].dtype
+        np.testing.assert_array_equal(back[i], x)
+        np.testing.assert_allclose(value[i].astype(float), 2 * x.astype(float), rtol=2e-2, atol=1e-2)
+        np.testing.assert_allclose(slope[i].astype(float), 2.0, rtol=2e-2)
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), Shine(), Reversible()], ids=lambda g: type(g).__name__)
+def test_shards_solve_without_talking_to_each_other(gradient):
+    """Inside shard_map no loop holds a collective, and value and gradients are those of the whole batch."""
+    with jax.enable_x64(True):
+        w, x, _ = problem()
+        x = np.concatenate([x, 3 * x, 0.1 * x, -x])
+
+        def local(w, x):
+            sol = fixed_point(cell, jnp.zeros_like(x), w, x, solver=Broyden(tol=1e-4), gradient=gradient)
+            return loss(sol.value), sol.stats.nfe
+
+        def sharded(w, x):
+            total, nfe = local(w, x)
+            return jax.lax.psum(total, "data"), nfe[None]
+
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        mapped = jax.shard_map(sharded, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P("data")), check_vma=False)
+        step = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))  # noqa: E731
+        compiled = step(mapped).lower(w, x).compile()
+        text = compiled.as_text()
+        collectives = re.findall(r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)", text)
+        assert collectives and " while(" in text, "one sum of the loss, one of the gradient"
+        assert not re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)", outside_entry(text))
+        (value, nfe), got = compiled(w, x)
+        (whole, _), expected = step(local)(w, x)
+        assert len(set(nfe.tolist())) > 1, "the shards should stop by themselves"
+        np.testing.assert_allclose(value, whole, rtol=1e-12)
+        close(got, expected, rtol=1e-7)
