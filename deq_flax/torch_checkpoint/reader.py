@@ -1,0 +1,122 @@
+"""Open a file of named tensors, whatever wrote it."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deq_flax.torch_checkpoint.archive import Archive
+from deq_flax.torch_checkpoint.other_formats import read_npz, read_safetensors
+from deq_flax.torch_checkpoint.tensors import FormatError, Tensor, check_total, readable
+from deq_flax.torch_checkpoint.torch_formats import LEGACY_START, read_legacy, read_zip
+
+NESTED = ("state_dict", "model_state_dict", "model")
+"""Where training scripts keep a state_dict among other things, the likeliest first."""
+
+_PARAMETRIZED = re.compile(r"(.*\.)?parametrizations\.(\w+)\.original([01])")
+
+
+class TensorFile:
+    """The tensors of a file by name, their shapes known, their elements read when asked for. Close it, or use `with`.
+
+    Attributes:
+      path: the file.
+      tensors: `Tensor` by name, in the file's order. 'module.' in front of every name is gone, and weight normalisation is
+        spelled `weight_g`, `weight_v`, also where the file has `parametrizations.weight.original0` and `1`.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], archive: Archive | None = None):
+        self.path, self.tensors, self._archive = path, dict(tensors), archive
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._archive is not None:
+            self._archive.close()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """The elements of a tensor, read-only. UserError: the file is damaged there."""
+        with readable(self.path):
+            return self.tensors[name].read()
+
+
+def open_tensors(path: str | Path) -> TensorFile:
+    """Open a .pth, .pt or .pkl file of torch.save (either format), a .safetensors or an .npz file, told by its content.
+
+    Nothing in the file is executed, and no more memory is claimed than its size warrants. Zip files (torch.save since 1.6,
+    .npz) carry checksums, and a changed byte in them is noticed; in the others only a changed structure is.
+
+    Raises:
+      UserError: there is no such file, it is damaged, or it is not a dictionary of tensors.
+    """
+    path = Path(path)
+    archive: Archive | None = None
+    with readable(path):
+        with path.open("rb") as file:
+            start = file.read(len(LEGACY_START))
+        try:
+            if start.startswith(b"PK"):
+                archive = Archive(path)
+                is_npz = bool(archive.sizes) and all(name.endswith(".npy") for name in archive.sizes)
+                tensors = read_npz(archive) if is_npz else _state_dict(read_zip(archive))
+            elif start == LEGACY_START:
+                tensors = _state_dict(read_legacy(path))
+            elif start[8:9] == b"{":
+                tensors = read_safetensors(path)
+            else:
+                raise FormatError(_what_else(start))
+            check_total(tensors)
+            return TensorFile(path, _renamed(tensors), archive)
+        except BaseException:
+            if archive is not None:
+                archive.close()
+            raise
+
+
+def _what_else(start: bytes) -> str:
+    known = "a file of torch.save, .safetensors or .npz is needed"
+    if start.startswith(b"\x80"):
+        return f"is a pickle, but not one of torch.save (or its first bytes are damaged): {known}"
+    return f"is empty or cut off: {known}" if len(start) < len(LEGACY_START) else f"is of no format that is read here: {known}"
+
+
+def _state_dict(found: Any) -> dict[str, Tensor]:
+    """The dictionary of tensors in what was saved."""
+    if not isinstance(found, dict):
+        raise FormatError(f"holds a {type(found).__name__}, not a state_dict: save model.state_dict()")
+    for key in NESTED:
+        if isinstance(found.get(key), dict) and any(isinstance(value, Tensor) for value in found[key].values()):
+            found = found[key]
+            break
+    if not any(isinstance(value, Tensor) for value in found.values()):
+        keys = ", ".join(map(_shown, list(found)[:8])) or "nothing"
+        raise FormatError(f"holds no state_dict, but a dictionary of {keys}: save model.state_dict()")
+    strange = [key for key, value in found.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if strange:
+        raise FormatError(
+            f"holds entries that are no tensors ({', '.join(map(_shown, strange))}): save model.state_dict() alone"
+        )
+    return found
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = list(tensors)
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    names = [_PARAMETRIZED.sub(lambda m: f"{m[1] or ''}{m[2]}_{'gv'[int(m[3])]}", name) for name in names]
+    if len(set(names)) != len(names):
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        raise FormatError(f"holds the same weights under two names: {', '.join(map(_shown, twice))}")
+    return dict(zip(names, tensors.values(), strict=True))
+
+
+def _shown(key: Any) -> str:
+    return key if isinstance(key, str) and key.isprintable() else repr(key)[:80]

@@ -1,0 +1,93 @@
+"""The two formats of `torch.save`: zip files (since 1.6) and streams of pickles followed by raw storages (before)."""
+
+import itertools
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deq_flax.torch_checkpoint.archive import Archive
+from deq_flax.torch_checkpoint.restricted_pickle import MAX_BYTES, pickle_length, unpickle
+from deq_flax.torch_checkpoint.tensors import FormatError, Storage, read_at, swap_bytes
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
+_LEGACY_PROTOCOL = 1001
+
+
+def read_zip(archive: Archive) -> Any:
+    """The object in a zip file of `torch.save`. FormatError: it is something else, or damaged."""
+    pickles = [name for name in archive.sizes if name.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1:
+        raise FormatError("is a zip file, but neither one of torch.save (no data.pkl) nor an .npz file of arrays")
+    root = pickles[0].split("/")[0]
+    if f"{root}/constants.pkl" in archive.sizes:
+        raise FormatError("is a TorchScript program: save the state_dict of the model that it was made from")
+    order = "little"
+    if f"{root}/byteorder" in archive.sizes:
+        order = archive.read(f"{root}/byteorder", limit=16).decode("ascii", "replace")
+    if order not in ("little", "big"):
+        raise FormatError(f"states an unknown byte order ({order!r})")
+
+    def make_storage(key: str, dtype: np.dtype, numel: int) -> Storage:
+        name = f"{root}/data/{key}"
+        if archive.sizes.get(name) != numel * dtype.itemsize:
+            held = archive.sizes.get(name, "no")
+            raise FormatError(f"is damaged: {name!r} should have {numel * dtype.itemsize} bytes and has {held}")
+
+        def read() -> np.ndarray:
+            raw = archive.read_array(name)
+            return swap_bytes(raw, dtype.itemsize) if order == "big" else raw
+
+        return Storage(dtype, numel, read)
+
+    return unpickle(archive.read(pickles[0], limit=MAX_BYTES), make_storage)
+
+
+def read_legacy(path: Path) -> Any:
+    """The object in a file of `torch.save` before 1.6.
+
+    Its layout: pickles of a magic number, a version, facts about the machine, the object, and the keys of its storages; then
+    every storage in the order of the keys, as its number of elements (int64) and the elements. Nothing in it is a checksum.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(MAX_BYTES)
+        pieces = list(itertools.islice(_pickles(head), 5))
+        start = sum(map(len, pieces))
+        magic, version, machine = (unpickle(piece) for piece in pieces[:3])
+        if magic != LEGACY_MAGIC or version != _LEGACY_PROTOCOL:
+            raise FormatError(f"is of a version of torch.save that is not known ({version})")
+        if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+            raise FormatError("was written on a big-endian machine: save it again with a newer PyTorch, which says so per file")
+        storages: dict[str, list[int]] = {}
+
+        def make_storage(key: str, dtype: np.dtype, numel: int) -> Storage:
+            place = storages.setdefault(key, [0, numel, dtype.itemsize])
+            return Storage(dtype, numel, lambda: read_at(path, place[0], numel * dtype.itemsize))
+
+        found = unpickle(pieces[3], make_storage)
+        keys = unpickle(pieces[4])
+        if not isinstance(keys, list) or len(keys) != len(storages) or {str(key) for key in keys} != set(storages):
+            raise FormatError("is damaged: the storages it lists are not those of its tensors")
+        for key in keys:
+            _, numel, itemsize = storages[key]
+            storages[key][0] = start + 8
+            start += 8 + numel * itemsize
+            if start > size:
+                raise FormatError("is cut off")
+            file.seek(storages[key][0] - 8)
+            if struct.unpack("<q", file.read(8)) != (numel,):
+                raise FormatError("is damaged: a storage is not of the size that its tensors need")
+    if start != size:
+        raise FormatError(f"is damaged: {size - start} bytes are left over at its end")
+    return found
+
+
+def _pickles(head: bytes):
+    """The pickles that `head` begins with, one after the other."""
+    while True:
+        length = pickle_length(head)
+        yield head[:length]
+        head = head[length:]

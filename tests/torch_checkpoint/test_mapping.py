@@ -1,0 +1,153 @@
+"""Laws of the tables: every tensor of theirs goes to one array of ours, all of ours are filled, misfits are listed in full."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from deq_flax.errors import UserError
+from deq_flax.pretrained import abstract_model
+from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, export_tensors, match, open_tensors, slots, write_state_dict
+from deq_flax.torch_checkpoint.mapping import Row
+from tests import reference
+from tests.test_configs import LANGUAGE
+
+FAMILY = FAMILIES["language"]
+FULL_SIZE = {name: tuple(shape) for name, shape in reference.facts()["wt103"]["state_dict"].items()}
+POSTLN = reference.FOLDER / "lm_deq_postln.pth"
+
+
+def config(variant="base", **model):
+    sections = LANGUAGE["wt103"].get_config(variant).to_dict()
+    return sections | {"model": sections["model"] | model}
+
+
+def fitting(path):
+    """The family's model for a file."""
+    with open_tensors(path) as file:
+        return abstract_model(config(**FAMILY.infer(file.shapes)))
+
+
+def rewritten(tmp_path, **changed):
+    """The fixture with some tensors replaced ('/' for '.' in their names), each in a storage of its own."""
+    with open_tensors(POSTLN) as file:
+        arrays = {name: np.array(file.read(name)) for name in file.tensors}
+    arrays |= {name.replace("/", "."): value for name, value in changed.items()}
+    write_state_dict(tmp_path / "x.pth", ((name, name, x) for name, x in arrays.items() if x is not None))
+    return tmp_path / "x.pth"
+
+
+@pytest.mark.parametrize("variant", [name for name in LANGUAGE["wt103"].VARIANTS if name != "tiny"])
+def test_the_published_files_are_covered_name_by_name(variant):
+    model = abstract_model(config(variant, vocab_size=267_735))
+    assert match(FAMILY, model, FULL_SIZE) == []
+    found = {slot.theirs: slot.shape for slot in slots(FAMILY, model)}
+    assert found | {"pos_emb.inv_freq": (350,)} == FULL_SIZE
+
+
+def test_the_published_config_is_read_off_the_shapes():
+    found = FAMILY.infer(FULL_SIZE)
+    expected = config(vocab_size=267_735)["model"]
+    assert found == {name: expected[name] for name in found}
+    untold = "pre_norm mem_len local_size dropout attention_dropout output_dropout dtype"
+    assert set(expected) - set(found) == set(untold.split())
+
+
+@pytest.mark.parametrize("name", ["lm_deq_postln", "lm_deq_nocut", "lm_tdeq_postln"])
+def test_all_of_ours_is_filled(name):
+    model = fitting(reference.FOLDER / f"{name}.pth")
+    assert {slot.path for slot in slots(FAMILY, model)} == set(reference.parameters(model))
+
+
+@pytest.mark.parametrize("name", ["lm_deq_postln", "lm_deq_nocut", "lm_tdeq_postln"])
+def test_arrays_go_where_the_models_own_tests_put_them(name):
+    model, weights = fitting(reference.FOLDER / f"{name}.pth"), reference.load(f"{name}_weights")
+    with open_tensors(reference.FOLDER / f"{name}.pth") as file:
+        arrays, buffers = convert_tensors(FAMILY, model, file)
+    n_projections = sum("emb_projs" in key for key in weights)
+    for theirs, array in weights.items():
+        if theirs in buffers:
+            np.testing.assert_array_equal(buffers[theirs], array)
+        else:
+            ours = arrays[reference.our_name(theirs, n_projections)]
+            np.testing.assert_array_equal(ours, reference.our_layout(theirs, array))
+
+
+def test_export_undoes_convert():
+    model = fitting(POSTLN)
+    with open_tensors(POSTLN) as file:
+        arrays, buffers = convert_tensors(FAMILY, model, file)
+        exported = {name: array for name, _, array in export_tensors(FAMILY, model, arrays, buffers)}
+        assert set(exported) == set(file.tensors)
+        for name, array in exported.items():
+            np.testing.assert_array_equal(array, file.read(name))
+
+
+@pytest.mark.parametrize("axes", [(0,), (1, 0), (None, 1, 0), (3, 2, 0, 1), (2, None, 0, 1)])
+def test_layouts_undo_each_other(axes):
+    shape = tuple(range(2, 2 + len([axis for axis in axes if axis is not None])))
+    ours = np.random.default_rng(0).normal(size=shape)
+    row = Row("", "", axes)
+    theirs = row.to_theirs(ours)
+    assert theirs.shape == row.their_shape(shape)
+    np.testing.assert_array_equal(row.to_ours(theirs), ours)
+
+
+def test_misfits_are_listed_in_full():
+    shapes = {name: shape for name, shape in FULL_SIZE.items() if "ff1_net" not in name} | {"extra.a": (1,), "extra.b": (2,)}
+    shapes["crit.cluster_bias"] = (4,)
+    unknown, missing, other = match(FAMILY, abstract_model(config(vocab_size=267_735)), shapes)
+    assert unknown == "2 unknown: extra.a, extra.b"
+    lost = ("weight_g [48000, 1]", "weight_v [48000, 700]", "bias [48000]")
+    assert missing == "3 missing: " + ", ".join(f"func.pos_ff.ff1_net.{leaf}" for leaf in lost)
+    assert other == "1 of another shape: crit.cluster_bias is [4] and should be [3]"
+
+
+def test_tied_weights_that_differ_are_named(tmp_path):
+    model = fitting(POSTLN)
+    path = rewritten(tmp_path)
+    with open_tensors(path) as file:
+        convert_tensors(FAMILY, model, file)  # equal copies are as good as one storage
+    changed = {
+        "crit/out_layers/1/weight": np.zeros((300, 8), np.float32),
+        "crit/out_projs/2/weight": np.ones((32, 2), np.float32),
+    }
+    with open_tensors(rewritten(tmp_path, **changed)) as file, pytest.raises(UserError) as caught:
+        convert_tensors(FAMILY, model, file)
+    for name in ("emb_layers.1.weight and crit.out_layers.1.weight", "emb_projs.2.weight and crit.out_projs.2.weight"):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("inject_conv.bias", np.full(96, np.nan, np.float32), "no trained model has, in inject_conv.bias"),
+        ("inject_conv.bias", np.zeros(96, np.int64), "inject_conv.bias is of type int64"),
+        ("pos_emb.inv_freq", np.ones(16, np.float32), "no trained model has, in pos_emb.inv_freq"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(tmp_path, name, value, words):
+    path = rewritten(tmp_path, **{name.replace(".", "/"): value})
+    with open_tensors(path) as file, pytest.raises(UserError, match=words):
+        convert_tensors(FAMILY, fitting(POSTLN), file)
+
+
+def test_buffers_may_be_missing(tmp_path):
+    path = rewritten(tmp_path, **{"pos_emb/inv_freq": None})
+    model = fitting(path)
+    with open_tensors(path) as file:
+        assert match(FAMILY, model, file.shapes) == []
+        assert convert_tensors(FAMILY, model, file)[1] == {}
+
+
+def test_sizes_are_read_off_whatever_model_we_can_build():
+    """Names and shapes of random models: inferring from them gives a model that they fit."""
+    sizes = itertools.product([(), (200,), (200, 500)], [1, 2, 4], [(32, 32), (32, 16)], [False, True])
+    for cutoffs, div_value, (d_model, d_embed), weight_norm in sizes:
+        options = dict(cutoffs=cutoffs, div_value=div_value, d_model=d_model, d_embed=d_embed, weight_norm=weight_norm)
+        model = abstract_model(config(vocab_size=1000, n_head=3, d_head=4, d_inner=7, **options))
+        shapes = {slot.theirs: slot.shape for slot in slots(FAMILY, model)}
+        found = FAMILY.infer(shapes)
+        assert (found["cutoffs"] is None) == (div_value == 1 and cutoffs != ())
+        again = abstract_model(config(**found | {"cutoffs": cutoffs}))
+        assert match(FAMILY, again, shapes) == []

@@ -1,0 +1,194 @@
+"""Laws of refusal: whatever is not a dictionary of tensors is one UserError that says why, and nothing in it is executed."""
+
+import os
+import pickle
+import pickletools
+import struct
+import time
+import zipfile
+
+import numpy as np
+import pytest
+
+from deq_flax.errors import UserError
+from deq_flax.torch_checkpoint import open_tensors, restricted_pickle
+from tests.torch_checkpoint import files
+from tests.torch_checkpoint.files import DATA, ODD, ODD_LEGACY, Evil, legacy, write_pickle, write_safetensors, write_zip
+
+
+def refused(path, words):
+    """Opening or reading `path` is one line that names it and says `words`."""
+    with pytest.raises(UserError) as caught, open_tensors(path) as file:
+        for name in file.tensors:
+            file.read(name)
+    message = str(caught.value)
+    assert str(path) in message and words in message and "\n" not in message, message
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_pickle_that_runs_a_command_is_refused_and_does_not_run_it(tmp_path, protocol, form):
+    proof = tmp_path / "executed"
+    data = pickle.dumps({"w": Evil(os.system, f"touch {proof}")}, protocol=protocol)
+    path = tmp_path / "evil.pth"
+    if form == "zip":
+        write_pickle(path, data)
+    else:
+        path.write_bytes(legacy(data, []))
+    refused(path, f"{os.system.__module__}.system")
+    assert not proof.exists()
+    pickle.loads(data)
+    assert proof.exists(), "the pickle would have run"
+
+
+@pytest.mark.parametrize("function", [eval, exec, __import__, getattr, open, np.load, pickle.loads])
+def test_every_other_function_is_refused_by_name(tmp_path, function):
+    refused(write_pickle(tmp_path / "x.pth", pickle.dumps(Evil(function, "1"), protocol=2)), function.__name__)
+
+
+def test_instructions_that_build_objects_are_refused(tmp_path):
+    for code, name in [(b"(ccollections\nOrderedDict\no.", "OBJ"), (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ")]:
+        refused(write_pickle(tmp_path / "x.pth", code), name)
+    refused(write_pickle(tmp_path / "x.pth", b"(S'ls'\nios\nsystem\n."), "os.system")
+    refused(write_pickle(tmp_path / "x.pth", b"\x80\x02\x82\x01."), "EXT1")
+    attributes = files.tensor_pickle(0, 0, (0,), (1,))[:-2] + b"}bs."
+    refused(write_zip(tmp_path / "x.pth", {"x/data.pkl": attributes, "x/data/0": b""}), "attributes on a tensor")
+
+
+def test_a_whole_model_is_refused_with_advice():
+    refused(DATA / "torch" / "whole_model.pth", "torch.nn.modules.linear.Linear")
+    refused(DATA / "torch" / "whole_model.pth", "save model.state_dict() instead")
+
+
+def test_a_pickle_cannot_claim_memory(tmp_path):
+    start = time.perf_counter()
+    refused(write_pickle(tmp_path / "memo.pth", b"\x80\x02}r\xff\xff\xff\x7f."), "LONG_BINPUT")
+    refused(write_pickle(tmp_path / "bytes.pth", b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"."), "damaged pickle")
+    refused(write_pickle(tmp_path / "array.pth", b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"."), "damaged pickle")
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        (4, 0, (5,), (1,)),
+        (4, 1, (4,), (1,)),
+        (4, 0, (2, 2), (3, 1)),
+        (4, -1, (2,), (1,)),
+        (4, 0, (-2,), (1,)),
+        (4, 3, (2,), (-1,)),
+        (4, 0, (2, 2), (1,)),
+        (4, 5, (0,), (1,)),
+        (4, 0, (1,) * 9, (1,) * 9),
+    ],
+)
+def test_a_tensor_reaches_no_further_than_its_storage(tmp_path, geometry):
+    contents = {"x/data.pkl": files.tensor_pickle(*geometry), "x/data/0": bytes(16)}
+    refused(write_zip(tmp_path / "x.pth", contents), "tensor of")
+
+
+def test_a_storage_has_the_size_that_its_tensors_state(tmp_path):
+    contents = {"x/data.pkl": files.tensor_pickle(4, 0, (4,), (1,)), "x/data/0": bytes(15)}
+    refused(write_zip(tmp_path / "x.pth", contents), "should have 16 bytes and has 15")
+    del contents["x/data/0"]
+    refused(write_zip(tmp_path / "x.pth", contents), "has no")
+
+
+def test_expanded_tensors_cannot_be_a_bomb(tmp_path):
+    contents = {"x/data.pkl": files.tensor_pickle(1, 0, (1 << 15, 1 << 15), (0, 0)), "x/data/0": bytes(4)}
+    refused(write_zip(tmp_path / "x.pth", contents), "bytes of tensors, but holds 4")
+
+
+def test_zip_bombs_are_refused_unopened(tmp_path):
+    n = 1 << 25
+    contents = {"x/data.pkl": files.tensor_pickle(n, 0, (n,), (1,)), "x/data/0": bytes(4 * n)}
+    path = write_zip(tmp_path / "bomb.pth", contents, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 2e5
+    refused(path, "refused, and nothing was unpacked")
+    refused(write_zip(tmp_path / "pickle.pth", {"x/data.pkl": bytes(1 << 25)}, zipfile.ZIP_DEFLATED), "more than")
+
+
+def test_an_entry_that_is_longer_than_it_states_is_refused(tmp_path):
+    content = {"x/data.pkl": files.tensor_pickle(4, 0, (4,), (1,)), "x/data/0": bytes(1 << 20)}
+    path = write_zip(tmp_path / "x.pth", content, zipfile.ZIP_DEFLATED)
+    path.write_bytes(path.read_bytes().replace(struct.pack("<I", 1 << 20), struct.pack("<I", 16)))
+    refused(path, "damaged")
+
+
+def test_entries_that_share_their_bytes_are_refused(tmp_path):
+    path = write_zip(tmp_path / "x.pth", {"x/data.pkl": files.tensor_pickle(4, 0, (4,), (1,)), "x/data/0": bytes(16)})
+    data = path.read_bytes()
+    start = data.index(b"PK\x01\x02")
+    directory, end = data[start : data.index(b"PK\x05\x06")], bytearray(data[data.index(b"PK\x05\x06") :])
+    many = b"".join(directory.replace(b"x/data/0", b"x/d%05d" % i) for i in range(500))
+    struct.pack_into("<HHI", end, 8, 1000, 1000, len(many))
+    path.write_bytes(data[:start] + many + end)
+    refused(path, "the same name")
+
+
+def test_byte_orders(tmp_path):
+    contents = files.entries(ODD)
+    refused(write_zip(tmp_path / "x.pth", contents | {"odd/byteorder": b"middle"}), "unknown byte order")
+    little = ODD_LEGACY.read_bytes()
+    place = little.index(b"little_endian") + len(b"little_endian") + 2
+    assert little[place : place + 1] == b"\x88"
+    (tmp_path / "big.pth").write_bytes(little[:place] + b"\x89" + little[place + 1 :])
+    refused(tmp_path / "big.pth", "big-endian")
+
+
+def test_arrays_of_objects_are_refused(tmp_path):
+    proof = tmp_path / "executed"
+    np.savez(tmp_path / "x.npz", a=np.array([Evil(os.system, f"touch {proof}")], object), allow_pickle=True)
+    refused(tmp_path / "x.npz", "arrays of objects are refused")
+    np.savez(tmp_path / "y.npz", a=np.zeros(2, [("p", "f4"), ("q", "f4")]))
+    refused(tmp_path / "y.npz", "only numbers are read")
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("path", [ODD, ODD_LEGACY])
+def test_a_file_cut_off_anywhere_is_refused(tmp_path, path):
+    whole, cut = path.read_bytes(), tmp_path / "cut.pth"
+    for length in [*range(0, 40, 3), *range(40, len(whole), 97), len(whole) - 1]:
+        cut.write_bytes(whole[:length])
+        refused(cut, "")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"b": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, "overlap"),
+        ({"b": {"dtype": "F32", "shape": [1], "data_offsets": [40, 44]}}, "gaps"),
+        ({"b": {"dtype": "F32", "shape": [2], "data_offsets": [24, 28]}}, "should have 8"),
+        ({"b": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [24, 28]}}, "known types"),
+        ({"b": {"dtype": "F32", "shape": [-1], "data_offsets": [24, 28]}}, "no sense"),
+        ({"b": {"dtype": "F32", "shape": [1], "data_offsets": [24, 28]}}, "cut off"),
+        ({"b": [1]}, "no sense"),
+    ],
+)
+def test_safetensors_headers_are_checked(tmp_path, changed, words):
+    refused(write_safetensors(tmp_path / "x.safetensors", {"a": files.array(2, 3)}, **changed), words)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "x"
+    refused(path, "there is no file")
+    for content, words in [
+        (b"", "empty"),
+        (b"hello world, this is text", "no format"),
+        (pickle.dumps({"a": 1}), "not one of torch.save"),
+        (struct.pack("<Q", 1 << 60) + b"{}    ", "header is longer"),
+        (struct.pack("<Q", 6) + b"{]    ", "no JSON"),
+        (legacy({"a": 1}, []), "no state_dict"),
+        (legacy({"a": 1}, [], b"more"), "left over"),
+    ]:
+        path.write_bytes(content)
+        refused(path, words)
+    refused(write_zip(path, {"readme.txt": b"x"}), "no data.pkl")
+    refused(write_pickle(path, pickle.dumps([1, 2], protocol=2)), "holds a list")
+    refused(write_pickle(path, pickle.dumps({"lr": 1, "args": 2}, protocol=2)), "a dictionary of lr, args")
+    refused(write_zip(path, {"x/data.pkl": b"\x80\x02}.", "x/constants.pkl": b""}), "TorchScript")
+    refused(tmp_path, "cannot be read")
+
+
+def test_the_list_of_instructions_knows_only_real_ones():
+    assert {opcode.name for opcode in pickletools.opcodes} >= restricted_pickle._ALLOWED
