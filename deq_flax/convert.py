@@ -1,0 +1,191 @@
+"""Turn weights of the original PyTorch code into a checkpoint of ours, or back.
+
+  python -m deq_flax.convert SOURCE.pth DIR --config configs/wt103.py:VARIANT [--config.section.key=value ...]
+  python -m deq_flax.convert SOURCE.pth DIR --config auto
+  python -m deq_flax.convert DIR OUT.pth --to_torch
+
+SOURCE is a state_dict: .pth, .pt or .pkl of torch.save, .safetensors, or .npz. DIR is then what a training run leaves:
+`deq_flax.main --mode eval --workdir DIR` evaluates it, `--config.checkpoint.init_from=DIR` trains on from it, and
+`deq_flax.generate --checkpoint DIR` writes with it. PyTorch is not needed. `--config auto` is configs/wt103.py with the sizes
+of the file; memory, span and the order of normalisation cannot be read off a file, and stay as the config has them.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from deq_flax import cli
+from deq_flax.errors import UserError
+
+_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_CONFIG = cli.config_flag(_FLAGS)
+_TO_TORCH = flags.DEFINE_bool(
+    "to_torch", False, "write a state_dict that the original code loads, from a checkpoint of ours", flag_values=_FLAGS
+)
+
+AUTO_CONFIG = Path("configs") / "wt103.py"
+
+
+def main(source: str, destination: str) -> int:
+    """The command."""
+    if _TO_TORCH.value:
+        count, names = to_torch(source, Path(destination))
+        print(f"wrote {names} tensors, {count:,} parameters, to {destination}")
+        return 0
+    cli.require(_CONFIG.value is not None, "--config is missing: a config file, or auto")
+    config = cli.config_to_kwargs(_CONFIG.value)
+    flag: Any = _FLAGS["config"]
+    given = {key.removeprefix("model.") for key in flag.override_values if key.startswith("model.")}
+    count = convert(Path(source), Path(destination), config, auto=_auto_wanted(sys.argv), given=given)
+    print(f"wrote {count:,} parameters to {destination}; evaluate them with --mode eval --workdir {destination}")
+    return 0
+
+
+def convert(
+    source: Path, directory: Path, config: Mapping[str, Any], *, auto: bool = False, given: Collection[str] = ()
+) -> int:
+    """Write a checkpoint of the weights in `source`; returns how many parameters it has.
+
+    Args:
+      source: a file that `torch_checkpoint.open_tensors` reads.
+      directory: for `checkpoints/0` and `config.json`.
+      config: the resolved config as plain data. A `model.vocab_size` of 0 becomes that of the file.
+      auto: take all options of the model that shapes tell from the file, but those in `given`.
+
+    Raises:
+      UserError: the file cannot be read or does not fit the config, or the directory is in use. Nothing has been written then.
+    """
+    from deq_flax.pretrained import abstract_model
+    from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, match, open_tensors
+    from deq_flax.train.checkpoint import Checkpoints
+
+    _require_unused(directory)
+    family = FAMILIES.get(config["task"])
+    if family is None:
+        raise UserError(f"weights of task {config['task']!r} cannot be converted; known: {', '.join(FAMILIES)}")
+    with open_tensors(source) as file:
+        found = family.infer(file.shapes)
+        config = _completed(config, found, source, auto=auto, given=given)
+        try:
+            model = abstract_model(config)
+            problems = "; ".join(match(family, model, file.shapes))
+        except UserError as error:
+            problems = str(error)
+        if problems:
+            raise UserError(f"{source} does not fit the config: {problems}{_advice(config, found, file.shapes)}")
+        arrays, buffers = convert_tensors(family, model, file)
+    meta = {"config": config, "converted": {"file": source.name, "buffers": {k: v.tolist() for k, v in buffers.items()}}}
+    with Checkpoints(directory / "checkpoints", keep_latest=1, keep_best=0) as checkpoints:
+        # Device arrays, because checkpoints copy those of NumPy.
+        params = {path: jax.device_put(arrays.pop(path)) for path in list(arrays)}
+        checkpoints.save(0, _nested(params), {}, {"step": 0}, meta)
+    try:
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
+    return sum(x.size for x in params.values())
+
+
+def to_torch(checkpoint: str | Path, path: Path) -> tuple[int, int]:
+    """Write the weights of a checkpoint as a state_dict; returns the numbers of parameters and of tensors.
+
+    Raises:
+      UserError: there is no checkpoint, there is no name for its weights, or the file cannot be written.
+    """
+    from deq_flax.pretrained import abstract_model, stored_config
+    from deq_flax.torch_checkpoint import FAMILIES, export_tensors, write_state_dict
+    from deq_flax.train.checkpoint import load_meta, load_params
+    from deq_flax.train.step import split_model
+
+    meta = load_meta(checkpoint)
+    config = stored_config(meta)
+    model = abstract_model(config)
+    template = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), split_model(model)[1])
+    restored = load_params(checkpoint, template).weights
+    leaves = jax.tree_util.tree_flatten_with_path(restored)[0]
+    arrays = {jax.tree_util.keystr(place, simple=True, separator="/"): leaf for place, leaf in leaves}
+    stored = meta.get("converted", {}).get("buffers", {})
+    buffers = {name: np.array(values, np.float32) for name, values in stored.items()}
+    tensors = list(export_tensors(FAMILIES[config["task"]], model, arrays, buffers))
+    write_state_dict(path, tensors)
+    return sum(array.size for array in arrays.values()), len(tensors)
+
+
+def _require_unused(directory: Path) -> None:
+    if (directory / "checkpoints").exists() or (directory / "config.json").exists():
+        raise UserError(f"{directory} holds a run already: choose another folder")
+
+
+def _completed(
+    config: Mapping[str, Any], found: Mapping[str, Any], source: Path, *, auto: bool, given: Collection[str]
+) -> dict[str, Any]:
+    """The config with what the file tells of the model, as far as that is asked for."""
+    if auto:
+        wanted = {key: value for key, value in found.items() if key not in given}
+        if untold := [key for key, value in wanted.items() if value is None]:
+            raise UserError(f"{source} does not tell the model's {untold[0]}: add --config.model.{untold[0]}=...")
+    else:
+        wanted = {} if config["model"].get("vocab_size") != 0 else {k: v for k, v in found.items() if k == "vocab_size"}
+    return dict(config) | {"model": dict(config["model"]) | wanted}
+
+
+def _advice(config: Mapping[str, Any], found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The overrides that would make it fit, if there are such."""
+    from deq_flax.pretrained import abstract_model
+    from deq_flax.torch_checkpoint import FAMILIES, match
+
+    old = config["model"]
+    new = {key: value for key, value in found.items() if value is not None and value != _as_read(old[key])}
+    try:
+        fits = new and not match(FAMILIES[config["task"]], abstract_model(dict(config) | {"model": old | new}), shapes)
+    except UserError:
+        fits = False
+    overrides = " ".join(f"--config.model.{key}={_literal(value)}" for key, value in new.items())
+    return f". It fits with {overrides}" if fits else ""
+
+
+def _as_read(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _literal(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) and len(value) > 1 else str(value).replace(" ", "")
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested
+
+
+def _is_auto(before: str, argument: str) -> bool:
+    return argument == "--config=auto" or (before, argument) == ("--config", "auto")
+
+
+def _auto_wanted(argv: Sequence[str]) -> bool:
+    return any(itertools.starmap(_is_auto, itertools.pairwise(argv)))
+
+
+def _without_auto(argv: Sequence[str]) -> list[str]:
+    """The command line with the config file that `auto` begins from, and with `--to-torch` spelled as flags are."""
+    base = Path(__file__).resolve().parent.parent / AUTO_CONFIG
+    file = str(base if base.exists() else AUTO_CONFIG)
+    argv = ["--to_torch" if argument == "--to-torch" else argument for argument in argv]
+    pairs = itertools.pairwise(["", *argv])
+    return [argument.replace("auto", file) if _is_auto(before, argument) else argument for before, argument in pairs]
+
+
+if __name__ == "__main__":
+    cli.run(main, _without_auto(sys.argv), positional=("SOURCE", "DIR"), flag_values=_FLAGS)
