@@ -1,0 +1,171 @@
+"""Generation with a DEQ-Transformer, one token at a time.
+
+Every token is a segment of its own: its state is the equilibrium given those before it, which stay in the memory and are
+never solved for again.
+
+B batch (1), L length, M memory, D model features, J features of an injection, V words, K the likeliest of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from deq_flax.equilibrium import Solver, fixed_point
+from deq_flax.nn.linear import Linear
+from deq_flax.nn.transformer import Memory
+
+CHUNK = 64
+"""Tokens of the prompt that are solved for together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next word is chosen from the distribution over words. Raises ValueError for numbers that make no sense."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature and top_k must be at least 0, and top_p above 0 and at most 1")
+
+    def choose(self, log_p_V: jax.Array, key: Any) -> jax.Array:
+        """A word, int32 scalar."""
+        if self.temperature == 0:
+            return jnp.argmax(log_p_V).astype(jnp.int32)
+        scaled_V = log_p_V / self.temperature
+        if self.top_k == 0 and self.top_p == 1:
+            return jax.random.categorical(key, scaled_V).astype(jnp.int32)
+        ranked_K, words_K = lax.top_k(scaled_V, min(self.top_k or len(log_p_V), len(log_p_V)))
+        p_K = jax.nn.softmax(ranked_K)
+        likelier_K = jnp.cumsum(p_K) - p_K
+        return words_K[jax.random.categorical(key, jnp.where(likelier_K < self.top_p, ranked_K, -jnp.inf))].astype(jnp.int32)
+
+
+class State(NamedTuple):
+    """Where a text stands."""
+
+    memory: Memory
+    token_1: jax.Array
+    """The word that comes next, not yet in the memory."""
+    position: jax.Array
+    """int32: how many tokens came before it."""
+    nfe: jax.Array
+    """Evaluations spent on the last token, or on the last chunk of the prompt."""
+
+
+class Generator:
+    """Texts by a DEQ-Transformer.
+
+    Args:
+      model: the `DEQTransformer`.
+      solver: of every solve.
+      sampling: how words are chosen.
+      memory: how many tokens to remember, at least 1.
+      words: of the model's words only the first so many are written; None: all.
+      warm_start: begin a solve at the state of the remembered token whose input is nearest, instead of at zero.
+
+    Raises:
+      ValueError: memory is less than 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        solver: Solver,
+        sampling: Sampling,
+        memory: int,
+        words: int | None = None,
+        warm_start: bool = True,
+    ):
+        if memory < 1:
+            raise ValueError(f"memory must be at least 1, not {memory}")
+        graph, state = nnx.split(model)
+        model = nnx.merge(graph, state)
+        _fold_weight_norm(model)
+        model.mem_len = memory
+        graph, self._params = nnx.split(model)
+        self._fresh = model.fresh_memory(1)
+        self._extend = jax.jit(partial(_extend, graph, solver, sampling, words, warm_start))
+
+    def start(self, ids: Sequence[int] | np.ndarray, seed: int = 0) -> State:
+        """The state after a prompt of at least one token."""
+        ids = np.asarray(ids, np.int32).reshape(-1)
+        state = State(self._fresh, jnp.zeros(1, jnp.int32), jnp.int32(0), jnp.zeros(()))
+        for start in range(0, len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
+            tokens_1L = np.zeros((1, CHUNK), np.int32)
+            tokens_1L[0, : len(chunk)] = chunk
+            state = self._extend(self._params, state, tokens_1L, np.int32(len(chunk)), np.int32(seed))
+        return state
+
+    def step(self, state: State, seed: int = 0) -> State:
+        """The state with one more token."""
+        return self._extend(self._params, state, state.token_1[None], np.int32(1), np.int32(seed))
+
+    def tokens(self, ids: Sequence[int] | np.ndarray, count: int, seed: int = 0) -> Iterator[tuple[int, float]]:
+        """`count` tokens that follow the prompt, each with the evaluations of the solve that it was chosen after."""
+        state = self.start(ids, seed)
+        for i in range(count):
+            following = self.step(state, seed) if i + 1 < count else state
+            yield int(state.token_1[0]), float(state.nfe)  # while the device is at work on the next
+            state = following
+
+
+def _extend(graph, solver, sampling, words, warm_start, params, state: State, tokens_1L, count, seed) -> State:
+    """Read the first `count` of `tokens_1L`, at least one, and choose what follows."""
+    model = nnx.merge(graph, params)
+    equation = model.equation(tokens_1L, state.memory)
+    z0_1LD = nearest_states(state.memory, equation.injection_BLJ) if warm_start else equation.z0_BLD
+    solution = fixed_point(equation.f, z0_1LD, solver=solver)
+    memory = _remember(state.memory, solution.value, equation.injection_BLJ, count)
+    last_11D = lax.dynamic_slice_in_dim(solution.value, count - 1, 1, axis=1)
+    position = state.position + count
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    token = sampling.choose(model.log_probabilities(last_11D)[0, 0, :words], key)
+    return State(memory, token[None], position, solution.stats.nfe)
+
+
+def nearest_states(memory: Memory, injection_BLJ: jax.Array) -> jax.Array:
+    """(B, L, D): for each token the state of the remembered one whose injection is nearest; 0 where nothing is remembered.
+
+    Tokens of the same word have the same injection: for a word that occurred before it is the state it had the last time.
+    """
+    squared_BM = jnp.square(memory.injections_BMJ).sum(-1)
+    products_BLM = jnp.einsum("blj,bmj->blm", injection_BLJ, memory.injections_BMJ)
+    n_memory = squared_BM.shape[1]
+    valid_BM = jnp.arange(n_memory)[None] >= n_memory - memory.length_B[:, None]
+    distance_BLM = jnp.where(valid_BM[:, None], squared_BM[:, None] - 2 * products_BLM, jnp.inf)
+    latest_BL1 = n_memory - 1 - jnp.argmin(distance_BLM[..., ::-1], axis=-1, keepdims=True)
+    states_BLD = jnp.take_along_axis(memory.states_BMD, latest_BL1, axis=1)
+    return jnp.where(memory.length_B[:, None, None] > 0, states_BLD, 0)
+
+
+def _remember(memory: Memory, z_BLD: jax.Array, injection_BLJ: jax.Array, count: jax.Array) -> Memory:
+    """The memory after the first `count` tokens of a segment."""
+    n_memory = memory.states_BMD.shape[1]
+    states = jnp.concatenate([memory.states_BMD, z_BLD], axis=1)
+    injections = jnp.concatenate([memory.injections_BMJ, injection_BLJ], axis=1)
+    return Memory(
+        states_BMD=lax.dynamic_slice_in_dim(states, count, n_memory, axis=1),
+        injections_BMJ=lax.dynamic_slice_in_dim(injections, count, n_memory, axis=1),
+        length_B=jnp.minimum(memory.length_B + count, n_memory),
+    )
+
+
+def _fold_weight_norm(model: nnx.Module) -> None:
+    """Kernels instead of their gains and directions: they would be computed for every token."""
+    for _, module in list(nnx.iter_graph(model)):
+        if isinstance(module, Linear) and module.weight_norm:
+            module.weight_IO = nnx.Param(module.kernel())
+            module.weight_norm = False
+            del module.v_IO, module.g_O

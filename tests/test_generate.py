@@ -1,0 +1,108 @@
+"""Laws of the command that writes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deq_flax.convert import convert
+from deq_flax.data.text import load_text
+from deq_flax.data.vocabulary import Vocabulary
+from deq_flax.errors import UserError
+from deq_flax.generate import default_memory, encode_prompt, find_vocabulary, make_solver
+from tests import reference
+from tests.test_configs import LANGUAGE
+
+ROOT = Path(__file__).parent.parent
+WORDS = Vocabulary(["<eos>", "<unk>", "the", "cat"], lower_case=True)
+
+
+def config(text="tokens", vocab_size=4):
+    data = {"name": text, "path": "", "cache": "", "eval_seq_len": 9}
+    return {"task": "language", "data": data, "model": {"vocab_size": vocab_size, "mem_len": 7}}
+
+
+def test_the_words_of_a_run_are_found_from_any_folder_of_it(tmp_path):
+    step = tmp_path / "run" / "checkpoints" / "12"
+    step.mkdir(parents=True)
+    WORDS.save(tmp_path / "run" / "vocabulary.txt")
+    for path in (step.parent.parent, step.parent, step):
+        assert find_vocabulary(path, config(), None).words == WORDS.words
+    assert find_vocabulary(tmp_path, config("pydoc", 10**6), None).words == load_text("pydoc").vocabulary.words
+    Vocabulary(["a", "b"]).save(tmp_path / "other.txt")
+    assert find_vocabulary(step, config(), str(tmp_path / "other.txt")).words == ("a", "b")
+
+
+def test_words_that_are_not_to_be_had_are_asked_for(tmp_path):
+    for text, words in [("tokens", "data.path is not set"), ("wt103", "data.path is not set"), ("pydoc", "not this model's")]:
+        with pytest.raises(UserError, match=words):
+            find_vocabulary(tmp_path, config(text), None)
+    with pytest.raises(UserError, match="give --vocabulary FILE"):
+        find_vocabulary(tmp_path, config("wt103"), None)
+
+
+def test_unknown_words_are_named(capsys):
+    assert encode_prompt("The dog and\nthe dog", WORDS, "tokens").tolist() == [2, 1, 1, 0, 2, 1]
+    assert capsys.readouterr().err == "warning: not in the vocabulary, read as <unk>: dog, and\n"
+    with pytest.raises(UserError, match="the word 'dog' is not in the vocabulary"):
+        encode_prompt("dog", Vocabulary(["the"]), "tokens")
+
+
+def test_prompts_are_cut_into_words_as_their_text_was(capsys):
+    assert encode_prompt("The cat,\nthe cat", WORDS, "pydoc").tolist() == [2, 3, 1, 0, 2, 3]
+    assert encode_prompt("The cat,", WORDS, "tokens").tolist() == [2, 1]
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_line():
+    assert encode_prompt("  ", WORDS, "tokens").tolist() == [0]
+    with pytest.raises(UserError, match="--prompt is empty"):
+        encode_prompt("", Vocabulary(["the"]), "tokens")
+
+
+def test_memory_and_solver_are_those_of_training():
+    assert default_memory(config()) == 7
+    assert default_memory(config() | {"model": {"mem_len": 0}}) == 9
+    deq = LANGUAGE["wt103"].get_config().deq.to_dict()
+    assert make_solver(deq, tol=None, max_steps=None).max_steps == 30
+    assert make_solver(deq, tol=1e-5, max_steps=4).tol == 1e-5
+    with pytest.raises(UserError, match="unknown solver 'newton'; known: picard"):
+        make_solver(deq | {"solver": "newton"}, tol=None, max_steps=None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "dir"
+    sections = LANGUAGE["wt103"].get_config().to_dict()
+    convert(reference.FOLDER / "lm_deq_postln.pth", folder, sections, auto=True)
+    Vocabulary(["<eos>", "<unk>", *(f"w{i}" for i in range(998))]).save(folder / "words.txt")
+    return folder
+
+
+def command(*arguments):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla")}
+    return subprocess.run(
+        [sys.executable, "-m", "deq_flax.generate", *arguments],
+        cwd=ROOT,
+        env=os.environ | cache,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_command(checkpoint):
+    arguments = ["--checkpoint", str(checkpoint), "--vocabulary", str(checkpoint / "words.txt"), "--prompt", "w5 w7 dog"]
+    options = ["--tokens=12", "--temperature=0.8", "--top_k=20", "--top_p=0.9", "--seed=3", "--memory=20"]
+    done = command(*arguments, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("w5 w7 <unk>")
+    assert len(done.stdout.replace("\n", " <eos> ").split()) == 3 + 12 + 1
+    warning, speed = done.stderr.splitlines()
+    assert "read as <unk>: dog" in warning and "tokens/s" in speed and "evaluations per token" in speed
+
+
+def test_a_mistake_is_one_line(checkpoint):
+    done = command("--checkpoint", str(checkpoint), "--prompt", "the")
+    assert done.returncode == 2 and "give --vocabulary FILE" in done.stderr and done.stderr.count("\n") == 1
