@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.equilibrium import Broyden
+from deq_flax.equilibrium import Picard
 from deq_flax.models import generation
 from deq_flax.models.generation import Generator, Sampling
 from tests import reference
 
-TIGHT = Broyden(tol=1e-6, max_steps=60)
+TIGHT = Picard(tol=1e-6, max_steps=200)
 PROMPT = np.array([5, 17, 300, 5, 999, 42, 17, 300, 5, 999])
 
 
@@ -50,8 +50,8 @@ def test_a_warm_start_saves_evaluations_and_changes_no_token():
     text, found = np.tile(PROMPT[1:6], 6), []
     for warm_start in (True, False):
         near = Generator(model(local_size=3), solver=TIGHT, sampling=Sampling(), memory=40, warm_start=warm_start)
-        state, evaluations, likeliest = near.start(text[:6]), 0.0, []
-        for token in text[6:]:
+        state, evaluations, likeliest = near.start([]), 0.0, []
+        for token in text:
             state = near.step(state._replace(token_1=jnp.array([token], jnp.int32)))
             evaluations += float(state.nfe)
             likeliest.append(int(state.token_1[0]))
@@ -86,15 +86,12 @@ def test_the_prompt_may_come_in_pieces():
     assert at_once.token_1 == state.token_1
 
 
-def test_the_same_seed_gives_the_same_text():
-    drawing = generator(sampling=Sampling(temperature=1.0))
-    texts = [[token for token, _ in drawing.tokens(PROMPT, 8, seed)] for seed in (1, 1, 2)]
+def test_the_same_seed_gives_the_same_text_of_known_words(monkeypatch):
+    monkeypatch.setattr(generation, "CHUNK", 1)
+    drawing = generator(sampling=Sampling(temperature=5.0), words=7)
+    texts = [[token for token, _ in drawing.tokens(PROMPT[:3], 8, seed)] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-
-
-def test_only_known_words_are_written():
-    few = generator(sampling=Sampling(temperature=5.0), words=7)
-    assert all(token < 7 for token, _ in few.tokens(PROMPT, 8))
+    assert all(token < 7 for text in texts for token in text)
 
 
 def test_generation_leaves_the_model_as_it_was():
