@@ -117,6 +117,10 @@ def _base() -> ConfigDict:
                 "ema_decay": 0.999,  # running average of the parameters, for evaluation; 0: none
                 "max_skipped": 10,  # non-finite steps in a row that are skipped before giving up
             },
+            "eval": {
+                "spectral_radius": False,  # report that of f at the equilibria of the first batch
+                "max_steps_sweep": (),  # limits on evaluations to evaluate with besides, for a table of score against them
+            },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
             "checkpoint": {"keep_latest": 2, "keep_best": 1, "init_from": ""},
         }

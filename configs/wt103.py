@@ -71,13 +71,15 @@ VARIANTS = {
         "model.mem_len": 32,
         "deq.max_steps": 16,
         "deq.backward_max_steps": 16,
+        "deq.jacobian_weight": 0.3,
+        "deq.jacobian_frequency": 0.4,
         "deq.pretrain_steps": 100,
         "optimizer.learning_rate": 2e-3,
         "optimizer.warmup_steps": 20,
-        "train.steps": 400,
-        "train.log_every": 10,
-        "train.eval_every": 100,
-        "train.checkpoint_every": 100,
+        "train.steps": 1500,
+        "train.log_every": 50,
+        "train.eval_every": 300,
+        "train.checkpoint_every": 300,
     },
 }
 
@@ -150,6 +152,10 @@ def _base() -> ConfigDict:
                 "accumulate": 1,  # micro-batches to a step; batch_size counts all of them
                 "ema_decay": 0.0,  # running average of the parameters, for evaluation; 0: none
                 "max_skipped": 10,  # non-finite steps in a row that are skipped before giving up
+            },
+            "eval": {
+                "spectral_radius": False,  # report that of f at the equilibria of the first batch
+                "max_steps_sweep": (),  # limits on evaluations to evaluate with besides, for a table of score against them
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
             "checkpoint": {"keep_latest": 2, "keep_best": 1, "init_from": ""},

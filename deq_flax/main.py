@@ -8,7 +8,7 @@ The same command again continues an unfinished run from its last checkpoint.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 
 MAY_CHANGE = (
+    "eval.",
     "data.path",
     "data.cache",
     "train.log_every",
@@ -56,8 +57,10 @@ def _train(config: Mapping[str, Any], workdir: Path) -> int:
     from deq_flax.tasks import make_task
     from deq_flax.train.loop import train
 
+    task = make_task(config)
+    _keep_vocabulary(task, workdir)
     result = train(
-        make_task(config),
+        task,
         workdir=workdir,
         config=config,
         optimizer=config["optimizer"],
@@ -77,11 +80,46 @@ def _evaluate(config: Mapping[str, Any], workdir: Path, checkpoint: str | None) 
     from deq_flax.tasks import make_task
     from deq_flax.train.evaluate import evaluate_checkpoint
 
-    step, metrics = evaluate_checkpoint(
-        make_task(config), Path(checkpoint) if checkpoint else workdir, mesh=config["mesh"], seed=config["train"]["seed"]
+    options, limit = config["eval"], config["deq"]["max_steps"]
+    for steps in options["max_steps_sweep"]:
+        cli.require(
+            isinstance(steps, int) and 1 <= steps <= limit,
+            f"eval.max_steps_sweep holds {steps}: whole numbers from 1 to deq.max_steps ({limit}) are possible",
+        )
+    result = evaluate_checkpoint(
+        make_task(config),
+        Path(checkpoint) if checkpoint else workdir,
+        mesh=config["mesh"],
+        seed=config["train"]["seed"],
+        **options,
     )
-    print(_summary("evaluated", step, metrics))
+    if result.anytime:
+        _write_lines(workdir / "anytime.jsonl", map(json.dumps, result.anytime))
+        print(_table(result.anytime))
+    print(_summary("evaluated", result.step, result.metrics))
     return 0
+
+
+def _keep_vocabulary(task: Any, workdir: Path) -> None:
+    """`vocabulary.txt`, the words by their ids, where a task has words: to write with the model no text is needed then."""
+    vocabulary = getattr(getattr(task, "corpus", None), "vocabulary", None)
+    if vocabulary is not None:
+        _write_lines(workdir / "vocabulary.txt", vocabulary.words)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of the same keys, aligned under these."""
+    cells = [list(rows[0]), *([f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
 def _summary(head: str, step: int, metrics: Mapping[str, Mapping[str, float]]) -> str:

@@ -7,7 +7,7 @@ that goes into `loss`, comes out of it, is checkpointed, and starts afresh in ev
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -120,8 +120,9 @@ class Task(Protocol):
     ) -> tuple[jax.Array, LossOutput]:
         """The scalar to minimise, the next carry and the metrics.
 
-        Evaluation gives neither phase, controls nor key: nothing random happens then. The gradient with respect to `probe`
-        carries the statistics of the adjoint solve (see `equilibrium.gradients.backward_probe`).
+        Evaluation gives neither phase nor key, and controls only to limit evaluations: nothing random happens then. The
+        gradient with respect to `probe` carries the statistics of the adjoint solve (see
+        `equilibrium.gradients.backward_probe`).
         """
         ...
 
@@ -131,4 +132,13 @@ class Task(Protocol):
 
     def work(self, seconds_per_step: float) -> dict[str, float]:
         """The speed of training in the task's own unit, such as `tokens_per_second`."""
+        ...
+
+
+@runtime_checkable
+class HasSpectralRadius(Protocol):
+    """A task that can tell how contracting its equilibria are."""
+
+    def spectral_radius(self, model: Any, batch: Batch, carry: Carry, key: Any) -> jax.Array:
+        """(B,): of the Jacobian of f at the equilibrium of each member of the batch; below 1, plain iteration converges."""
         ...

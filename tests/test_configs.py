@@ -32,6 +32,7 @@ KEYS = {
     "pretrain_layers",
     "optimizer": "name learning_rate warmup_steps schedule clip_norm weight_decay momentum nesterov",
     "train": "steps seed log_every eval_every checkpoint_every accumulate ema_decay max_skipped",
+    "eval": "spectral_radius max_steps_sweep",
     "mesh": "data fsdp tensor",
     "checkpoint": "keep_latest keep_best init_from",
 }

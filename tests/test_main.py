@@ -51,7 +51,8 @@ def test_trains_and_says_how_it_went(trained):
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
     assert last.startswith("done: best checkpoint, step 4 | valid loss") and "unigram_ppl" in last and "test loss" in last
-    assert (workdir / "metrics.jsonl").exists() and (workdir / "config.json").exists()
+    for name in ("metrics.jsonl", "config.json", "vocabulary.txt"):
+        assert (workdir / name).exists()
 
 
 def test_the_same_command_again_says_that_the_run_is_complete(trained):
@@ -103,6 +104,7 @@ def bad_inputs(tmp_path):
         "workdir not writable": ([*tiny[:2], "--workdir", str(tmp_path / "file" / "run")], "cannot write"),
         "unknown mode": ([*tiny, "--mode", "dance"], "dance"),
         "eval without checkpoint": ([*tiny, "--mode", "eval"], "no checkpoint"),
+        "sweep above the limit": ([*tiny, "--mode", "eval", "--config.eval.max_steps_sweep=2,17"], "deq.max_steps (16)"),
         "unknown optimizer": ([*tiny, "--config.optimizer.name=adem"], "known: adam"),
     }
 

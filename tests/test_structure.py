@@ -15,10 +15,12 @@ MAY = {
     "task": set(),
     "tasks": {"task", "models", "data", "equilibrium", "errors"},
     "train": {"task", "equilibrium", "errors"},
+    "torch_checkpoint": {"nn", "errors"},
 }
 LIBRARIES = {
     "equilibrium": {"jax"},
     "data": {"numpy", "grain", "tqdm"},
+    "torch_checkpoint": {"numpy", "ml_dtypes", "flax"},
 }
 """Third-party packages a room may import; the rooms not listed are free."""
 

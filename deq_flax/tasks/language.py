@@ -13,7 +13,7 @@ from flax import nnx
 
 from deq_flax.data.segments import EvalSegments, TrainSegments, iterate, segment_dataset
 from deq_flax.data.text import load_text
-from deq_flax.equilibrium import SolverStats
+from deq_flax.equilibrium import SolverStats, fixed_point, spectral_radius
 from deq_flax.errors import UserError
 from deq_flax.models.deq_transformer import DEQTransformer, Memory
 from deq_flax.task import Batch, Batches, Controls, LossOutput, Metrics, Phase, average
@@ -103,6 +103,12 @@ class LanguageTask:
             loss = loss + controls.jacobian_weight * output.jacobian_loss
             metrics["jacobian_loss"] = average(output.jacobian_loss)
         return loss, LossOutput(output.memory, metrics)
+
+    def spectral_radius(self, model: DEQTransformer, batch: Batch, carry: Memory, key: Any) -> jax.Array:
+        """(B,) at the equilibria of a batch."""
+        equation = model.equation(batch["inputs"], carry)
+        solution = fixed_point(equation.f, equation.z0_BLD, solver=self.recipe.forward_solver)
+        return spectral_radius(equation.f, solution.value, key)
 
     def summary(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """Adds perplexities: the model's and, in evaluation, that of word frequencies alone."""

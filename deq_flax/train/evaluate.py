@@ -1,49 +1,85 @@
 """Evaluation: a whole split, every example once, with a carry of its own."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from clu import metrics as clu_metrics
 from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from deq_flax.task import Metrics, Task
+from deq_flax.errors import UserError
+from deq_flax.task import Controls, HasSpectralRadius, Metrics, Task
 from deq_flax.train.checkpoint import load_params
 from deq_flax.train.mesh import by_batch, check_batch, make_mesh, replicated
 from deq_flax.train.step import EvalStep, make_eval_step, split_model
 
+SPLITS = ("valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What there is to say of a checkpoint."""
+
+    step: int
+    metrics: dict[str, dict[str, float]]
+    """By split."""
+    anytime: list[dict[str, Any]]
+    """Metrics by split and limit on the evaluations, one row each with these as `split` and `max_steps`."""
+
 
 def evaluate(
-    task: Task, model: nnx.Module, step: EvalStep, mesh: Mesh, params: Any, variables: Any, split: str
+    task: Task,
+    model: nnx.Module,
+    step: EvalStep,
+    mesh: Mesh,
+    params: Any,
+    variables: Any,
+    split: str,
+    *,
+    max_steps: int | None = None,
 ) -> dict[str, float]:
-    """The task's summary of a split, under the given weights. Leaves everything it is given as it was."""
+    """The task's summary of a split, under the given weights. Leaves everything it is given as it was.
+
+    `max_steps`: a tighter limit on the evaluations of a solve than the task's own; traced, so that it never recompiles.
+    """
+    controls = None if max_steps is None else Controls(max_steps=np.int32(max_steps), jacobian_weight=np.float32(0))
     batches = task.eval_batches(split)
     carry = jax.device_put(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
     totals: Metrics | None = None
     bar = tqdm(range(len(batches)), desc=split, unit="batch", leave=False, disable=not sys.stderr.isatty())
     for i in bar:
-        carry, metrics = step(params, variables, jax.device_put(batches[i], by_batch(mesh)), carry)
+        carry, metrics = step(params, variables, jax.device_put(batches[i], by_batch(mesh)), carry, controls)
         totals = metrics if totals is None else merge(totals, metrics)
     return task.summary(split, divide(totals or {}))
 
 
 def evaluate_checkpoint(
-    task: Task, path: Path, *, mesh: Mapping[str, Any], seed: int
-) -> tuple[int, dict[str, dict[str, float]]]:
-    """The step of a checkpoint, and its metrics on valid and test.
+    task: Task,
+    path: Path,
+    *,
+    mesh: Mapping[str, Any],
+    seed: int,
+    spectral_radius: bool = False,
+    max_steps_sweep: Sequence[int] = (),
+) -> Evaluation:
+    """A checkpoint on valid and test.
 
     Args:
       task: its model must have the checkpoint's shapes; whatever else differs is evaluated as the task has it.
       path: a run's workdir (the best checkpoint is taken), its checkpoints folder, or the folder of one step.
       mesh: the section of the config.
       seed: of the model that the weights replace.
+      spectral_radius: add mean and maximum, over the first batch, of the spectral radius at the equilibria.
+      max_steps_sweep: limits on the evaluations of a solve to evaluate with besides, none above the task's own.
 
     Raises:
-      UserError: there is no checkpoint, or it does not fit.
+      UserError: there is no checkpoint, it does not fit, or the task has no spectral radius.
     """
     devices = make_mesh(**mesh)
     check_batch(devices, batch_size=task.batch_size, accumulate=1, eval_batch_size=task.eval_batch_size)
@@ -52,8 +88,32 @@ def evaluate_checkpoint(
     restored = load_params(path, params)
     params, variables = jax.device_put((restored.weights, variables), replicated(devices))
     step = make_eval_step(task, graph, devices)
-    results = {split: evaluate(task, model, step, devices, params, variables, split) for split in ("valid", "test")}
-    return restored.step, results
+    weights = (params, variables)
+    results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}
+    if spectral_radius:
+        results["valid"] |= _spectral_radius(task, model, graph, devices, *weights)
+    anytime = [
+        {"split": split, "max_steps": limit} | evaluate(task, model, step, devices, *weights, split, max_steps=limit)
+        for limit in max_steps_sweep
+        for split in SPLITS
+    ]
+    return Evaluation(step=restored.step, metrics=results, anytime=anytime)
+
+
+def _spectral_radius(task: Task, model: nnx.Module, graph: Any, mesh: Mesh, params: Any, variables: Any) -> dict[str, float]:
+    """Of the first batch of the validation split."""
+    if not isinstance(task, HasSpectralRadius):
+        raise UserError("eval.spectral_radius: this task has none; set it to False")
+
+    @jax.jit
+    def radii(params: Any, variables: Any, batch: Any, carry: Any) -> jax.Array:
+        return task.spectral_radius(nnx.merge(graph, params, variables, copy=True), batch, carry, jax.random.key(0))
+
+    batch, carry = jax.device_put(
+        (task.eval_batches("valid")[0], task.fresh_carry(model, task.eval_batch_size)), by_batch(mesh)
+    )
+    radii_B = np.asarray(radii(params, variables, batch, carry))
+    return {"spectral_radius_mean": float(radii_B.mean()), "spectral_radius_max": float(radii_B.max())}
 
 
 def merge(a: Metrics, b: Metrics) -> Metrics:

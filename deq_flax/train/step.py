@@ -40,7 +40,7 @@ class TrainState(NamedTuple):
 STATE_SPEC = TrainState(P(), P(), P(), P(DATA), P(), P(), P())
 
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
-EvalStep = Callable[[Any, Any, Batch, Carry], tuple[Carry, Metrics]]
+EvalStep = Callable[..., tuple[Carry, Metrics]]
 
 
 def split_model(model: nnx.Module) -> tuple[Any, Any, Any]:
@@ -143,15 +143,27 @@ def make_train_step(
 
 
 def make_eval_step(task: Task, graph: Any, mesh: Mesh) -> EvalStep:
-    """`step(params, variables, batch, carry)` -> (next carry, metrics). Nothing random, nothing remembered but the carry."""
+    """`step(params, variables, batch, carry, controls=None)` -> (next carry, metrics).
 
-    def local(params: Any, variables: Any, batch: Batch, carry: Carry) -> tuple[Carry, Metrics]:
+    Nothing random, nothing remembered but the carry; `controls` may limit the evaluations.
+    """
+
+    def local(params: Any, variables: Any, batch: Batch, carry: Carry, controls: Controls | None) -> tuple[Carry, Metrics]:
         model = nnx.merge(graph, params, variables, copy=True)
-        _, output = task.loss(model, batch, carry)
+        _, output = task.loss(model, batch, carry, controls=controls)
         return output.carry, jax.lax.psum(output.metrics, DATA)
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(DATA), P(DATA)), out_specs=(P(DATA), P()), check_vma=False)
-    return jax.jit(mapped, donate_argnums=3)
+    @partial(jax.jit, donate_argnums=3)
+    def step(params: Any, variables: Any, batch: Batch, carry: Carry, controls: Controls | None = None):
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(P(), P(), P(DATA), P(DATA), P()),
+            out_specs=(P(DATA), P()),
+            check_vma=False,
+        )(params, variables, batch, carry, controls)
+
+    return step
 
 
 def _micro_batches(tree: Any, parts: int) -> Any:
