@@ -1,6 +1,7 @@
 """Solvers and gradients, side by side with other libraries.
 
-    pip install -r requirements.txt -r requirements-bench.txt && python benchmarks/solvers.py [--rounds 9] [--write benchmarks/solvers.md]
+    pip install -r requirements.txt -r requirements-bench.txt
+    python benchmarks/solvers.py [--rounds 9] [--write benchmarks/solvers.md]
 
 One process a library, all alive at once; they take turns, so that a slow spell of the machine hits all of them, and the
 medians are compared. Every library makes the same number of evaluations of the same layer (tolerance 0); their calls of f are

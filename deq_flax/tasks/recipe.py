@@ -1,11 +1,11 @@
 """How an equilibrium model is solved and trained over time: the section `deq` of a config, shared by all tasks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from deq_flax.equilibrium import SOLVERS, Gradient, Implicit, Solver, Unroll
+from deq_flax.equilibrium import ADJOINT_SOLVERS, SOLVERS, Gradient, Implicit, Solver, Unroll
+from deq_flax.equilibrium.solution import StopMode
 from deq_flax.errors import UserError
 from deq_flax.task import Controls, Phase
 
@@ -18,8 +18,9 @@ class EquilibriumRecipe:
     tol: float
     max_steps: int
     """Evaluations of f in a forward solve."""
-    stop: str
+    stop: StopMode
     backward_solver: str
+    """Any of the adjoint solvers."""
     backward_tol: float
     backward_max_steps: int
     jacobian_weight: float
@@ -41,9 +42,9 @@ class EquilibriumRecipe:
     seed: int
 
     def __post_init__(self):
-        for name in (self.solver, self.backward_solver):
-            if name not in SOLVERS:
-                raise UserError(f"unknown solver {name!r} in section deq; known: {', '.join(SOLVERS)}")
+        for name, known in ((self.solver, SOLVERS), (self.backward_solver, ADJOINT_SOLVERS)):
+            if name not in known:
+                raise UserError(f"unknown solver {name!r} in section deq; known: {', '.join(known)}")
         if not 0 <= self.jacobian_frequency <= 1:
             raise UserError(f"deq.jacobian_frequency is a probability, not {self.jacobian_frequency}")
         if not 0 <= self.max_steps_jitter < self.max_steps:
@@ -58,17 +59,16 @@ class EquilibriumRecipe:
 
     @property
     def forward_solver(self) -> Solver:
-        return self._make(self.solver, self.tol, self.max_steps)
+        return SOLVERS[self.solver](tol=self.tol, max_steps=self.max_steps, stop=self.stop)
 
     def gradient(self, phase: Phase | None) -> Gradient:
         """How a phase differentiates; evaluation, None, solves as equilibrium training does."""
         if phase is not None and phase.unrolled:
             return Unroll(self.pretrain_layers)
-        return Implicit(solver=self._make(self.backward_solver, self.backward_tol, self.backward_max_steps))
-
-    def _make(self, name: str, tol: float, max_steps: int) -> Solver:
-        solver: Callable[..., Solver] = SOLVERS[name]
-        return solver(tol=tol, max_steps=max_steps, stop=self.stop)
+        name, tol, max_steps = self.backward_solver, self.backward_tol, self.backward_max_steps
+        if name in SOLVERS:
+            return Implicit(solver=SOLVERS[name](tol=tol, max_steps=max_steps, stop=self.stop))
+        return Implicit(solver=ADJOINT_SOLVERS[name](tol=tol, max_steps=max_steps))  # it stops by the relative residual alone
 
     def phase(self, step: int) -> Phase:
         if step < self.pretrain_steps:

@@ -185,7 +185,7 @@ def test_ready_made_tokens_are_mapped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [np.zeros((2, 2), np.int32), np.zeros(2), np.array([0, -1]), np.zeros(0, np.int32), np.array([object()])], ids=str
+    "bad", [np.zeros((2, 2), np.int32), np.zeros(2), np.array([0, -1]), np.zeros(0, np.int32), np.array([None])], ids=str
 )
 def test_bad_tokens_are_named(tmp_path, bad):
     assert "valid.npy" in error_of("tokens", save_tokens(tmp_path, valid=bad))
