@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
+from time import perf_counter, sleep
 
 THREADS = 2
 STEPS = 30
@@ -200,14 +201,13 @@ def torch_cases() -> tuple[dict[str, Callable], dict[str, int]]:
 
 def worker(library: str) -> None:
     """Answer each line on stdin, a case, with the seconds that one run of it took."""
-    from time import perf_counter
-
     programs, counts = torch_cases() if library == "torchdeq" else jax_cases(library)
     for program in programs.values():
         program()
     print(json.dumps({"cases": list(programs), "calls": counts}), flush=True)
     for line in sys.stdin:
         program = programs[line.strip()]
+        program()  # warms up what others have cooled down
         start = perf_counter()
         program()
         print(perf_counter() - start, flush=True)
@@ -238,10 +238,12 @@ def measure(rounds: int) -> tuple[dict, dict]:
         workers[library] = process, ready["cases"]
         calls |= {(library, case): n for case, n in ready["calls"].items()}
         print(f"{library}: ready", file=sys.stderr)
-    for _ in range(rounds + 1):  # the first one warms up
+    for number in range(rounds + 1):  # the first one warms up
         for case in CASES:
-            for library, (process, cases) in workers.items():
+            for library in list(workers)[:: 1 if number % 2 else -1]:
+                process, cases = workers[library]
                 if case in cases:
+                    sleep(0.25)  # until the threads of the last library have stopped spinning
                     process.stdin.write(case + "\n")
                     process.stdin.flush()
                     times.setdefault((library, case), []).append(float(process.stdout.readline()))

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -58,3 +59,10 @@ def test_configs_import_only_ml_collections():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert getattr(node, "module", None) == "ml_collections", file
+
+
+def test_the_library_does_not_import_what_only_training_needs():
+    program = "import flax.nnx, sys; before = set(sys.modules); import deq_flax; print(*set(sys.modules) - before)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    added = {module.split(".")[0] for module in result.stdout.split()}
+    assert added - set(sys.stdlib_module_names) == {"deq_flax"}
