@@ -43,11 +43,11 @@ def microseconds_per_evaluation(rounds: int) -> dict[str, list[float]]:
     """Medians by solver, one for each limit. All take turns, so that a slow spell of the machine hits all of them."""
     z0 = jnp.zeros((4, 64 * 256))
     a = jnp.linspace(-0.99, 0.99, z0.shape[1])[None]
-    programs: dict[tuple[str, int], Callable] = {
-        (name, limit): jax.jit(lambda z, solver=make(limit): fixed_point(lambda z: a * z + 1, z, solver=solver).value)
-        for name, make in SOLVERS.items()
-        for limit in LIMITS
-    }
+
+    def program_of(solver) -> Callable:
+        return jax.jit(lambda z: fixed_point(lambda z: a * z + 1, z, solver=solver).value)
+
+    programs = {(name, limit): program_of(make(limit)) for name, make in SOLVERS.items() for limit in LIMITS}
     times: dict[tuple[str, int], list[float]] = {key: [] for key in programs}
     for _ in range(rounds + 1):  # the first round compiles
         for key, program in programs.items():

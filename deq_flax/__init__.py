@@ -13,6 +13,7 @@ from deq_flax.equilibrium import (
     Reversible,
     Shine,
     Solution,
+    Solver,
     SolverStats,
     Unroll,
     backward_probe,
