@@ -1,25 +1,17 @@
 """Solvers and gradients, side by side with other libraries.
 
     pip install -r requirements.txt -r requirements-bench.txt
-    python benchmarks/solvers.py [--rounds 9] [--write benchmarks/solvers.md]
+    python -m benchmarks.solvers [--rounds 9] [--write benchmarks/solvers.md]
 
-One process a library, all alive at once; they take turns, so that a slow spell of the machine hits all of them, and the
-medians are compared. Every library makes the same number of evaluations of the same layer (tolerance 0); their calls of f are
+Every library makes the same number of evaluations of the same layer (tolerance 0); their calls of f are
 counted, and overhead = time / (calls x time of f alone in a loop). A library that is not installed is left out.
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from statistics import median
-from time import perf_counter, sleep
 
-THREADS = 2
+from benchmarks import turns
+
 STEPS = 30
 LIBRARIES = {"deq_flax": "jax", "banax": "banax", "jaxopt": "jaxopt", "optimistix": "optimistix", "torchdeq": "torchdeq"}
 """Library -> the distribution that must be installed."""
@@ -135,7 +127,7 @@ def torch_cases() -> tuple[dict[str, Callable], dict[str, int]]:
 
     from benchmarks.layer import torch_layer, weights
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(turns.THREADS)
     w = {name: torch.tensor(value, requires_grad=True) for name, value in weights().items()}
     z0 = torch.zeros(*w["x"].shape[:2], w["out"].shape[0])
     calls = {"n": 0}
@@ -200,66 +192,15 @@ def torch_cases() -> tuple[dict[str, Callable], dict[str, int]]:
 
 
 def worker(library: str) -> None:
-    """Answer each line on stdin, a case, with the seconds that one run of it took."""
     programs, counts = torch_cases() if library == "torchdeq" else jax_cases(library)
-    for program in programs.values():
-        program()
-    print(json.dumps({"cases": list(programs), "calls": counts}), flush=True)
-    for line in sys.stdin:
-        program = programs[line.strip()]
-        program()  # warms up what others have cooled down
-        start = perf_counter()
-        program()
-        print(perf_counter() - start, flush=True)
-
-
-def measure(rounds: int) -> tuple[dict, dict]:
-    """Median seconds and calls of f, by (library, case)."""
-    environment = os.environ | {
-        "PYTHONPATH": os.getcwd(),
-        "OMP_NUM_THREADS": str(THREADS),
-        "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={THREADS}",
-    }
-    workers, times, calls = {}, {}, {}
-    for library, distribution in LIBRARIES.items():
-        try:
-            version(distribution)
-        except PackageNotFoundError:
-            print(f"{library}: not installed, left out", file=sys.stderr)
-            continue
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", library],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        ready = json.loads(process.stdout.readline())
-        workers[library] = process, ready["cases"]
-        calls |= {(library, case): n for case, n in ready["calls"].items()}
-        print(f"{library}: ready", file=sys.stderr)
-    for number in range(rounds + 1):  # the first one warms up
-        for case in CASES:
-            for library in list(workers)[:: 1 if number % 2 else -1]:
-                process, cases = workers[library]
-                if case in cases:
-                    sleep(0.25)  # until the threads of the last library have stopped spinning
-                    process.stdin.write(case + "\n")
-                    process.stdin.flush()
-                    times.setdefault((library, case), []).append(float(process.stdout.readline()))
-    for process, _ in workers.values():
-        process.stdin.close()
-        process.wait()
-    return {key: median(values[1:]) for key, values in times.items()}, calls
+    turns.work(programs, counts)
 
 
 def table(times: dict, calls: dict) -> str:
     """The result as Markdown."""
     names = [name for name in LIBRARIES if (name, "picard") in times]
-    packages = ["jax", "numpy", *[LIBRARIES[n] for n in names if n != "deq_flax"]]
     lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} threads, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages),
+        turns.machine(["jax", "numpy", *[LIBRARIES[n] for n in names if n != "deq_flax"]]),
         "",
         "Milliseconds of one call (calls of f in brackets; medians).",
         "",
@@ -296,7 +237,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return worker(arguments.worker)
-    text = table(*measure(arguments.rounds))
+    times, counts = turns.measure(__file__, LIBRARIES, CASES, arguments.rounds)
+    text = table(times, {(library, case): n for library, known in counts.items() for case, n in known.items()})
     print(text)
     if arguments.write:
         with open(arguments.write, "w") as file:

@@ -1,6 +1,6 @@
 """What a higher limit on evaluations costs: time for each evaluation, and memory of the gradient.
 
-    python benchmarks/steps.py [--rounds 9] [--write benchmarks/steps.md]
+    python -m benchmarks.steps [--rounds 9] [--write benchmarks/steps.md]
 
 Time: f costs nothing, the solver has a fixed history, and nothing converges; so the time of an evaluation is the solver's own,
 and must not depend on the limit (it does when XLA copies the history in every step). Memory: what the compiled gradient of the
