@@ -1,11 +1,12 @@
 """The DEQ-Transformer language model (Bai et al. 2019, arXiv:1909.01377; Bai et al. 2021, arXiv:2106.14342).
 
-One Transformer-XL block f, and hidden states z* = f(z*, tokens, memory).
+One Transformer-XL block f, or a few of them, and hidden states z* = f(z*, tokens, memory).
 
 B batch, L length, M memory, K keys (M + L), D model features, J features of an injection (3 * heads * features of a head).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.dropout import apply_mask, draw_mask
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.precision import compute_dtype
-from deq_flax.nn.transformer import Memory, TransformerCell
+from deq_flax.nn.transformer import Memory, TransformerCell, TransformerStack
 
 OUTPUT_DROPOUT = {"tokens": (True, True, False), "features": (True, False, True), "none": None}
 """Which axes of the hidden states (B, L, D) have entries of their own in the output dropout mask."""
@@ -50,6 +51,8 @@ class DEQTransformer(nnx.Module):
 
     Args:
       cutoffs, div_value: see `nn.adaptive`; () is one softmax over the vocabulary.
+      blocks: Transformer blocks in f.
+      pre_norm, affine_norm, weight_norm: see `nn.transformer.TransformerCell`.
       mem_len: positions of memory carried from segment to segment; may be 0.
       local_size: attention span in tokens; 0 stands for 1000.
       dropout: rate of every mask but the attention's.
@@ -70,9 +73,11 @@ class DEQTransformer(nnx.Module):
         n_head,
         d_head,
         d_inner,
+        blocks=1,
         cutoffs=(),
         div_value=1,
         pre_norm=False,
+        affine_norm=False,
         weight_norm=True,
         mem_len=0,
         local_size=0,
@@ -84,6 +89,8 @@ class DEQTransformer(nnx.Module):
     ):
         if output_dropout not in OUTPUT_DROPOUT:
             raise ValueError(f"unknown output_dropout {output_dropout!r}; known: {', '.join(sorted(OUTPUT_DROPOUT))}")
+        if blocks < 1:
+            raise ValueError(f"blocks must be at least 1, got {blocks}")
         if d_model % 2:
             raise ValueError(f"d_model must be even for sinusoidal positions, got {d_model}")
         if mem_len < 0 or local_size < 0:
@@ -92,12 +99,14 @@ class DEQTransformer(nnx.Module):
         self.dropout, self.output_dropout, self.dtype = dropout, output_dropout, compute_dtype(dtype)
         self.embedding = AdaptiveEmbedding(vocab_size, d_embed, d_model, cutoffs=cutoffs, div_value=div_value, rngs=rngs)
         self.injection = Linear(d_model, self.injection_width, rngs=rngs)
-        self.cell = TransformerCell(
+        cell = TransformerCell if blocks == 1 else partial(TransformerStack, blocks=blocks)
+        self.cell = cell(
             d_model,
             n_head=n_head,
             d_head=d_head,
             d_inner=d_inner,
             pre_norm=pre_norm,
+            affine_norm=affine_norm,
             weight_norm=weight_norm,
             local_size=local_size,
             dropout=dropout,

@@ -26,16 +26,19 @@ class Linear(nnx.Module):
     """x_..I -> x @ kernel_IO + bias_O.
 
     Plain: `weight_IO` ~ N(0, init_std^2). Weight-normalised: the kernel is g_O * v_IO / ||v_IO||, the norm over inputs,
-    with v uniform in +-1/sqrt(d_in) and g = ||v||, so that the map starts as if it were plain. Biases start at 0.
+    with g = ||v||, so that the map starts as if it were plain, and v uniform in +-1/sqrt(d_in), or N(0, init_std^2) where
+    `uniform` is False. Biases start at 0.
 
     Inside a fixed-point solve call `kernel()` once beforehand and contract with the result.
     """
 
-    def __init__(self, d_in, d_out, *, use_bias=True, weight_norm=False, init_std=0.01, rngs):
+    def __init__(self, d_in, d_out, *, use_bias=True, weight_norm=False, uniform=True, init_std=0.01, rngs):
         self.weight_norm = weight_norm
         if weight_norm:
-            limit = d_in**-0.5
-            v_IO = jax.random.uniform(rngs.params(), (d_in, d_out), jnp.float32, -limit, limit)
+            limit, key = d_in**-0.5, rngs.params()
+            v_IO = jax.random.uniform(key, (d_in, d_out), jnp.float32, -limit, limit)
+            if not uniform:
+                v_IO = init_std * jax.random.normal(key, (d_in, d_out), jnp.float32)
             self.v_IO = nnx.Param(v_IO)
             self.g_O = nnx.Param(_norm(v_IO))
         else:

@@ -13,7 +13,7 @@ from flax import nnx
 from deq_flax.nn.attention import attention_mask, mask_to_bias, relative_attention
 from deq_flax.nn.dropout import apply_mask, check_rate, draw_masks
 from deq_flax.nn.linear import Linear, normal_param
-from deq_flax.nn.norm import layer_norm
+from deq_flax.nn.norm import LayerNorm, layer_norm
 from deq_flax.nn.precision import compute_dtype, contract, contract_narrow
 
 
@@ -59,6 +59,13 @@ class TransformerCell(nnx.Module):
 
     `pre_norm`: normalise the inputs of attention and feed-forward instead of their sums with the residuals; the residual of
     the feed-forward is then its *normalised* input, without which no equilibrium is stable.
+
+    `affine_norm`, only with `pre_norm`: the block of TorchDEQ's language model (Geng and Kolter 2023, arXiv:2310.18605), which
+    is unrolled a few times rather than solved for. Norms have parameters, another one follows the attention, residuals are raw,
+    and kernels start at N(0, 0.01^2) under weight norm too.
+
+    Raises:
+      ValueError: `affine_norm` without `pre_norm`, or a rate outside [0, 1).
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class TransformerCell(nnx.Module):
         d_head,
         d_inner,
         pre_norm=False,
+        affine_norm=False,
         weight_norm=True,
         local_size=0,
         dropout=0.0,
@@ -76,20 +84,25 @@ class TransformerCell(nnx.Module):
         dtype="float32",
         rngs,
     ):
+        if affine_norm and not pre_norm:
+            raise ValueError("affine_norm is for pre_norm only: set pre_norm too")
         check_rate("dropout", dropout)
         check_rate("attention_dropout", attention_dropout)
         self.d_model, self.n_head, self.d_head, self.d_inner = d_model, n_head, d_head, d_inner
         self.pre_norm, self.local_size = pre_norm, local_size
         self.dropout, self.attention_dropout = dropout, attention_dropout
         self.dtype = compute_dtype(dtype)
-        width = n_head * d_head
-        self.qkv = Linear(d_model, 3 * width, use_bias=False, weight_norm=weight_norm, rngs=rngs)
-        self.relative = Linear(d_model, width, use_bias=False, weight_norm=weight_norm, rngs=rngs)
-        self.out = Linear(width, d_model, weight_norm=weight_norm, rngs=rngs)
+        width, options = n_head * d_head, {"weight_norm": weight_norm, "uniform": not affine_norm, "rngs": rngs}
+        self.qkv = Linear(d_model, 3 * width, use_bias=False, **options)
+        self.relative = Linear(d_model, width, use_bias=False, **options)
+        self.out = Linear(width, d_model, **options)
         self.content_bias_HE = normal_param(rngs.params(), (n_head, d_head), 0.01)
         self.position_bias_HE = normal_param(rngs.params(), (n_head, d_head), 0.01)
-        self.inner = Linear(d_model, d_inner, weight_norm=weight_norm, rngs=rngs)
-        self.outer = Linear(d_inner, d_model, weight_norm=weight_norm, rngs=rngs)
+        self.inner = Linear(d_model, d_inner, **options)
+        self.outer = Linear(d_inner, d_model, **options)
+        self.norm_before = LayerNorm(d_model, rngs=rngs) if affine_norm else None
+        self.norm_attended = LayerNorm(width, rngs=rngs) if affine_norm else None
+        self.norm_inner = LayerNorm(d_model, rngs=rngs) if affine_norm else None
 
     def __call__(self, z_BLD, injection_BLJ, memory, positions_KD, masks=None):
         """One evaluation. To evaluate more than once, make the context once and call `evaluate`."""
@@ -137,17 +150,19 @@ class TransformerCell(nnx.Module):
     def evaluate(self, z_BLD, context):
         """f(z): (B, L, D) -> (B, L, D), causal along L. The type of z is kept, whatever type is computed in."""
         attended_BLD = apply_mask(self._attend(z_BLD, context), context.masks.attended_B1D)
-        x_BLD = layer_norm(z_BLD + attended_BLD)
-        # Pre-norm too: what the feed-forward sees, and its residual, is the normalised sum.
+        sum_BLD = z_BLD + attended_BLD
+        # Pre-norm too: what the feed-forward sees, and its residual unless norms are affine, is the normalised sum.
+        x_BLD = layer_norm(sum_BLD) if self.norm_inner is None else self.norm_inner(sum_BLD)
+        residual_BLD = x_BLD if self.norm_inner is None else sum_BLD
         inner_BLF = contract_narrow("bld,df->blf", x_BLD, context.inner_DF, self.dtype)
         inner_BLF = jax.nn.relu(inner_BLF + self.inner.bias_O[...].astype(inner_BLF.dtype)[None, None])
         inner_BLF = apply_mask(inner_BLF, context.masks.inner_B1F)
         outer_BLD = contract("blf,fd->bld", inner_BLF, context.outer_FD, self.dtype) + self.outer.bias_O[...][None, None]
-        sum_BLD = x_BLD + apply_mask(outer_BLD, context.masks.output_B1D)
+        sum_BLD = residual_BLD + apply_mask(outer_BLD, context.masks.output_B1D)
         return (sum_BLD if self.pre_norm else layer_norm(sum_BLD)).astype(z_BLD.dtype)
 
     def _attend(self, z_BLD, context):
-        x_BLD = layer_norm(z_BLD) if self.pre_norm else z_BLD
+        x_BLD = self._normalised(z_BLD)
         heads_3HBLE = contract("bld,dnhe->nhble", x_BLD, context.qkv_D3HE, self.dtype) + context.injection_3HBLE
         content_HBLE, k_HBKE, v_HBKE = heads_3HBLE
         if context.memory_kv_2HBME is not None:
@@ -164,12 +179,19 @@ class TransformerCell(nnx.Module):
             probability_mask=context.masks.probabilities_HBLK,
             dtype=self.dtype,
         )
+        if self.norm_attended is not None:
+            attended_BLHE = self.norm_attended(attended_BLHE.reshape(*z_BLD.shape[:2], -1)).reshape(attended_BLHE.shape)
         return contract("blhe,hed->bld", attended_BLHE, context.out_HED, self.dtype) + self.out.bias_O[...][None, None]
 
     def _memory_keys_values(self, memory, kernel_D3HE):
-        states_BMD = layer_norm(memory.states_BMD) if self.pre_norm else memory.states_BMD
-        projected_2HBME = contract("bmd,dnhe->nhbme", states_BMD, kernel_D3HE[:, 1:], self.dtype)
+        projected_2HBME = contract("bmd,dnhe->nhbme", self._normalised(memory.states_BMD), kernel_D3HE[:, 1:], self.dtype)
         return projected_2HBME + self._split(memory.injections_BMJ)[1:]
+
+    def _normalised(self, x_BLD):
+        """What attention sees of a state."""
+        if self.norm_before is not None:
+            return self.norm_before(x_BLD)
+        return layer_norm(x_BLD) if self.pre_norm else x_BLD
 
     def _relative_keys(self, positions_KD):
         keys_KJ = self.relative(positions_KD, self.dtype).reshape(-1, self.n_head, self.d_head)
@@ -181,3 +203,33 @@ class TransformerCell(nnx.Module):
 
     def _narrow(self, kernel):
         return kernel if self.dtype is None else kernel.astype(self.dtype)
+
+
+class TransformerStack(nnx.Module):
+    """Several blocks one after the other as one cell. All have the same injection and memory, each weights of its own.
+
+    Args:
+      blocks: how many; the other arguments are `TransformerCell`'s.
+    """
+
+    def __init__(self, d_model, *, blocks, rngs, **options):
+        self.blocks = nnx.List([TransformerCell(d_model, **options, rngs=rngs) for _ in range(blocks)])
+
+    def draw_masks(self, key, batch_size, length, n_memory):
+        """As `TransformerCell.draw_masks`, for each block; the mask of the positions is the same for all."""
+        keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
+        masks = [block.draw_masks(k, batch_size, length, n_memory) for block, k in zip(self.blocks, keys, strict=True)]
+        return tuple(mask._replace(positions_1D=masks[0].positions_1D) for mask in masks)
+
+    def context(self, injection_BLJ, memory, positions_KD, masks=None):
+        """As `TransformerCell.context`, for each block."""
+        masks = masks or (None,) * len(self.blocks)
+        return tuple(
+            block.context(injection_BLJ, memory, positions_KD, mask) for block, mask in zip(self.blocks, masks, strict=True)
+        )
+
+    def evaluate(self, z_BLD, context):
+        """(B, L, D) -> (B, L, D) through all blocks."""
+        for block, own in zip(self.blocks, context, strict=True):
+            z_BLD = block.evaluate(z_BLD, own)
+        return z_BLD

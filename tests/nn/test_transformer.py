@@ -1,0 +1,84 @@
+"""The block of unrolled language models against its formulas, written out. The others are tested on the authors' numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deq_flax.nn.attention import position_encoding
+from deq_flax.nn.transformer import Memory, TransformerCell, TransformerStack
+
+B, L, M, D, H, E, F = 2, 4, 3, 8, 2, 4, 12
+
+
+def cell(seed=0, **options):
+    sizes = dict(n_head=H, d_head=E, d_inner=F, pre_norm=True, affine_norm=True)
+    made = TransformerCell(D, **sizes | options, rngs=nnx.Rngs(seed))
+    # Numbers away from where training starts, so that a parameter that is not used is noticed.
+    keys = iter(jax.random.split(jax.random.key(seed), 99))
+    for _, param in nnx.iter_graph(made):
+        if isinstance(param, nnx.Param):
+            param[...] = param[...] + 0.3 * jax.random.normal(next(keys), param.shape)
+    return made
+
+
+def inputs(seed=0):
+    keys = jax.random.split(jax.random.key(seed + 7), 4)
+    z_BLD, injection_BLJ = jax.random.normal(keys[0], (B, L, D)), jax.random.normal(keys[1], (B, L, 3 * H * E))
+    states, injections = jax.random.normal(keys[2], (B, M, D)), jax.random.normal(keys[3], (B, M, 3 * H * E))
+    return z_BLD, injection_BLJ, Memory(states, injections, jnp.full((B,), M)), position_encoding(M + L, D)
+
+
+def written_out(cell, z_BLD, injection_BLJ, memory, positions_KD):
+    """One member, head, query and key at a time."""
+
+    def norm(x, module):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * np.asarray(module.scale_D[...]) + np.asarray(module.bias_D[...])
+
+    z, states = np.asarray(z_BLD), np.concatenate([memory.states_BMD, z_BLD], axis=1)
+    injection = np.concatenate([memory.injections_BMJ, injection_BLJ], axis=1)
+    qkv = norm(states, cell.norm_before) @ np.asarray(cell.qkv.kernel()) + injection
+    q, k, v = (part.reshape(B, M + L, H, E) for part in np.split(qkv, 3, axis=-1))
+    relative = (np.asarray(positions_KD) @ np.asarray(cell.relative.kernel())).reshape(M + L, H, E)[::-1]  # by distance
+    content, position = np.asarray(cell.content_bias_HE[...]), np.asarray(cell.position_bias_HE[...])
+    attended = np.zeros((B, L, H, E))
+    for b, h, i in np.ndindex(B, H, L):
+        here = q[b, M + i, h]
+        scores = np.array(
+            [
+                ((here + content[h]) @ k[b, j, h] + (here + position[h]) @ relative[M + i - j, h]) / np.sqrt(E)
+                for j in range(M + i + 1)
+            ]
+        )
+        weights = np.exp(scores - scores.max())
+        attended[b, i, h] = (weights / weights.sum()) @ v[b, : M + i + 1, h]
+    out = norm(attended.reshape(B, L, H * E), cell.norm_attended) @ np.asarray(cell.out.kernel())
+    x = z + out + np.asarray(cell.out.bias_O[...])
+    inner = norm(x, cell.norm_inner) @ np.asarray(cell.inner.kernel()) + np.asarray(cell.inner.bias_O[...])
+    return x + np.maximum(inner, 0) @ np.asarray(cell.outer.kernel()) + np.asarray(cell.outer.bias_O[...])
+
+
+def test_the_affine_block_is_its_formulas():
+    block, given = cell(), inputs()
+    np.testing.assert_allclose(block(*given), written_out(block, *given), rtol=2e-4, atol=2e-4)
+
+
+def test_a_stack_is_its_blocks_one_after_the_other():
+    z_BLD, *rest = inputs()
+    stack = TransformerStack(
+        D, blocks=3, n_head=H, d_head=E, d_inner=F, pre_norm=True, affine_norm=True, dropout=0.5, rngs=nnx.Rngs(0)
+    )
+    masks = stack.draw_masks(jax.random.key(1), B, L, M)
+    together = stack.evaluate(z_BLD, stack.context(*rest, masks))
+    for block, mask in zip(stack.blocks, masks, strict=True):
+        z_BLD = block(z_BLD, *rest, mask)
+    np.testing.assert_array_equal(together, z_BLD)
+    assert not np.array_equal(masks[0].inner_B1F, masks[1].inner_B1F)
+    np.testing.assert_array_equal(masks[0].positions_1D, masks[2].positions_1D)
+
+
+def test_affine_norms_need_norms_before():
+    with pytest.raises(ValueError, match="set pre_norm too"):
+        cell(pre_norm=False)
