@@ -19,9 +19,10 @@ from deq_flax.errors import UserError
 from deq_flax.task import Metrics, Phase, Task
 from deq_flax.train.checkpoint import Checkpoints, load_params
 from deq_flax.train.evaluate import divide, evaluate, merge
-from deq_flax.train.mesh import by_batch, check_batch, make_mesh, replicated
+from deq_flax.train.mesh import by_batch, check_batch, make_mesh, place, put_batch, replicated
 from deq_flax.train.optimizer import make_optimizer
 from deq_flax.train.report import Clock, Report
+from deq_flax.train.sharding import opt_shardings, param_specs, shardings
 from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model
 
 REST = ("variables", "opt_state", "carry", "skipped", "skipped_in_all")
@@ -116,20 +117,22 @@ class _Run:
     def __init__(self, task: Task, options: TrainOptions, devices: Mesh, optimizer: Mapping[str, Any]):
         self.task, self.options, self.devices = task, options, devices
         transformation, schedule = make_optimizer(**optimizer, steps=options.steps)
-        self.model = task.build_model(nnx.Rngs(options.seed))
-        graph, params, variables = split_model(self.model)
-        carry = task.fresh_carry(self.model, task.batch_size)
+        built = task.build_model(nnx.Rngs(options.seed))
+        graph, params, variables = split_model(built)
+        # The state is what holds arrays; of the model, its shapes are enough from here on.
+        self.model = nnx.merge(graph, *jax.eval_shape(lambda: (params, variables)))
         everywhere, split = replicated(devices), by_batch(devices)
-        # Copies, because the state is donated and the model keeps its own arrays.
-        params = jax.device_put(jax.tree.map(jnp.copy, params), everywhere)
+        by_param = shardings(param_specs(params, devices), devices)
+        by_opt = opt_shardings(transformation, params, by_param, devices)
+        params = place(params, by_param)
         self.state = TrainState(
             params=params,
-            variables=jax.device_put(jax.tree.map(jnp.copy, variables), everywhere),
-            opt_state=jax.jit(transformation.init, out_shardings=everywhere)(params),
-            carry=jax.device_put(carry, split),
+            variables=place(variables, everywhere),
+            opt_state=jax.jit(transformation.init, out_shardings=by_opt)(params),
+            carry=place(task.fresh_carry(self.model, task.batch_size), split),
             ema=jax.tree.map(jnp.copy, params) if options.ema_decay else None,
-            skipped=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
-            skipped_in_all=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+            skipped=place(np.zeros((), np.int32), everywhere),
+            skipped_in_all=place(np.zeros((), np.int32), everywhere),
         )
         self.step = 0
         self.clock = Clock()
@@ -140,6 +143,7 @@ class _Run:
             transformation,
             schedule,
             devices,
+            jax.tree.map(lambda x: x.sharding, self.state),
             seed=options.seed,
             accumulate=options.accumulate,
             ema_decay=options.ema_decay,
@@ -189,7 +193,7 @@ class _Run:
 
     def _dispatch(self, number: int, batch: Any, log: "_Log") -> None:
         phase, controls = self.task.phase(number), self.task.controls(number)
-        arguments = (jax.device_put(batch, by_batch(self.devices)), controls, np.int32(number))
+        arguments = (put_batch(self.devices, batch, self.task.batch_size), controls, np.int32(number))
         if phase in self._compiled:
             self.state, metrics = self._train_step(self.state, *arguments, phase=phase)
         else:
