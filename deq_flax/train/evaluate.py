@@ -17,7 +17,8 @@ from tqdm import tqdm
 from deq_flax.errors import UserError
 from deq_flax.task import Controls, HasSpectralRadius, Metrics, Task
 from deq_flax.train.checkpoint import load_params
-from deq_flax.train.mesh import FSDP, by_batch, check_batch, make_mesh, place, put_batch, replicated
+from deq_flax.train.mesh import FSDP, by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
+from deq_flax.train.processes import is_first
 from deq_flax.train.sharding import param_specs, shardings, whole
 from deq_flax.train.step import EvalStep, make_eval_step, split_model
 
@@ -51,11 +52,11 @@ def evaluate(
     `max_steps`: a tighter limit on the evaluations of a solve than the task's own; traced, so that it never recompiles.
     """
     controls = None if max_steps is None else Controls(max_steps=np.int32(max_steps), jacobian_weight=np.float32(0))
-    batches = task.eval_batches(split)
+    batches = task.eval_batches(split, own_rows(mesh, task.eval_batch_size))
     params = _gathered(params, mesh)
     carry = place(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
     totals: Metrics | None = None
-    bar = tqdm(range(len(batches)), desc=split, unit="batch", leave=False, disable=not sys.stderr.isatty())
+    bar = tqdm(range(len(batches)), desc=split, unit="batch", leave=False, disable=not (is_first() and sys.stderr.isatty()))
     for i in bar:
         carry, metrics = step(params, variables, put_batch(mesh, batches[i], task.eval_batch_size), carry, controls)
         totals = metrics if totals is None else merge(totals, metrics)
@@ -113,7 +114,8 @@ def _spectral_radius(task: Task, model: nnx.Module, graph: Any, mesh: Mesh, para
     def radii(params: Any, variables: Any, batch: Any, carry: Any) -> jax.Array:
         return task.spectral_radius(nnx.merge(graph, params, variables, copy=True), batch, carry, jax.random.key(0))
 
-    batch = put_batch(mesh, task.eval_batches("valid")[0], task.eval_batch_size)
+    batches = task.eval_batches("valid", own_rows(mesh, task.eval_batch_size))
+    batch = put_batch(mesh, batches[0], task.eval_batch_size)
     carry = place(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
     radii_B = np.asarray(radii(params, variables, batch, carry))
     return {"spectral_radius_mean": float(radii_B.mean()), "spectral_radius_max": float(radii_B.max())}

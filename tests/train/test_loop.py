@@ -41,8 +41,8 @@ class Disturbed:
     def __getattr__(self, name):
         return getattr(self._task, name)
 
-    def train_batches(self, step):
-        for number, batch in enumerate(self._task.train_batches(step), step):
+    def train_batches(self, step, rows=None):
+        for number, batch in enumerate(self._task.train_batches(step, rows), step):
             yield self._disturb(number, batch)
 
 
