@@ -21,14 +21,15 @@ for ((i = 0; i < count; i++)); do
 done
 if $dry_run; then exit 0; fi
 
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+signalled=false
+trap 'signalled=true; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 status=0
 for pid in "${pids[@]}"; do
-  # A trapped signal ends `wait` early: wait again for as long as the process is there.
   while true; do
+    signalled=false
     code=0
     wait "$pid" || code=$?
-    kill -0 "$pid" 2>/dev/null || break
+    $signalled || break # a trapped signal ends `wait` early
   done
   if ((code > status)); then status=$code; fi
 done
