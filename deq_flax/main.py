@@ -4,7 +4,8 @@
   python -m deq_flax.main --config configs/ptb.py --workdir runs/ptb --config.data.path=DIR --config.train.steps=20000
   python -m deq_flax.main --config configs/wt103.py:tiny --workdir runs/tiny --mode eval
 
-The same command again continues an unfinished run from its last checkpoint.
+The same command again continues an unfinished run from its last checkpoint. Several processes, on one machine or many, are one
+run when each is given the same --coordinator; see launch/.
 """
 
 import json
@@ -23,6 +24,11 @@ _MODE = flags.DEFINE_string("mode", "train", "'train', or 'eval' to evaluate the
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "with --mode eval: a workdir or checkpoint other than this workdir's best"
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "for several processes: HOST:PORT of the first, or 'auto' under Slurm, Open MPI, on TPU or a JobSet"
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator HOST:PORT: how many processes there are")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator HOST:PORT: which of them this is, from 0")
 
 MAY_CHANGE = (
     "eval.",
@@ -41,24 +47,28 @@ def main() -> int:
     """The command."""
     config = cli.config_to_kwargs(_CONFIG.value)
     workdir = Path(_WORKDIR.value or "")
-    if _MODE.value == "eval":
-        return _evaluate(config, workdir, _CHECKPOINT.value)
-    cli.require(_MODE.value == "train", f"unknown --mode {_MODE.value!r}; known: train, eval")
+    cli.require(_MODE.value in ("train", "eval"), f"unknown --mode {_MODE.value!r}; known: train, eval")
     cli.require(
-        _CHECKPOINT.value is None,
+        _MODE.value == "eval" or _CHECKPOINT.value is None,
         "--checkpoint goes with --mode eval; to train from weights: --config.checkpoint.init_from=DIR",
     )
-    return _train(config, workdir)
+    if _MODE.value == "train":
+        _refuse_another_config(config, workdir)
+    # Imported late: a mistake in the command line should not have to wait for the libraries.
+    from deq_flax.train.processes import joined
+
+    with joined(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+        return _evaluate(config, workdir, _CHECKPOINT.value) if _MODE.value == "eval" else _train(config, workdir)
 
 
 def _train(config: Mapping[str, Any], workdir: Path) -> int:
-    _refuse_another_config(config, workdir)
-    # Imported late: a mistake in the command line should not have to wait for the libraries.
     from deq_flax.tasks import make_task
     from deq_flax.train.loop import train
+    from deq_flax.train.processes import is_first, say
 
     task = make_task(config)
-    _keep_vocabulary(task, workdir)
+    if is_first():
+        _keep_vocabulary(task, workdir)
     result = train(
         task,
         workdir=workdir,
@@ -71,14 +81,15 @@ def _train(config: Mapping[str, Any], workdir: Path) -> int:
     if result.interrupted:
         return 0
     if result.resumed:
-        print(f"this run is complete ({config['train']['steps']} steps); its best checkpoint once more:")
-    print(_summary("done", result.step, result.metrics))
+        say(f"this run is complete ({config['train']['steps']} steps); its best checkpoint once more:")
+    say(_summary("done", result.step, result.metrics))
     return 0
 
 
 def _evaluate(config: Mapping[str, Any], workdir: Path, checkpoint: str | None) -> int:
     from deq_flax.tasks import make_task
     from deq_flax.train.evaluate import evaluate_checkpoint
+    from deq_flax.train.processes import is_first, say
 
     options, limit = config["eval"], config["deq"]["max_steps"]
     for steps in options["max_steps_sweep"]:
@@ -93,10 +104,10 @@ def _evaluate(config: Mapping[str, Any], workdir: Path, checkpoint: str | None) 
         seed=config["train"]["seed"],
         **options,
     )
-    if result.anytime:
+    if result.anytime and is_first():
         _write_lines(workdir / "anytime.jsonl", map(json.dumps, result.anytime))
         print(_table(result.anytime))
-    print(_summary("evaluated", result.step, result.metrics))
+    say(_summary("evaluated", result.step, result.metrics))
     return 0
 
 

@@ -84,15 +84,16 @@ class Task(Protocol):
         """Of evaluation."""
         ...
 
-    def train_batches(self, step: int) -> Iterator[Batch]:
+    def train_batches(self, step: int, rows: slice | None = None) -> Iterator[Batch]:
         """The batches of training steps `step`, `step` + 1, ... without end; steps count from 0.
 
-        Each is a function of its step alone, so that a run resumes by its number.
+        Each is a function of its step alone, so that a run resumes by its number. `rows`: of every batch, the only ones to
+        read, as each of several processes does; what a row holds does not depend on it.
         """
         ...
 
-    def eval_batches(self, split: str) -> "Batches":
-        """Every batch of 'valid' or 'test', in order."""
+    def eval_batches(self, split: str, rows: slice | None = None) -> "Batches":
+        """Every batch of 'valid' or 'test', in order; `rows` as in `train_batches`."""
         ...
 
     def fresh_carry(self, model: nnx.Module, batch_size: int) -> Carry:

@@ -1,4 +1,4 @@
-"""Settings of the whole suite: strict broadcasting, four devices, and as little compilation as can be.
+"""Settings of the whole suite: strict broadcasting, eight devices, and as little compilation as can be.
 
 Programs here run for milliseconds and compile for seconds, so the CPU code generator does not optimise (XLA's own passes do),
 and a persistent cache halves the time of a second run.
@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 4)  # for the tests of sharding; the others use the first
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of sharding; the others use the first
 jax.config.update("jax_numpy_rank_promotion", "raise")
 cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"
 cache.mkdir(parents=True, exist_ok=True)

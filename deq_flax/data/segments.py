@@ -27,14 +27,15 @@ class TrainSegments:
         tokens: (N,) integers, perhaps a memmap.
         batch_size: B.
         seq_len: L.
+        rows: of the batch, the only ones to read; None: all.
 
     Raises:
         UserError: a size below 1, or a text too short for one segment of every stream.
     """
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int):
+    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, rows: slice | None = None):
         _check(tokens, batch_size, seq_len)
-        self._tokens, self._batch_size, self._seq_len = tokens, batch_size, seq_len
+        self._tokens, self._rows, self._seq_len = tokens, range(batch_size)[rows or slice(None)], seq_len
         self._stream = (len(tokens) - 1) // batch_size
         if self._stream < seq_len:
             raise UserError(
@@ -46,7 +47,7 @@ class TrainSegments:
         return self._stream // self._seq_len
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return _batch(self._tokens, self._batch_size, self._seq_len, self._stream, _valid_index(index, len(self)))
+        return _batch(self._tokens, self._rows, self._seq_len, self._stream, _valid_index(index, len(self)))
 
 
 class EvalSegments:
@@ -59,21 +60,22 @@ class EvalSegments:
         tokens: (N,) integers, perhaps a memmap.
         batch_size: B. Rows that find no pair left are all padding.
         seq_len: L.
+        rows: of the batch, the only ones to read; None: all.
 
     Raises:
         UserError: a size below 1, or fewer than two tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int):
+    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, rows: slice | None = None):
         _check(tokens, batch_size, seq_len)
-        self._tokens, self._batch_size, self._seq_len = tokens, batch_size, seq_len
+        self._tokens, self._rows, self._seq_len = tokens, range(batch_size)[rows or slice(None)], seq_len
         self._stream = -(-(len(tokens) - 1) // batch_size)
 
     def __len__(self) -> int:
         return -(-self._stream // self._seq_len)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return _batch(self._tokens, self._batch_size, self._seq_len, self._stream, _valid_index(index, len(self)))
+        return _batch(self._tokens, self._rows, self._seq_len, self._stream, _valid_index(index, len(self)))
 
 
 def segment_dataset(source: TrainSegments | EvalSegments) -> grain.MapDataset:
@@ -104,17 +106,18 @@ def _valid_index(index: int, length: int) -> int:
     return index % length
 
 
-def _batch(tokens: np.ndarray, batch_size: int, seq_len: int, stream: int, index: int) -> dict[str, np.ndarray]:
-    """Pairs [index * L, (index + 1) * L) of every stream of `stream` pairs; those past its end or the text's are padding."""
-    inputs = np.zeros((batch_size, seq_len), np.int32)
-    targets = np.zeros((batch_size, seq_len), np.int32)
-    mask = np.zeros((batch_size, seq_len), np.float32)
-    for row in range(batch_size):
+def _batch(tokens: np.ndarray, streams: range, seq_len: int, stream: int, index: int) -> dict[str, np.ndarray]:
+    """Pairs [index * L, (index + 1) * L) of each of `streams`, `stream` pairs long; those past its end or the text's are
+    padding."""
+    inputs = np.zeros((len(streams), seq_len), np.int32)
+    targets = np.zeros((len(streams), seq_len), np.int32)
+    mask = np.zeros((len(streams), seq_len), np.float32)
+    for i, row in enumerate(streams):
         start = row * stream + index * seq_len
         stop = min(start + seq_len, (row + 1) * stream, len(tokens) - 1)
         if start < stop:
             count = stop - start
-            inputs[row, :count] = tokens[start:stop]
-            targets[row, :count] = tokens[start + 1 : stop + 1]
-            mask[row, :count] = 1
-    return {"inputs": inputs, "targets": targets, "mask": mask, "fresh": np.full(batch_size, index == 0)}
+            inputs[i, :count] = tokens[start:stop]
+            targets[i, :count] = tokens[start + 1 : stop + 1]
+            mask[i, :count] = 1
+    return {"inputs": inputs, "targets": targets, "mask": mask, "fresh": np.full(len(streams), index == 0)}

@@ -40,7 +40,7 @@ class LanguageTask:
                 raise UserError(f"data.{name} must be at least 1, not {data[name]}")
         self.corpus = load_text(data["name"], data["path"], data["cache"], vocab_size=model["vocab_size"])
         self._model = dict(model) | {"vocab_size": model["vocab_size"] or self.corpus.vocab_size}
-        self._segments = TrainSegments(self.corpus.train, self.batch_size, self._seq_len)
+        TrainSegments(self.corpus.train, self.batch_size, self._seq_len)  # a text too short is refused now
         self._check_model()
 
     def _check_model(self) -> None:
@@ -53,11 +53,12 @@ class LanguageTask:
     def build_model(self, rngs: nnx.Rngs) -> DEQTransformer:
         return DEQTransformer(**self._model, rngs=rngs)
 
-    def train_batches(self, step: int) -> Iterator[Batch]:
-        return iterate(segment_dataset(self._segments).repeat(), step)
+    def train_batches(self, step: int, rows: slice | None = None) -> Iterator[Batch]:
+        segments = TrainSegments(self.corpus.train, self.batch_size, self._seq_len, rows)
+        return iterate(segment_dataset(segments).repeat(), step)
 
-    def eval_batches(self, split: str) -> Batches:
-        return EvalSegments(self.corpus.split(split), self.eval_batch_size, self._eval_seq_len)
+    def eval_batches(self, split: str, rows: slice | None = None) -> Batches:
+        return EvalSegments(self.corpus.split(split), self.eval_batch_size, self._eval_seq_len, rows)
 
     def fresh_carry(self, model: DEQTransformer, batch_size: int) -> Memory:
         return model.fresh_memory(batch_size)

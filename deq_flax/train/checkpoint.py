@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from deq_flax.errors import UserError
 from deq_flax.train import checkpoint_step as files
 from deq_flax.train.checkpoint_step import DamagedError, Restored
+from deq_flax.train.processes import barrier, is_first
 
 __all__ = ["Checkpoints", "Restored", "load_meta", "load_params"]
 
@@ -51,6 +51,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         if not read_only:
             _require_writable(self._directory)
+            barrier("checkpoints folder made")
         elif not self._directory.is_dir():
             raise UserError(f"no checkpoints at {directory}: there is no such folder")
 
@@ -155,6 +156,7 @@ class Checkpoints:
         if restored is not None and not self._read_only:
             for step in damaged:
                 _set_aside(self._directory / str(step))
+            barrier("damaged checkpoints set aside")
         return restored
 
     def restore_best(self, template_params: Any, template_ema: Any = None) -> Restored:
@@ -278,7 +280,7 @@ def _loss(record: Mapping[str, Any]) -> float:
 
 def _require_writable(directory: Path) -> None:
     """Writes and removes a file: permission bits do not tell the truth to root, nor on network disks."""
-    if jax.process_index() != 0:
+    if not is_first():
         return
     probe = directory / f".probe-{time.time_ns()}"
     try:
@@ -290,7 +292,7 @@ def _require_writable(directory: Path) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    if jax.process_index() != 0:
+    if not is_first():
         return
     aside = folder.with_name(f"damaged-{folder.name}")
     try:

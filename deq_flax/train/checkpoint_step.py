@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
 from deq_flax.errors import UserError
+from deq_flax.train.checksum import describe, dtype_of
+from deq_flax.train.mesh import place
 
 
 class DamagedError(UserError):
@@ -58,7 +60,7 @@ def make_record(
     record = dict(meta) | {
         "step": int(step),
         "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
-        "arrays": {item: {name: _describe(leaf) for name, leaf in _named(tree).items()} for item, tree in trees.items()},
+        "arrays": {item: {name: describe(leaf) for name, leaf in _named(tree).items()} for item, tree in trees.items()},
         "versions": {"format": 1, "jax": jax.__version__, "orbax": ocp.__version__},
     }
     return record | {"checksum": _json_checksum(record, data)}
@@ -111,7 +113,7 @@ def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, A
     stored = {name: leaf for name, leaf in wanted.items() if np.prod(described[name]["shape"])}
     read = {}
     if stored:
-        specs = {name: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)) for name, leaf in stored.items()}
+        specs = {name: jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)) for name, leaf in stored.items()}
         arguments = {name: _restore_argument(leaf) for name, leaf in stored.items()}
         request = ocp.args.PyTreeRestore(item=_nest(specs), restore_args=_nest(arguments))
         try:
@@ -123,9 +125,9 @@ def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, A
             raise _damaged(folder, f"{item} cannot be read ({_reason(error)})") from error
     leaves = []
     for name, leaf in wanted.items():
-        value = read[name] if name in read else np.zeros(np.shape(leaf), _dtype(leaf))
-        stated = described[name]["crc32"]
-        if stated is not None and _describe(value) not in (described[name], {**described[name], "crc32": None}):
+        value = read[name] if name in read else np.zeros(np.shape(leaf), dtype_of(leaf))
+        kind = "sum32" if "sum32" in described[name] else "crc32"
+        if describe(value, kind) != described[name]:
             raise _damaged(folder, f"{item}/{name} does not match its checksum")
         leaves.append(_like(leaf, value))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
@@ -133,7 +135,7 @@ def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, A
 
 def _require_same(folder: Path, item: str, template: Any, described: Mapping[str, Any]) -> None:
     """Compares names, shapes and types before Orbax meets them: its own complaint would be pages long."""
-    wanted = {name: (tuple(np.shape(leaf)), str(_dtype(leaf))) for name, leaf in _named(template).items()}
+    wanted = {name: (tuple(np.shape(leaf)), str(dtype_of(leaf))) for name, leaf in _named(template).items()}
     found = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in described.items()}
     lines = []
     for name in [*wanted, *(name for name in found if name not in wanted)]:
@@ -147,7 +149,10 @@ def _require_same(folder: Path, item: str, template: Any, described: Mapping[str
 
 def _restore_argument(leaf: Any) -> ocp.RestoreArgs:
     sharding = _sharding(leaf)
-    return ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
+    # One of several processes reads everything: so that all of them find the same damage, and none waits for another.
+    if sharding is None or jax.process_count() > 1:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=sharding)
 
 
 def _sharding(leaf: Any) -> Sharding | None:
@@ -163,7 +168,7 @@ def _like(leaf: Any, value: Any) -> Any:
         sharding = _sharding(leaf)
         if isinstance(value, jax.Array):
             return value
-        return jnp.array(value) if sharding is None else jax.device_put(value, sharding)
+        return jnp.array(value) if sharding is None else place(value, sharding)
     return value if isinstance(leaf, np.ndarray) else type(leaf)(value[()])
 
 
@@ -184,23 +189,6 @@ def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(parent, {})
         place[last] = leaf
     return nested
-
-
-def _dtype(leaf: Any) -> np.dtype:
-    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-
-
-def _describe(leaf: Any) -> dict[str, Any]:
-    """Shape, type and checksum. An array spread over several processes has no checksum: none of them sees it whole."""
-    if jax.dtypes.issubdtype(_dtype(leaf), jax.dtypes.prng_key):
-        raise TypeError("a checkpoint holds random keys as raw bits: pass jax.random.key_data(key)")
-    described = {"shape": list(np.shape(leaf)), "dtype": str(_dtype(leaf)), "crc32": None}
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        if not leaf.is_fully_replicated:
-            return described
-        leaf = leaf.addressable_data(0)
-    raw = np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
-    return described | {"crc32": zlib.crc32(raw.data)}
 
 
 def _json_checksum(record: Mapping[str, Any], data: Any) -> int:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from tqdm import tqdm
 from deq_flax.errors import UserError
 from deq_flax.task import Controls, HasSpectralRadius, Metrics, Task
 from deq_flax.train.checkpoint import load_params
-from deq_flax.train.mesh import by_batch, check_batch, make_mesh, replicated
+from deq_flax.train.mesh import FSDP, by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
+from deq_flax.train.processes import is_first
+from deq_flax.train.sharding import param_specs, shardings, whole
 from deq_flax.train.step import EvalStep, make_eval_step, split_model
 
 SPLITS = ("valid", "test")
@@ -49,12 +52,13 @@ def evaluate(
     `max_steps`: a tighter limit on the evaluations of a solve than the task's own; traced, so that it never recompiles.
     """
     controls = None if max_steps is None else Controls(max_steps=np.int32(max_steps), jacobian_weight=np.float32(0))
-    batches = task.eval_batches(split)
-    carry = jax.device_put(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
+    batches = task.eval_batches(split, own_rows(mesh, task.eval_batch_size))
+    params = _gathered(params, mesh)
+    carry = place(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
     totals: Metrics | None = None
-    bar = tqdm(range(len(batches)), desc=split, unit="batch", leave=False, disable=not sys.stderr.isatty())
+    bar = tqdm(range(len(batches)), desc=split, unit="batch", leave=False, disable=not (is_first() and sys.stderr.isatty()))
     for i in bar:
-        carry, metrics = step(params, variables, jax.device_put(batches[i], by_batch(mesh)), carry, controls)
+        carry, metrics = step(params, variables, put_batch(mesh, batches[i], task.eval_batch_size), carry, controls)
         totals = metrics if totals is None else merge(totals, metrics)
     return task.summary(split, divide(totals or {}))
 
@@ -86,7 +90,8 @@ def evaluate_checkpoint(
     model = task.build_model(nnx.Rngs(seed))
     graph, params, variables = split_model(model)
     restored = load_params(path, params)
-    params, variables = jax.device_put((restored.weights, variables), replicated(devices))
+    params = place(restored.weights, shardings(whole(param_specs(params, devices)), devices))
+    variables = place(variables, replicated(devices))
     step = make_eval_step(task, graph, devices)
     weights = (params, variables)
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}
@@ -105,15 +110,22 @@ def _spectral_radius(task: Task, model: nnx.Module, graph: Any, mesh: Mesh, para
     if not isinstance(task, HasSpectralRadius):
         raise UserError("eval.spectral_radius: this task has none; set it to False")
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=replicated(mesh))
     def radii(params: Any, variables: Any, batch: Any, carry: Any) -> jax.Array:
         return task.spectral_radius(nnx.merge(graph, params, variables, copy=True), batch, carry, jax.random.key(0))
 
-    batch, carry = jax.device_put(
-        (task.eval_batches("valid")[0], task.fresh_carry(model, task.eval_batch_size)), by_batch(mesh)
-    )
+    batches = task.eval_batches("valid", own_rows(mesh, task.eval_batch_size))
+    batch = put_batch(mesh, batches[0], task.eval_batch_size)
+    carry = place(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
     radii_B = np.asarray(radii(params, variables, batch, carry))
     return {"spectral_radius_mean": float(radii_B.mean()), "spectral_radius_max": float(radii_B.max())}
+
+
+def _gathered(params: Any, mesh: Mesh) -> Any:
+    """Parameters whole on every device, but for what `tensor` splits: once, not for every batch."""
+    if mesh.shape[FSDP] == 1:
+        return params
+    return jax.device_put(params, shardings(whole(param_specs(params, mesh)), mesh))
 
 
 def merge(a: Metrics, b: Metrics) -> Metrics:

@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deq_flax.errors import UserError
 from deq_flax.task import Metrics, Phase, Task
 from deq_flax.train.checkpoint import Checkpoints, load_params
 from deq_flax.train.evaluate import divide, evaluate, merge
-from deq_flax.train.mesh import by_batch, check_batch, make_mesh, replicated
+from deq_flax.train.mesh import by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
 from deq_flax.train.optimizer import make_optimizer
-from deq_flax.train.report import Clock, Report
+from deq_flax.train.processes import is_first, say
+from deq_flax.train.report import Clock, NoReport, Report
+from deq_flax.train.sharding import opt_shardings, param_specs, shardings
 from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model
 
 REST = ("variables", "opt_state", "carry", "skipped", "skipped_in_all")
@@ -99,7 +102,7 @@ def train(
             Checkpoints(Path(workdir) / "checkpoints", keep_latest=checkpoint["keep_latest"], keep_best=checkpoint["keep_best"])
         )
         start = run.restore(checkpoints, init_from)
-        report = stack.enter_context(Report(workdir, start or None))
+        report = stack.enter_context(Report(workdir, start or None) if is_first() else NoReport())
         report.write_config(config, start)
         interrupted = False
         if start < options.steps:
@@ -116,20 +119,22 @@ class _Run:
     def __init__(self, task: Task, options: TrainOptions, devices: Mesh, optimizer: Mapping[str, Any]):
         self.task, self.options, self.devices = task, options, devices
         transformation, schedule = make_optimizer(**optimizer, steps=options.steps)
-        self.model = task.build_model(nnx.Rngs(options.seed))
-        graph, params, variables = split_model(self.model)
-        carry = task.fresh_carry(self.model, task.batch_size)
+        built = task.build_model(nnx.Rngs(options.seed))
+        graph, params, variables = split_model(built)
+        # The state is what holds arrays; of the model, its shapes are enough from here on.
+        self.model = nnx.merge(graph, *jax.eval_shape(lambda: (params, variables)))
         everywhere, split = replicated(devices), by_batch(devices)
-        # Copies, because the state is donated and the model keeps its own arrays.
-        params = jax.device_put(jax.tree.map(jnp.copy, params), everywhere)
+        by_param = shardings(param_specs(params, devices), devices)
+        by_opt = opt_shardings(transformation, params, by_param, devices)
+        params = place(params, by_param)
         self.state = TrainState(
             params=params,
-            variables=jax.device_put(jax.tree.map(jnp.copy, variables), everywhere),
-            opt_state=jax.jit(transformation.init, out_shardings=everywhere)(params),
-            carry=jax.device_put(carry, split),
+            variables=place(variables, everywhere),
+            opt_state=jax.jit(transformation.init, out_shardings=by_opt)(params),
+            carry=place(task.fresh_carry(self.model, task.batch_size), split),
             ema=jax.tree.map(jnp.copy, params) if options.ema_decay else None,
-            skipped=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
-            skipped_in_all=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+            skipped=place(np.zeros((), np.int32), everywhere),
+            skipped_in_all=place(np.zeros((), np.int32), everywhere),
         )
         self.step = 0
         self.clock = Clock()
@@ -140,6 +145,7 @@ class _Run:
             transformation,
             schedule,
             devices,
+            jax.tree.map(lambda x: x.sharding, self.state),
             seed=options.seed,
             accumulate=options.accumulate,
             ema_decay=options.ema_decay,
@@ -155,47 +161,47 @@ class _Run:
             state = self.state._replace(params=restored.params, **restored.rest)
             self.state = state if state.ema is None else state._replace(ema=restored.ema)
             self.step = restored.step
-            print(f"continuing from the checkpoint of step {restored.step}", flush=True)
+            say(f"continuing from the checkpoint of step {restored.step}")
         elif init_from:
             weights = load_params(init_from, self.state.params).weights
             self.state = self.state._replace(params=weights)
             if self.state.ema is not None:
                 self.state = self.state._replace(ema=jax.tree.map(jnp.copy, weights))
-            print(f"starting from the weights in {init_from}", flush=True)
+            say(f"starting from the weights in {init_from}")
         return self.step
 
     def run(self, start: int, checkpoints: Checkpoints, report: Report, config: Mapping[str, Any]) -> bool:
         """Steps `start` to the last. Returns whether a signal ended it early."""
         options = self.options
-        batches = self.task.train_batches(start)
+        batches = self.task.train_batches(start, own_rows(self.devices, self.task.batch_size))
         log = _Log(self, report, start)
         self.clock.lap()
         with _stop_signal() as stop:
             for number in range(start, options.steps):
                 self._dispatch(number, next(batches), log)
-                done = self.step
+                done, stopping = self.step, stop.requested(self.step)
                 evaluates = done == options.steps or (options.eval_every and done % options.eval_every == 0)
-                if evaluates or done % options.checkpoint_every == 0 or stop.received:
+                if evaluates or done % options.checkpoint_every == 0 or stopping:
                     log.flush()
                     with self.clock.pause():
                         metrics = self.evaluate("valid", report) if evaluates else None
                         self._save(checkpoints, config, metrics)
-                if stop.received and done < options.steps:
+                if stopping and done < options.steps:
                     log.flush()
-                    print(f"{stop.received}: stopped at step {done}; the same command continues from here", flush=True)
+                    say(f"{stop.received}: stopped at step {done}; the same command continues from here")
                     return True
             log.flush()
         return False
 
     def _dispatch(self, number: int, batch: Any, log: "_Log") -> None:
         phase, controls = self.task.phase(number), self.task.controls(number)
-        arguments = (jax.device_put(batch, by_batch(self.devices)), controls, np.int32(number))
+        arguments = (put_batch(self.devices, batch, self.task.batch_size), controls, np.int32(number))
         if phase in self._compiled:
             self.state, metrics = self._train_step(self.state, *arguments, phase=phase)
         else:
             log.flush()
             with self.clock.pause():
-                print(f"compiling: {phase}", flush=True)
+                say(f"compiling: {phase}")
                 self.state, metrics = self._train_step(self.state, *arguments, phase=phase)
                 jax.block_until_ready(metrics)
             self._compiled.add(phase)
@@ -274,7 +280,15 @@ class _Log:
 
 
 class _Stop:
+    """Whether a signal asks the run to end."""
+
     received: str = ""
+
+    def requested(self, step: int) -> bool:
+        """Asked after every step. Several processes stop after the same one, though the signal reaches each at its own time."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM.name
+        return bool(self.received)
 
 
 @contextmanager
@@ -283,12 +297,17 @@ def _stop_signal() -> Generator[_Stop]:
     stop = _Stop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.received = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"{stop.received}: finishing the step and saving", file=sys.stderr, flush=True)
+        print(f"{signal.Signals(number).name}: finishing the step and saving", file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)  # the processes' own notice, which all of them hear of
+        else:
+            stop.received = signal.Signals(number).name
 
+    # With several processes, SIGTERM is caught by JAX, which tells the others.
+    numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
     try:
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, on_signal) for number in numbers}
     except ValueError:  # not the main thread: signals are somebody else's
         before = {}
     try:

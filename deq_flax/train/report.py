@@ -119,6 +119,25 @@ class Report:
             self._warned = True
 
 
+class NoReport(Report):
+    """What every process but the first reports: nothing."""
+
+    def __init__(self):
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def write_config(self, config: Mapping[str, Any], step: int = 0) -> None:
+        pass
+
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def line(self, step: int, steps: int, metrics: Mapping[str, Any], split: str = "train") -> None:
+        pass
+
+
 class Clock:
     """Seconds spent training: what happens within `pause` (evaluation, checkpoints, compilation) does not count."""
 

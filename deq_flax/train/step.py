@@ -1,7 +1,8 @@
 """One update, and one evaluation batch, as compiled functions of pure state.
 
-Both are `shard_map`s over the batch: every device solves its own part with its own number of steps, and only gradients
-and metrics are summed over devices, once, after the solves.
+What solves is a `shard_map` over the batch: every device solves its own part with its own number of steps, and only gradients
+and metrics are summed over devices, once, after the solves. What updates is not: it sees whole gradients and parameters, of
+which each device happens to hold a part, so that norms over parameters and layers are right by themselves.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from deq_flax.equilibrium import backward_probe
 from deq_flax.task import Batch, Carry, Controls, Metrics, Phase, Task, average
-from deq_flax.train.mesh import DATA
+from deq_flax.train.mesh import BATCH, TENSOR
+from deq_flax.train.sharding import batch_axes, gather, manual, reduce_scatter
 
 
 class TrainState(NamedTuple):
@@ -36,8 +38,6 @@ class TrainState(NamedTuple):
     skipped_in_all: Any
     """int32."""
 
-
-STATE_SPEC = TrainState(P(), P(), P(), P(DATA), P(), P(), P())
 
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 EvalStep = Callable[..., tuple[Carry, Metrics]]
@@ -58,6 +58,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
     mesh: Mesh,
+    shardings: TrainState,
     *,
     seed: int,
     accumulate: int = 1,
@@ -65,56 +66,53 @@ def make_train_step(
 ) -> TrainStep:
     """`step(state, batch, controls, number, phase=)` -> (next state, metrics). `state` is donated; `phase` is static.
 
-    Randomness depends on the seed, the step's number and the device alone. With `accumulate` > 1 the batch is taken in that
-    many micro-batches, one after the other, and their gradients averaged. An update whose loss or gradient is not finite
-    leaves everything, the carry too, as it was, and is counted.
+    `shardings`: where each array of the state lies, before and after. Randomness depends on the seed, the step's number and
+    the part of the batch alone. With `accumulate` > 1 the batch is taken in that many micro-batches, one after the other, and
+    their gradients averaged. An update whose loss or gradient is not finite leaves everything, the carry too, as it was, and
+    is counted.
     """
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
 
-    def gradients(
-        state: TrainState, batch: Batch, carry: Carry, variables: Any, key: jax.Array, phase: Phase, controls: Controls
-    ):
+    def gradients(params: Any, batch: Batch, carry: Carry, variables: Any, key: jax.Array, phase: Phase, controls: Controls):
         def loss(params: Any, probe: jax.Array) -> tuple[jax.Array, tuple[Carry, Metrics, Any]]:
             model = nnx.merge(graph, params, variables, copy=True)
             value, output = task.loss(model, batch, carry, phase=phase, controls=controls, key=key, probe=probe)
             return value, (output.carry, output.metrics, split_model(model)[2])
 
-        (value, aux), (gradient, report) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-            state.params, backward_probe()
-        )
+        (value, aux), (gradient, report) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, backward_probe())
         return value, gradient, report, *aux
 
-    def local(state: TrainState, batch: Batch, controls: Controls, number: jax.Array, *, phase: Phase):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), jax.lax.axis_index(DATA))
+    def local(stored: Any, variables: Any, carry: Carry, batch: Batch, controls: Controls, number: jax.Array, *, phase: Phase):
+        """On each device: its part of the batch. Returns means over all devices, gradients in the parts that are stored."""
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), jax.lax.axis_index(BATCH))
+        params = gather(stored, specs)
 
         def micro(carried: tuple[Any, Any], part: tuple[Batch, Carry, jax.Array]):
             total, variables = carried
             batch, carry, key = part
-            value, gradient, report, carry, metrics, variables = gradients(state, batch, carry, variables, key, phase, controls)
+            value, gradient, report, carry, metrics, variables = gradients(
+                params, batch, carry, variables, key, phase, controls
+            )
             total = jax.tree.map(jnp.add, total, (value, gradient, report))
             return (total, variables), (carry, metrics)
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), backward_probe())
-        parts = _micro_batches((batch, state.carry), accumulate)
-        (total, variables), (carry, metrics) = _scan(
-            micro, (zero, state.variables), (*parts, jax.random.split(key, accumulate))
-        )
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), backward_probe())
+        parts = _micro_batches((batch, carry), accumulate)
+        (total, variables), (carry, metrics) = _scan(micro, (zero, variables), (*parts, jax.random.split(key, accumulate)))
         value, gradient = jax.tree.map(lambda x: x / accumulate, total[:2])
-        value, gradient, variables = jax.lax.pmean((value, gradient, variables), DATA)
+        value, variables = jax.lax.pmean((value, variables), batch_axes(mesh))
         carry = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), carry)
         metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
         metrics |= _adjoint_metrics(total[2])
-        proposed = state._replace(variables=variables, carry=carry)
-        return _update(proposed, state, value, gradient, jax.lax.psum(metrics, DATA))
+        return value, reduce_scatter(gradient, specs, mesh), variables, carry, jax.lax.psum(metrics, batch_axes(mesh))
 
-    def _update(proposed: TrainState, state: TrainState, value: jax.Array, gradient: Any, metrics: Metrics):
+    def update(proposed: TrainState, state: TrainState, value: jax.Array, gradient: Any, metrics: Metrics):
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & _all_finite((proposed.carry, proposed.variables))
         proposed = proposed._replace(params=params, opt_state=opt_state, ema=ema)
-        # A carry is split over devices: it is kept only if it is finite on all of them, like the rest.
-        finite &= jax.lax.pmin(_all_finite(proposed.carry).astype(jnp.int32), DATA) == 1
         chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
         skip = 1 - finite.astype(jnp.int32)
         state = chosen._replace(skipped=(state.skipped + 1) * skip, skipped_in_all=state.skipped_in_all + skip)
@@ -126,18 +124,20 @@ def make_train_step(
         metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
         return state, metrics | {"skipped": average(state.skipped)}
 
-    def on_mesh(specs: Any) -> Any:
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
-
-    @partial(jax.jit, static_argnames="phase", donate_argnames="state", out_shardings=on_mesh((STATE_SPEC, P())))
+    @partial(jax.jit, static_argnames="phase", donate_argnames="state", out_shardings=(shardings, NamedSharding(mesh, P())))
     def step(state: TrainState, batch: Batch, controls: Controls, number: Any, *, phase: Phase):
-        return jax.shard_map(
+        stored = manual(specs)
+        value, gradient, variables, carry, metrics = jax.shard_map(
             partial(local, phase=phase),
             mesh=mesh,
-            in_specs=(STATE_SPEC, P(DATA), P(), P()),
-            out_specs=(STATE_SPEC, P()),
+            in_specs=(stored, P(), P(BATCH), P(BATCH), P(), P()),
+            out_specs=(P(), stored, P(), P(BATCH), P()),
+            axis_names=_manual_axes(mesh),
             check_vma=False,
-        )(state, batch, controls, number)
+        )(state.params, state.variables, state.carry, batch, controls, number)
+        # Of what is split over `tensor`, the shard_map's own specs say nothing.
+        gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
+        return update(state._replace(variables=variables, carry=carry), state, value, gradient, metrics)
 
     return step
 
@@ -145,25 +145,32 @@ def make_train_step(
 def make_eval_step(task: Task, graph: Any, mesh: Mesh) -> EvalStep:
     """`step(params, variables, batch, carry, controls=None)` -> (next carry, metrics).
 
-    Nothing random, nothing remembered but the carry; `controls` may limit the evaluations.
+    Nothing random, nothing remembered but the carry; `controls` may limit the evaluations. `params` are whole on every
+    device, but for what `tensor` splits.
     """
 
     def local(params: Any, variables: Any, batch: Batch, carry: Carry, controls: Controls | None) -> tuple[Carry, Metrics]:
         model = nnx.merge(graph, params, variables, copy=True)
         _, output = task.loss(model, batch, carry, controls=controls)
-        return output.carry, jax.lax.psum(output.metrics, DATA)
+        return output.carry, jax.lax.psum(output.metrics, batch_axes(mesh))
 
     @partial(jax.jit, donate_argnums=3)
     def step(params: Any, variables: Any, batch: Batch, carry: Carry, controls: Controls | None = None):
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(P(), P(), P(DATA), P(DATA), P()),
-            out_specs=(P(DATA), P()),
+            in_specs=(P(), P(), P(BATCH), P(BATCH), P()),
+            out_specs=(P(BATCH), P()),
+            axis_names=_manual_axes(mesh),
             check_vma=False,
         )(params, variables, batch, carry, controls)
 
     return step
+
+
+def _manual_axes(mesh: Mesh) -> set[str]:
+    """The axes that are ours to handle; an axis `tensor` is the compiler's, once there is more than one device along it."""
+    return set(mesh.axis_names) - ({TENSOR} if mesh.shape[TENSOR] > 1 else set())
 
 
 def _micro_batches(tree: Any, parts: int) -> Any:

@@ -41,8 +41,8 @@ class Disturbed:
     def __getattr__(self, name):
         return getattr(self._task, name)
 
-    def train_batches(self, step):
-        for number, batch in enumerate(self._task.train_batches(step), step):
+    def train_batches(self, step, rows=None):
+        for number, batch in enumerate(self._task.train_batches(step, rows), step):
             yield self._disturb(number, batch)
 
 
@@ -161,7 +161,12 @@ def reference_losses(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "change", [{"train": {"accumulate": 2}}, {"mesh": {"data": 4}}, {"train": {"accumulate": 2}, "mesh": {"data": 2}}]
+    "change",
+    [
+        {"train": {"accumulate": 2}},
+        {"mesh": {"data": 4}},
+        {"train": {"accumulate": 2}, "mesh": {"data": 1, "fsdp": 2, "tensor": 2}},
+    ],
 )
 def test_devices_and_micro_batches_do_not_change_the_result(folder, tmp_path, reference_losses, change):
     c = plain(folder)
@@ -217,7 +222,7 @@ def test_each_phase_is_compiled_once(folder):
         ({"train": {"steps": 0}}, "train.steps"),
         ({"train": {"ema_decay": 1.0}}, "ema_decay"),
         ({"train": {"accumulate": 3}}, "multiple"),
-        ({"mesh": {"fsdp": 2}}, "fsdp"),
+        ({"mesh": {"fsdp": 3}}, "fsdp"),
         ({"mesh": {"data": 99}}, "mesh.data"),
         ({"data": {"batch_size": 6}, "mesh": {"data": 4}}, "multiple"),
         ({"data": {"eval_batch_size": 3}, "mesh": {"data": 2}}, "eval_batch_size"),
