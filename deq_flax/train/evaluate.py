@@ -89,9 +89,9 @@ def evaluate_checkpoint(
     check_batch(devices, batch_size=task.batch_size, accumulate=1, eval_batch_size=task.eval_batch_size)
     model = task.build_model(nnx.Rngs(seed))
     graph, params, variables = split_model(model)
-    restored = load_params(path, params)
+    restored = load_params(path, params, variables)
     params = place(restored.weights, shardings(whole(param_specs(params, devices)), devices))
-    variables = place(variables, replicated(devices))
+    variables = place(restored.variables, replicated(devices))
     step = make_eval_step(task, graph, devices)
     weights = (params, variables)
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}
