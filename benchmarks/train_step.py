@@ -33,6 +33,7 @@ def tokens(count: int) -> np.ndarray:
 def ours() -> dict[str, Callable]:
     import jax
     import jax.numpy as jnp
+    from flax import nnx
 
     from deq_flax.task import Controls, Phase
     from deq_flax.tasks.language import LanguageTask
@@ -63,7 +64,7 @@ def ours() -> dict[str, Callable]:
 
         return step
 
-    model = run.model
+    model = task.build_model(nnx.Rngs(0))
     memory = model.fresh_memory(BATCH)._replace(length_B=jnp.full((BATCH,), LENGTH))
 
     @jax.jit

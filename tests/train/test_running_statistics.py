@@ -39,12 +39,12 @@ class Task:
         x = np.random.default_rng(step).normal(2.0, 3.0, (8, 1, 1, 2)).astype(np.float32)
         return {"x": x * np.nan if step in self.spoil else x}
 
-    def train_batches(self, step):
+    def train_batches(self, step, rows=None):
         while True:
             yield self.batch(step)
             step += 1
 
-    def eval_batches(self, split):
+    def eval_batches(self, split, rows=None):
         return [self.batch(100), self.batch(101)]
 
     def fresh_carry(self, model, batch_size):
