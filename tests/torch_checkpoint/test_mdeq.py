@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.convert import convert, to_torch
+from deq_flax.convert import _without_auto, convert, to_torch
 from deq_flax.equilibrium import Picard
 from deq_flax.errors import UserError
 from deq_flax.pretrained import abstract_model, load_model
@@ -120,6 +120,15 @@ def test_arrays_go_where_the_models_own_tests_put_them(tmp_path):
 def test_what_shapes_do_not_tell_must_be_given(tmp_path):
     with pytest.raises(UserError, match=r"does not tell the model's downsample: add --config\.model\.downsample="):
         convert(reference.source("mdeq_deq_cls4"), tmp_path / "dir", config("mdeq_deq_cls4", groups=4), auto=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("mdeq_deq_seg3", "cityscapes.py"), ("mdeq_tdeq_cls4", "cifar10.py"), ("lm_deq_postln", "wt103.py")]
+)
+def test_auto_begins_from_the_config_of_the_files_task(name, file):
+    *before, flag = _without_auto(["convert", str(reference.source(name)), "DIR", "--config=auto"])
+    assert flag.startswith("--config=") and flag.endswith(f"configs/{file}")
+    assert before == ["convert", str(reference.source(name)), "DIR"]
 
 
 def test_a_config_that_does_not_fit_is_refused_with_one_that_does(tmp_path):
