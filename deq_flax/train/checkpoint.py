@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from deq_flax.errors import UserError
 from deq_flax.train import checkpoint_step as files
-from deq_flax.train.checkpoint_step import DamagedError, Restored
+from deq_flax.train.checkpoint_step import DamagedError, DiskError, Restored
 from deq_flax.train.processes import barrier, is_first
 
 __all__ = ["Checkpoints", "Restored", "load_meta", "load_params"]
@@ -96,11 +96,12 @@ class Checkpoints:
           Whether a checkpoint is being written: False if that step exists.
 
         Raises:
-          UserError: the disk refuses this checkpoint or the one before.
+          DiskError: the disk refuses this checkpoint or the one before; the ones before that are kept.
         """
         if self._read_only:
             raise UserError(f"checkpoints at {self._directory} were opened read-only")
-        manager = self._open_manager()
+        with self._disk_errors_are_the_users():
+            manager = self._open_manager()
         if step in manager.all_steps():
             return False
         trees = {"params": params, "rest": rest} | ({} if ema is None else {"ema": ema})
@@ -112,10 +113,14 @@ class Checkpoints:
             return manager.save(step, args=ocp.args.Composite(**arguments), force=True)
 
     def wait(self) -> None:
-        """Return when the last checkpoint is on disk. UserError if the disk refused it."""
+        """Return when the last checkpoint is on disk. DiskError if the disk refused it."""
         if self._manager is not None:
             with self._disk_errors_are_the_users():
                 self._manager.wait_until_finished()
+
+    def is_writing(self) -> bool:
+        """Whether the last checkpoint is still on its way, so that `wait` would wait."""
+        return self._manager is not None and self._manager.is_saving_in_progress()
 
     def close(self) -> None:
         """Wait, then let go of threads and files."""
@@ -218,12 +223,21 @@ class Checkpoints:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write a checkpoint to {self._directory}: {error.strerror or error}") from error
+            self._give_up_manager()
+            raise DiskError(f"cannot write a checkpoint to {self._directory}: {error.strerror or error}") from error
         except (ValueError, RuntimeError) as error:
             refusal = re.search(r"(?:^|: )([^:]*?) ?\[os_error_code=", str(error))  # TensorStore's way of an OSError
             if refusal is None:
                 raise
-            raise UserError(f"cannot write a checkpoint to {self._directory}: {refusal[1]}") from error
+            self._give_up_manager()
+            raise DiskError(f"cannot write a checkpoint to {self._directory}: {refusal[1]}") from error
+
+    def _give_up_manager(self) -> None:
+        """After a failure Orbax's own records are not to be trusted: the next save opens it anew, which tidies the disk up."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with contextlib.suppress(Exception):
+                manager.close()
 
 
 def load_params(path: str | Path, template_params: Any, template_variables: Any = None) -> Restored:

@@ -22,6 +22,10 @@ class DamagedError(UserError):
     """A checkpoint that cannot be trusted; another one may be whole."""
 
 
+class DiskError(UserError):
+    """The disk refuses a checkpoint; later it may take one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint read back; what was not asked for is None."""

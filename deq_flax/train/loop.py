@@ -24,11 +24,9 @@ from deq_flax.train.mesh import by_batch, check_batch, make_mesh, own_rows, plac
 from deq_flax.train.optimizer import make_optimizer
 from deq_flax.train.processes import is_first, say
 from deq_flax.train.report import Clock, NoReport, Report
+from deq_flax.train.saving import REST, Saver
 from deq_flax.train.sharding import opt_shardings, param_specs, shardings
 from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model
-
-REST = ("variables", "opt_state", "carry", "skipped", "skipped_in_all")
-"""What a checkpoint's `rest` holds of the state; `params` and `ema` are items of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ def train(
         report.write_config(config, start)
         interrupted = False
         if start < options.steps:
-            interrupted = run.run(start, checkpoints, report, config)
+            interrupted = run.run(start, Saver(checkpoints, report, config), report)
         if interrupted:
             return RunResult(step=run.step, metrics={}, interrupted=True)
         results, best = run.final(checkpoints, report)
@@ -171,7 +169,7 @@ class _Run:
             say(f"starting from the weights in {init_from}")
         return self.step
 
-    def run(self, start: int, checkpoints: Checkpoints, report: Report, config: Mapping[str, Any]) -> bool:
+    def run(self, start: int, saver: Saver, report: Report) -> bool:
         """Steps `start` to the last. Returns whether a signal ended it early."""
         options = self.options
         batches = self.task.train_batches(start, own_rows(self.devices, self.task.batch_size))
@@ -181,12 +179,14 @@ class _Run:
             for number in range(start, options.steps):
                 self._dispatch(number, next(batches), log)
                 done, stopping = self.step, stop.requested(self.step)
+                last = stopping or done == options.steps
                 evaluates = done == options.steps or (options.eval_every and done % options.eval_every == 0)
-                if evaluates or done % options.checkpoint_every == 0 or stopping:
+                saves = evaluates or last or done % options.checkpoint_every == 0
+                if saves or (done % options.log_every == 0 and saver.owes()):
                     log.flush()
                     with self.clock.pause():
                         metrics = self.evaluate("valid", report) if evaluates else None
-                        self._save(checkpoints, config, metrics)
+                        (saver.save_last if last else saver.save)(done, self.state, metrics)
                 if stopping and done < options.steps:
                     log.flush()
                     say(f"{stop.received}: stopped at step {done}; the same command continues from here")
@@ -220,11 +220,6 @@ class _Run:
 
     def evaluate_weights(self, params: Any, variables: Any, split: str) -> dict[str, float]:
         return evaluate(self.task, self.model, self._eval_step, self.devices, params, variables, split)
-
-    def _save(self, checkpoints: Checkpoints, config: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
-        rest = {name: getattr(self.state, name) for name in REST}
-        data = {"step": self.step}
-        checkpoints.save(self.step, self.state.params, rest, data, {"config": config}, metrics, ema=self.state.ema)
 
     def final(self, checkpoints: Checkpoints, report: Report) -> tuple[dict[str, dict[str, float]], int]:
         """Metrics of the best checkpoint on valid and test, and its step."""

@@ -1,6 +1,7 @@
 """What a run tells: `metrics.jsonl`, TensorBoard events, `config.json` and a line on the screen.
 
-A failing disk costs the report, never the run: the first refused write is warned of, and training goes on.
+A failing disk costs TensorBoard's events, never the run: the first refused write is warned of, training goes on, and lines of
+`metrics.jsonl` are kept until the disk takes them.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ class Report:
         self._workdir = Path(workdir)
         self._path = self._workdir / "metrics.jsonl"
         self._warned = False
+        self._pending = b""
         last = -1 if resume_step is None else resume_step
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
@@ -76,9 +78,16 @@ class Report:
         """
         numbers = {name: _number(value) for name, value in metrics.items()}
         line = json.dumps({"step": int(step), "split": split} | {name: _rounded(x) for name, x in numbers.items()})
-        with self._going_on():
-            self._append(f"{line}\n".encode())
+        self._pending += f"{line}\n".encode()
+        self.complete()
         self._add_events(step, [summary.scalar(f"{split}/{name}", float(x)) for name, x in numbers.items()])
+
+    def complete(self) -> bool:
+        """Whether all lines are on disk; those it refused are tried again first."""
+        with self._going_on():
+            self._append(self._pending)
+            self._pending = b""
+        return len(self._pending) == 0
 
     def line(self, step: int, steps: int, metrics: Mapping[str, Any], split: str = "train") -> None:
         """Prints one line of progress; arguments as for `write` and `progress_line`."""
@@ -92,10 +101,10 @@ class Report:
         with contextlib.suppress(OSError):
             self._events.close()
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, lines: bytes) -> None:
         whole = os.fstat(self._file.fileno()).st_size
         try:
-            if self._file.write(line) != len(line):
+            if self._file.write(lines) != len(lines):
                 raise OSError("the disk took only a part of a line")
         except OSError:
             with contextlib.suppress(OSError):
@@ -115,7 +124,7 @@ class Report:
             yield
         except OSError as error:
             if not self._warned:
-                _log.warning("cannot write to %s: %s; the run goes on without that", self._workdir, error.strerror or error)
+                _log.warning("cannot write to %s: %s; the run goes on", self._workdir, error.strerror or error)
             self._warned = True
 
 
@@ -133,6 +142,9 @@ class NoReport(Report):
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         pass
+
+    def complete(self) -> bool:
+        return True
 
     def line(self, step: int, steps: int, metrics: Mapping[str, Any], split: str = "train") -> None:
         pass

@@ -12,6 +12,8 @@ from deq_flax.train import loop
 from deq_flax.train.checkpoint import Checkpoints
 from deq_flax.train.mesh import check_batch, make_mesh
 from deq_flax.train.optimizer import make_optimizer
+from deq_flax.train.report import NoReport
+from deq_flax.train.saving import Saver
 from deq_flax.train.sharding import param_specs, shardings
 from tests.train.small import config, write_tokens
 
@@ -141,9 +143,8 @@ def test_a_run_resumes_on_another_mesh(folder, tmp_path):
     c = config(folder, data={"batch_size": 8, "eval_batch_size": 8})
     saved = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=4, tensor=1), c["optimizer"])
     saved.state = jax.tree.map(lambda x: x + 1, saved.state)
-    saved.step = 2
     with Checkpoints(tmp_path / "checkpoints", keep_latest=2, keep_best=1) as checkpoints:
-        saved._save(checkpoints, c, None)
+        Saver(checkpoints, NoReport(), c).save_last(2, saved.state)
     restored = [jax.tree.map(np.asarray, saved.state)]
     for mesh in (dict(data=2, fsdp=1, tensor=1), dict(data=1, fsdp=2, tensor=2)):
         it = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
