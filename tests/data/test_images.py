@@ -75,7 +75,7 @@ def test_damaged_idx_files_are_one_clear_line(mnist, damage):
         images.unlink()
     else:
         write_idx(labels, arrays["t10k"][1][:-1])
-    with pytest.raises(UserError, match="get it again|get them again|set data.path"):
+    with pytest.raises(UserError, match=r"get it again|get them again|set data\.path"):
         load_images("mnist", str(folder), options())
 
 

@@ -65,7 +65,7 @@ def test_cityscapes_tree_and_list_agree(tmp_path):
     listed = load_scenes("cityscapes", str(tmp_path), options())
     assert (listed.train.scenes, listed.valid.scenes) == (tree.train.scenes, tree.valid.scenes)
     (tmp_path / "val.lst").write_text("no/such.png no/labels.png\n")
-    with pytest.raises(UserError, match="val.lst line 1"):
+    with pytest.raises(UserError, match=r"val\.lst line 1"):
         load_scenes("cityscapes", str(tmp_path), options())
 
 
