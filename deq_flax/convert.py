@@ -63,14 +63,14 @@ def convert(
       UserError: the file cannot be read or does not fit the config, or the directory is in use. Nothing has been written then.
     """
     from deq_flax.pretrained import abstract_model
-    from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, match, open_tensors
+    from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, family_of, match, open_tensors
     from deq_flax.train.checkpoint import Checkpoints
+    from deq_flax.train.step import split_model
 
     _require_unused(directory)
-    family = FAMILIES.get(config["task"])
-    if family is None:
-        raise UserError(f"weights of task {config['task']!r} cannot be converted; known: {', '.join(FAMILIES)}")
     with open_tensors(source) as file:
+        family_name = family_of(config["task"], file.shapes)
+        family = FAMILIES[family_name]
         found = family.infer(file.shapes)
         config = _completed(config, found, source, auto=auto, given=given)
         try:
@@ -79,18 +79,21 @@ def convert(
         except UserError as error:
             problems = str(error)
         if problems:
-            raise UserError(f"{source} does not fit the config: {problems}{_advice(config, found, file.shapes)}")
+            raise UserError(f"{source} does not fit the config: {problems}{_advice(family, config, found, file.shapes)}")
         arrays, buffers = convert_tensors(family, model, file)
-    meta = {"config": config, "converted": {"file": source.name, "buffers": {k: v.tolist() for k, v in buffers.items()}}}
+    beside = {name: values.tolist() for name, values in buffers.items()}
+    meta = {"config": config, "converted": {"file": source.name, "family": family_name, "buffers": beside}}
+    _, params, variables = split_model(model)
     with Checkpoints(directory / "checkpoints", keep_latest=1, keep_best=0) as checkpoints:
         # Device arrays, because checkpoints copy those of NumPy.
-        params = {path: jax.device_put(arrays.pop(path)) for path in list(arrays)}
-        checkpoints.save(0, _nested(params), {}, {"step": 0}, meta)
+        on_device = {path: jax.device_put(arrays.pop(path)) for path in list(arrays)}
+        params, variables = (jax.tree.map_with_path(lambda path, _: on_device[_path(path)], x) for x in (params, variables))
+        checkpoints.save(0, params, {"variables": variables}, {"step": 0}, meta)
     try:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
-    return sum(x.size for x in params.values())
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def to_torch(checkpoint: str | Path, path: Path) -> tuple[int, int]:
@@ -100,22 +103,33 @@ def to_torch(checkpoint: str | Path, path: Path) -> tuple[int, int]:
       UserError: there is no checkpoint, there is no name for its weights, or the file cannot be written.
     """
     from deq_flax.pretrained import abstract_model, stored_config
-    from deq_flax.torch_checkpoint import FAMILIES, export_tensors, write_state_dict
+    from deq_flax.torch_checkpoint import FAMILIES, export_tensors, family_of, write_state_dict
     from deq_flax.train.checkpoint import load_meta, load_params
     from deq_flax.train.step import split_model
 
     meta = load_meta(checkpoint)
     config = stored_config(meta)
     model = abstract_model(config)
-    template = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), split_model(model)[1])
-    restored = load_params(checkpoint, template).weights
-    leaves = jax.tree_util.tree_flatten_with_path(restored)[0]
-    arrays = {jax.tree_util.keystr(place, simple=True, separator="/"): leaf for place, leaf in leaves}
-    stored = meta.get("converted", {}).get("buffers", {})
-    buffers = {name: np.array(values, np.float32) for name, values in stored.items()}
-    tensors = list(export_tensors(FAMILIES[config["task"]], model, arrays, buffers))
+    templates = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), split_model(model)[1:])
+    restored = load_params(checkpoint, *templates)
+    leaves = [leaf for tree in (restored.weights, restored.variables) for leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    arrays = {_path(place): leaf for place, leaf in leaves}
+    converted = meta.get("converted", {})
+    buffers = {name: _buffer(values) for name, values in converted.get("buffers", {}).items()}
+    family = FAMILIES[converted.get("family") or family_of(config["task"])]
+    tensors = list(export_tensors(family, model, arrays, buffers))
     write_state_dict(path, tensors)
-    return sum(array.size for array in arrays.values()), len(tensors)
+    return sum(leaf.size for leaf in jax.tree.leaves(restored.weights)), len(tensors)
+
+
+def _buffer(values: Any) -> np.ndarray:
+    """Of float32, as models are, or of whole numbers."""
+    array = np.array(values)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
+def _path(place: Any) -> str:
+    return jax.tree_util.keystr(place, simple=True, separator="/")
 
 
 def _require_unused(directory: Path) -> None:
@@ -136,15 +150,15 @@ def _completed(
     return dict(config) | {"model": dict(config["model"]) | wanted}
 
 
-def _advice(config: Mapping[str, Any], found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _advice(family: Any, config: Mapping[str, Any], found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The overrides that would make it fit, if there are such."""
     from deq_flax.pretrained import abstract_model
-    from deq_flax.torch_checkpoint import FAMILIES, match
+    from deq_flax.torch_checkpoint import match
 
     old = config["model"]
-    new = {key: value for key, value in found.items() if value is not None and value != _as_read(old[key])}
+    new = {key: value for key, value in found.items() if value is not None and value != _as_read(old.get(key))}
     try:
-        fits = new and not match(FAMILIES[config["task"]], abstract_model(dict(config) | {"model": old | new}), shapes)
+        fits = new and not match(family, abstract_model(dict(config) | {"model": old | new}), shapes)
     except UserError:
         fits = False
     overrides = " ".join(f"--config.model.{key}={_literal(value)}" for key, value in new.items())
@@ -157,17 +171,6 @@ def _as_read(value: Any) -> Any:
 
 def _literal(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) and len(value) > 1 else str(value).replace(" ", "")
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return nested
 
 
 def _is_auto(before: str, argument: str) -> bool:

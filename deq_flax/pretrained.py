@@ -1,7 +1,8 @@
 """A model from its checkpoint alone, without the data it was trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,15 @@ from flax import nnx
 
 from deq_flax.errors import UserError
 from deq_flax.models.deq_transformer import DEQTransformer
+from deq_flax.models.mdeq import MDEQ
 from deq_flax.train.checkpoint import load_meta, load_params
 from deq_flax.train.step import split_model
 
-MODELS: dict[str, type] = {"language": DEQTransformer}
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+    "language": DEQTransformer,
+    "classification": partial(MDEQ, head="classification"),
+    "segmentation": partial(MDEQ, head="segmentation"),
+}
 """By the name of the task."""
 
 
@@ -61,4 +67,5 @@ def load_model(path: str | Path) -> Pretrained:
     meta = load_meta(path)
     config = stored_config(meta)
     graph, params, variables = split_model(abstract_model(config))
-    return Pretrained(model=nnx.merge(graph, load_params(path, params).weights, variables), config=config, meta=meta)
+    restored = load_params(path, params, variables)
+    return Pretrained(model=nnx.merge(graph, restored.weights, restored.variables), config=config, meta=meta)

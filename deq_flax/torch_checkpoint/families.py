@@ -4,11 +4,13 @@ O, I: output and input features of a map; theirs are (O, I), ours (I, O).
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deq_flax.errors import UserError
 from deq_flax.nn.attention import inverse_frequencies
 from deq_flax.torch_checkpoint.mapping import Family, Row
+from deq_flax.torch_checkpoint.mdeq import mdeq
 
 SAME_1, SAME_2 = (0,), (0, 1)
 TRANSPOSED = (1, 0)
@@ -70,6 +72,7 @@ def _count(shapes: Mapping[str, Any], pattern: str) -> int:
 
 FAMILIES = {
     "language": Family(
+        layer="func.",
         rows=[
             Row("word_emb.emb_layers.{i}.weight", "embedding/tables_NE/{i}", SAME_2),
             Row("word_emb.emb_projs.{i}.weight", "embedding/projections_ED/{i}", TRANSPOSED),
@@ -90,5 +93,22 @@ FAMILIES = {
         buffers={"pos_emb.inv_freq": lambda model: inverse_frequencies(model.d_model)},
         infer=_infer_language,
     ),
+    "mdeq": mdeq("fullstage"),
+    "mdeq_torchdeq": mdeq("full_stage"),
 }
-"""By the name of the task."""
+
+OF_TASK = {
+    "language": ("language",),
+    "classification": ("mdeq", "mdeq_torchdeq"),
+    "segmentation": ("mdeq", "mdeq_torchdeq"),
+}
+"""Families by the name of the task, the one to write first."""
+
+
+def family_of(task: str, names: Iterable[str] = ()) -> str:
+    """Which family of the task tensors of these names are of, the first in doubt. UserError: the task has none."""
+    if task not in OF_TASK:
+        raise UserError(f"weights of task {task!r} cannot be converted; known: {', '.join(OF_TASK)}")
+    names = list(names)
+    fitting = (family for family in OF_TASK[task] if any(name.startswith(FAMILIES[family].layer) for name in names))
+    return next(fitting, OF_TASK[task][0])

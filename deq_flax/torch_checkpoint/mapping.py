@@ -15,8 +15,8 @@ from deq_flax.torch_checkpoint.reader import TensorFile
 class Row:
     """One kind of tensor.
 
-    A name such as 'emb.{i}.weight' stands for one tensor per entry of the list at {i} in `ours`. Rows whose place the model
-    does not have, because of its options, count for nothing.
+    A name such as 'emb.{i}.weight' stands for one tensor per entry of the list at {i} in `ours`; a number there is one entry.
+    Rows whose place the model does not have, because of its options, count for nothing.
     """
 
     theirs: str
@@ -42,9 +42,13 @@ class Row:
 class Family:
     """How the originals name the tensors of one kind of model."""
 
+    layer: str
+    """What the names of the tensors of the equilibrium layer, and only theirs, begin with."""
     rows: Sequence[Row]
     buffers: Mapping[str, Callable[[Any], np.ndarray]] = field(default_factory=dict)
     """Constants that the originals store besides, each a function of our model; they may be missing."""
+    counters: Mapping[str, str] = field(default_factory=dict)
+    """{last part of a tensor's name: of an integer stored beside it}, which means nothing to us and may be missing."""
     infer: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
     """The options of the model's config section that shapes by name tell; None for one that matters and that they do not."""
 
@@ -71,10 +75,17 @@ def slots(family: Family, model: nnx.Module) -> list[Slot]:
     return found
 
 
+def counters(family: Family, model: nnx.Module) -> list[str]:
+    """The names of the integers that the originals count beside their tensors."""
+    names = [slot.theirs.rpartition(".") for slot in slots(family, model)]
+    return [f"{module}.{family.counters[leaf]}" for module, _, leaf in names if leaf in family.counters]
+
+
 def match(family: Family, model: nnx.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What keeps tensors of these shapes from being this model's, as parts of a sentence; nothing if they are."""
     wanted = {slot.theirs: slot.shape for slot in slots(family, model)}
     buffers = {name: make(model).shape for name, make in family.buffers.items()}
+    buffers |= dict.fromkeys(counters(family, model), ())
     unknown = [name for name in shapes if name not in wanted and name not in buffers]
     missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in shapes]
     misshapen = [
@@ -107,8 +118,9 @@ def convert_tensors(family: Family, model: nnx.Module, file: TensorFile) -> tupl
         arrays[slot.path] = _read(file, slot, strange)
     if untied:
         raise UserError(f"{file.path}: our model ties weights that differ there: {'; '.join(untied)}")
-    buffers = {name: np.array(file.read(name)) for name in family.buffers if name in file.tensors}
-    strange += [name for name, found in buffers.items() if not _near(found, family.buffers[name](model))]
+    beside = [*family.buffers, *counters(family, model)]
+    buffers = {name: np.array(file.read(name)) for name in beside if name in file.tensors}
+    strange += [name for name, make in family.buffers.items() if name in buffers and not _near(buffers[name], make(model))]
     if strange:
         raise UserError(f"{file.path} holds values that no trained model has, in {', '.join(strange)}: it may be damaged")
     return arrays, buffers
@@ -122,6 +134,8 @@ def export_tensors(
         yield slot.theirs, slot.path, slot.row.to_theirs(arrays[slot.path])
     for name, make in family.buffers.items():
         yield name, name, np.asarray(buffers.get(name, make(model)))
+    for name in counters(family, model):
+        yield name, name, np.asarray(buffers.get(name, 0), np.int64)
 
 
 def _resolve(node: Any, parts: Sequence[str]) -> Iterator[tuple[dict[str, int], nnx.Variable]]:
@@ -135,6 +149,9 @@ def _resolve(node: Any, parts: Sequence[str]) -> Iterator[tuple[dict[str, int], 
         for i, child in enumerate(node):
             for substitutions, variable in _resolve(child, rest):
                 yield {head[1:-1]: i, **substitutions}, variable
+    elif head.isdecimal():
+        if int(head) < len(node):
+            yield from _resolve(node[int(head)], rest)
     elif getattr(node, head, None) is not None:
         yield from _resolve(getattr(node, head), rest)
 

@@ -123,7 +123,14 @@ class Checkpoints:
             with self._disk_errors_are_the_users():
                 manager.close()
 
-    def restore(self, step: int, template_params: Any, template_rest: Any = None, template_ema: Any = None) -> Restored:
+    def restore(
+        self,
+        step: int,
+        template_params: Any,
+        template_rest: Any = None,
+        template_ema: Any = None,
+        template_variables: Any = None,
+    ) -> Restored:
         """The checkpoint of one step, in the structure of the templates.
 
         Args:
@@ -131,6 +138,7 @@ class Checkpoints:
           template_params, template_rest, template_ema: pytrees of arrays, `jax.ShapeDtypeStruct` or numbers. A leaf with a
             sharding comes back with it; a NumPy leaf comes back as NumPy. None: that part is not read. A checkpoint without
             an ema gives None for it.
+          template_variables: likewise, instead of `template_rest`: of the rest, what it holds under 'variables'.
 
         Raises:
           UserError: no such step, damaged, or its arrays differ in name, shape or type from the templates.
@@ -140,7 +148,8 @@ class Checkpoints:
         if not folder.is_dir():
             known = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"no checkpoint of step {step} in {self._directory}; there are: {known}")
-        return files.read_step(folder, params=template_params, rest=template_rest, ema=template_ema)
+        templates = dict(rest=template_rest, ema=template_ema, variables=template_variables)
+        return files.read_step(folder, params=template_params, **templates)
 
     def restore_latest(self, template_params: Any, template_rest: Any, template_ema: Any = None) -> Restored | None:
         """The newest whole checkpoint; None if there is none at all. Arguments as for `restore`.
@@ -151,29 +160,30 @@ class Checkpoints:
           UserError: there are checkpoints but none is whole, or the arrays differ from the templates.
         """
         steps = self.steps()[::-1]
-        restored, damaged = self._first_whole(steps, template_params, template_rest, template_ema)
+        restored, damaged = self._first_whole(steps, (template_params, template_rest, template_ema))
         if restored is not None and not self._read_only:
             for step in damaged:
                 _set_aside(self._directory / str(step))
         return restored
 
-    def restore_best(self, template_params: Any, template_ema: Any = None) -> Restored:
+    def restore_best(self, template_params: Any, template_variables: Any = None, template_ema: Any = None) -> Restored:
         """The weights of the best whole checkpoint. Arguments as for `restore`; `template_ema=None`: as the parameters.
 
         Raises:
           UserError: there is no whole checkpoint, or the arrays differ from the template.
         """
         template_ema = template_params if template_ema is None else template_ema
-        restored, _ = self._first_whole(self._ranked() or self.steps()[::-1], template_params, None, template_ema)
+        templates = (template_params, None, template_ema, template_variables)
+        restored, _ = self._first_whole(self._ranked() or self.steps()[::-1], templates)
         if restored is None:
             raise UserError(f"there is no checkpoint in {self._directory}")
         return restored
 
-    def _first_whole(self, steps, template_params, template_rest, template_ema) -> tuple[Restored | None, list[int]]:
+    def _first_whole(self, steps: list[int], templates: tuple) -> tuple[Restored | None, list[int]]:
         damaged = []
         for step in steps:
             try:
-                return self.restore(step, template_params, template_rest, template_ema), damaged
+                return self.restore(step, *templates), damaged
             except DamagedError as reason:
                 _log.warning("%s; trying the next one", reason)
                 damaged.append(step)
@@ -214,20 +224,22 @@ class Checkpoints:
             raise UserError(f"cannot write a checkpoint to {self._directory}: {refusal[1]}") from error
 
 
-def load_params(path: str | Path, template_params: Any) -> Restored:
+def load_params(path: str | Path, template_params: Any, template_variables: Any = None) -> Restored:
     """Weights to start from or to evaluate; `.weights` of the result is their running average if one was kept.
+
+    `.variables` is what else the model needs, such as running statistics of batch normalisation.
 
     Args:
       path: a run's workdir or its checkpoints folder (the best checkpoint is taken), or the folder of one step.
-      template_params: as for `Checkpoints.restore`.
+      template_params, template_variables: as for `Checkpoints.restore`.
 
     Raises:
       UserError: there is nothing there, it is damaged, or it does not fit the template.
     """
     folder = _find(path)
     if files.is_step(folder):
-        return files.read_step(folder, params=template_params, rest=None, ema=template_params)
-    return Checkpoints(folder, keep_latest=1, keep_best=0, read_only=True).restore_best(template_params)
+        return files.read_step(folder, params=template_params, ema=template_params, variables=template_variables)
+    return Checkpoints(folder, keep_latest=1, keep_best=0, read_only=True).restore_best(template_params, template_variables)
 
 
 def load_meta(path: str | Path) -> dict[str, Any]:

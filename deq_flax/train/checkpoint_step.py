@@ -30,6 +30,8 @@ class Restored:
     data: Any
     meta: dict[str, Any]
     ema: Any = None
+    variables: Any = None
+    """What the rest holds under that name."""
 
     @property
     def weights(self) -> Any:
@@ -89,31 +91,40 @@ def read_record(folder: Path) -> tuple[dict[str, Any], Any]:
     return record, data
 
 
-def read_step(folder: Path, *, params: Any, rest: Any, ema: Any) -> Restored:
+def read_step(folder: Path, *, params: Any, rest: Any = None, ema: Any = None, variables: Any = None) -> Restored:
     """The checkpoint in `folder`; each keyword a template or None. An ema that is not there is None.
+
+    `variables` is for those who want of the rest only what it holds under that name.
 
     Raises:
       DamagedError: something is missing, unreadable or differs from its checksum.
       UserError: names, shapes or types differ from a template.
     """
     record, data = read_record(folder)
-    templates = {"params": params, "rest": rest, "ema": ema if "ema" in record["arrays"] else None}
-    templates = {item: template for item, template in templates.items() if template is not None}
-    for item, template in templates.items():
-        _require_same(folder, item, template, record["arrays"][item])
-    trees = {item: _read_tree(folder, item, template, record["arrays"][item]) for item, template in templates.items()}
-    parts = {item: trees.get(item) for item in ("params", "rest", "ema")}
+    described = record["arrays"]
+    trees = {"params": params, "rest": rest, "ema": ema if "ema" in described else None}
+    trees = {item: (template, described.get(item)) for item, template in trees.items() if template is not None}
+    if variables is not None:
+        part = {name: entry for name, entry in described["rest"].items() if name.startswith("variables/")}
+        trees["rest"] = {"variables": variables}, part
+    for item, (template, entries) in trees.items():
+        _require_same(folder, item, template, entries)
+    read = {item: _read_tree(folder, item, template, entries) for item, (template, entries) in trees.items()}
+    if variables is not None:
+        read["variables"] = read.pop("rest")["variables"]
+    parts = {item: read.get(item) for item in ("params", "rest", "ema", "variables")}
     return Restored(step=record["step"], data=data, meta=record, **parts)
 
 
 def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, Any]) -> Any:
+    """`described`: what the record says of the leaves of the template, which may be a part of the item only."""
     wanted = _named(template)
     stored = {name: leaf for name, leaf in wanted.items() if np.prod(described[name]["shape"])}
     read = {}
     if stored:
         specs = {name: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)) for name, leaf in stored.items()}
         arguments = {name: _restore_argument(leaf) for name, leaf in stored.items()}
-        request = ocp.args.PyTreeRestore(item=_nest(specs), restore_args=_nest(arguments))
+        request = ocp.args.PyTreeRestore(item=_nest(specs), restore_args=_nest(arguments), partial_restore=True)
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 read = _named(reader.restore(folder / item, args=request))

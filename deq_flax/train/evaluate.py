@@ -85,8 +85,8 @@ def evaluate_checkpoint(
     check_batch(devices, batch_size=task.batch_size, accumulate=1, eval_batch_size=task.eval_batch_size)
     model = task.build_model(nnx.Rngs(seed))
     graph, params, variables = split_model(model)
-    restored = load_params(path, params)
-    params, variables = jax.device_put((restored.weights, variables), replicated(devices))
+    restored = load_params(path, params, variables)
+    params, variables = jax.device_put((restored.weights, restored.variables), replicated(devices))
     step = make_eval_step(task, graph, devices)
     weights = (params, variables)
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}

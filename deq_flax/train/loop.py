@@ -157,8 +157,9 @@ class _Run:
             self.step = restored.step
             print(f"continuing from the checkpoint of step {restored.step}", flush=True)
         elif init_from:
-            weights = load_params(init_from, self.state.params).weights
-            self.state = self.state._replace(params=weights)
+            loaded = load_params(init_from, self.state.params, self.state.variables)
+            weights = loaded.weights
+            self.state = self.state._replace(params=weights, variables=loaded.variables)
             if self.state.ema is not None:
                 self.state = self.state._replace(ema=jax.tree.map(jnp.copy, weights))
             print(f"starting from the weights in {init_from}", flush=True)
@@ -205,14 +206,14 @@ class _Run:
     def evaluate(self, split: str, report: Report | None = None) -> dict[str, float]:
         """Evaluate the running average if there is one, else the parameters as they are."""
         params = self.state.params if self.state.ema is None else self.state.ema
-        metrics = self.evaluate_weights(params, split)
+        metrics = self.evaluate_weights(params, self.state.variables, split)
         if report is not None:
             report.write(self.step, split, metrics)
             report.line(self.step, self.options.steps, metrics, split)
         return metrics
 
-    def evaluate_weights(self, params: Any, split: str) -> dict[str, float]:
-        return evaluate(self.task, self.model, self._eval_step, self.devices, params, self.state.variables, split)
+    def evaluate_weights(self, params: Any, variables: Any, split: str) -> dict[str, float]:
+        return evaluate(self.task, self.model, self._eval_step, self.devices, params, variables, split)
 
     def _save(self, checkpoints: Checkpoints, config: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
         rest = {name: getattr(self.state, name) for name in REST}
@@ -222,8 +223,8 @@ class _Run:
     def final(self, checkpoints: Checkpoints, report: Report) -> tuple[dict[str, dict[str, float]], int]:
         """Metrics of the best checkpoint on valid and test, and its step."""
         checkpoints.wait()
-        best = checkpoints.restore_best(self.state.params)
-        results = {split: self.evaluate_weights(best.weights, split) for split in ("valid", "test")}
+        best = checkpoints.restore_best(self.state.params, self.state.variables)
+        results = {split: self.evaluate_weights(best.weights, best.variables, split) for split in ("valid", "test")}
         return results, best.step
 
 
