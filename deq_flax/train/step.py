@@ -114,7 +114,7 @@ def make_train_step(
         ema = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
         proposed = proposed._replace(params=params, opt_state=opt_state, ema=ema)
         # A carry is split over devices: it is kept only if it is finite on all of them, like the rest.
-        finite &= jax.lax.pmin(_all_finite(proposed.carry).astype(jnp.int32), DATA) == 1
+        finite &= jax.lax.pmin(_all_finite((proposed.carry, proposed.variables)).astype(jnp.int32), DATA) == 1
         chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
         skip = 1 - finite.astype(jnp.int32)
         state = chosen._replace(skipped=(state.skipped + 1) * skip, skipped_in_all=state.skipped_in_all + skip)

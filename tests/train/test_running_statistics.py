@@ -1,0 +1,169 @@
+"""Running statistics of batch normalisation: written once by every update that counts, by nothing else, and never lost."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deq_flax.nn.image_norm import BatchNorm
+from deq_flax.task import Controls, LossOutput, Phase, average
+from deq_flax.train.checkpoint import Checkpoints, load_params
+from deq_flax.train.evaluate import evaluate_checkpoint
+from deq_flax.train.loop import train
+from deq_flax.train.step import split_model
+from tests.train import small
+
+MOMENTUM = 0.5
+
+
+class Normalised(nnx.Module):
+    def __init__(self):
+        self.norm = BatchNorm(2, momentum=MOMENTUM)
+
+    def __call__(self, x, train):
+        return self.norm(x, train)
+
+
+class Task:
+    """Bring normalised numbers to 1. `spoil`: the steps whose batch is not finite."""
+
+    batch_size = eval_batch_size = 8
+
+    def __init__(self, spoil=()):
+        self.spoil = spoil
+
+    def build_model(self, rngs):
+        return Normalised()
+
+    def batch(self, step):
+        x = np.random.default_rng(step).normal(2.0, 3.0, (8, 1, 1, 2)).astype(np.float32)
+        return {"x": x * np.nan if step in self.spoil else x}
+
+    def train_batches(self, step):
+        while True:
+            yield self.batch(step)
+            step += 1
+
+    def eval_batches(self, split):
+        return [self.batch(100), self.batch(101)]
+
+    def fresh_carry(self, model, batch_size):
+        return ()
+
+    def phase(self, step):
+        return Phase()
+
+    def controls(self, step):
+        return Controls(max_steps=np.int32(1), jacobian_weight=np.float32(0))
+
+    def loss(self, model, batch, carry, *, phase=None, controls=None, key=None, probe=None):
+        errors = jnp.square(model(batch["x"], key is not None) - 1).mean((1, 2, 3))
+        return errors.mean(), LossOutput((), {"loss": average(errors.sum(), errors.size)})
+
+    def summary(self, split, metrics):
+        return dict(metrics)
+
+    def work(self, seconds_per_step):
+        return {}
+
+
+def run(workdir, task=None, *, steps=1, **overrides):
+    """Train; returns (mean, variance) in the newest checkpoint."""
+    options = dict(ema_decay=0.0, log_every=1, eval_every=1, checkpoint_every=1, steps=steps)
+    sections = small.config(
+        "",
+        train=options | overrides.pop("train", {}),
+        optimizer=dict(name="sgd", warmup_steps=0) | overrides.pop("optimizer", {}),
+        **overrides,
+    )
+    result = train(task or Task(), workdir=workdir, config=sections, **{
+        name: sections[name] for name in ("optimizer", "train", "mesh", "checkpoint")
+    })  # fmt: skip
+    with Checkpoints(workdir / "checkpoints", keep_latest=1, keep_best=0, read_only=True) as checkpoints:
+        return result, statistics(checkpoints.restore(steps, *templates()))
+
+
+def templates():
+    """(parameters, None, None, variables), as `Checkpoints.restore` takes them."""
+    _, params, variables = split_model(Normalised())
+    return params, None, None, variables
+
+
+def statistics(restored):
+    return restored.variables["norm"]["mean_C"], restored.variables["norm"]["variance_C"]
+
+
+def updated(mean, variance, x):
+    """By hand, with the unbiased variance."""
+    x = x.reshape(-1, 2).astype(np.float64)
+    mean = (1 - MOMENTUM) * mean + MOMENTUM * x.mean(0)
+    return mean, (1 - MOMENTUM) * variance + MOMENTUM * x.var(0, ddof=1)
+
+
+START = np.zeros(2), np.ones(2)
+
+
+def close(found, expected):
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_one_update_a_step(tmp_path):
+    _, found = run(tmp_path, steps=2)
+    close(found, updated(*updated(*START, Task().batch(0)["x"]), Task().batch(1)["x"]))
+
+
+def test_devices_agree_on_the_mean_of_theirs(tmp_path):
+    _, found = run(tmp_path, mesh=dict(data=2))
+    halves = [updated(*START, half) for half in np.split(Task().batch(0)["x"], 2)]
+    close(found, np.mean(halves, axis=0))
+
+
+def test_micro_batches_follow_one_another(tmp_path):
+    _, found = run(tmp_path, train=dict(accumulate=2))
+    first, second = np.split(Task().batch(0)["x"], 2)
+    close(found, updated(*updated(*START, first), second))
+
+
+def test_a_skipped_step_writes_nothing(tmp_path):
+    _, found = run(tmp_path, Task(spoil=[0, 2]), steps=3)
+    close(found, updated(*START, Task().batch(1)["x"]))
+
+
+def test_a_resumed_run_has_the_statistics_of_one_never_stopped(tmp_path):
+    class Crash(Task):
+        def batch(self, step):
+            if step == 2:
+                raise RuntimeError("crash")
+            return super().batch(step)
+
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path / "a", Crash(), steps=4)
+    resumed, whole = run(tmp_path / "a", steps=4)[1], run(tmp_path / "b", steps=4)[1]
+    for x, y in zip(resumed, whole, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_checkpoint_is_evaluated_with_its_own_statistics(tmp_path):
+    """By evaluation, and at the end of a run whose last steps have spoiled them; and they are what init_from starts from."""
+
+    class Worse(Task):
+        def batch(self, step):
+            return {"x": super().batch(step)["x"] + (50 if step == 2 else 0)}
+
+    task = Worse()
+    result, last = run(tmp_path / "a", task, steps=3, optimizer=dict(learning_rate=1.0), checkpoint=dict(keep_latest=3))
+    params, _, _, variables = templates()
+    best = load_params(tmp_path / "a", params, variables)
+    mesh = dict(data=1, fsdp=1, tensor=1)
+    evaluation = evaluate_checkpoint(task, tmp_path / "a", mesh=mesh, seed=0)
+    assert evaluation.step == best.step == result.step == 2
+    assert evaluation.metrics["valid"]["loss"] == result.metrics["valid"]["loss"] == best.meta["metrics"]["loss"]
+
+    x = np.concatenate([batch["x"] for batch in task.eval_batches("valid")])
+    mean, variance, scale, bias = map(np.asarray, (*statistics(best), *(best.params["norm"][n] for n in ("scale_C", "bias_C"))))
+    y = (x - mean) / np.sqrt(variance + 1e-5) * scale + bias
+    np.testing.assert_allclose(evaluation.metrics["valid"]["loss"], np.square(y - 1).mean(), rtol=1e-5)
+
+    _, started = run(tmp_path / "b", task, checkpoint=dict(init_from=str(tmp_path / "a" / "checkpoints" / "3")))
+    close(started, updated(*map(np.asarray, last), task.batch(0)["x"]))
