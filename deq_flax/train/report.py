@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard events, `config.json` and a line on the screen.
+"""What a run tells: `metrics.jsonl`, TensorBoard events, `config.json`, pictures and a line on the screen.
 
 A failing disk costs the report, never the run: the first refused write is warned of, and training goes on.
 """
@@ -14,6 +14,8 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboardX.record_writer import RecordWriter
@@ -84,6 +86,14 @@ class Report:
         """Prints one line of progress; arguments as for `write` and `progress_line`."""
         with self._going_on():
             print(progress_line(step, steps, metrics, split), flush=True)
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """`pictures/NAME-STEP.png`, (H, W, 3) uint8, and its event."""
+        folder = self._workdir / "pictures"
+        with self._going_on():
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(folder / f"{name}-{step:07}.png")
+        self._add_events(step, [summary.image(name, picture, dataformats="HWC")])
 
     def close(self) -> None:
         """Closes the files."""
