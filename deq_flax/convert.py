@@ -6,10 +6,13 @@
 
 SOURCE is a state_dict: .pth, .pt or .pkl of torch.save, .safetensors, or .npz. DIR is then what a training run leaves:
 `deq_flax.main --mode eval --workdir DIR` evaluates it, `--config.checkpoint.init_from=DIR` trains on from it, and
-`deq_flax.generate --checkpoint DIR` writes with it. PyTorch is not needed. `--config auto` is configs/wt103.py with the sizes
-of the file; memory, span and the order of normalisation cannot be read off a file, and stay as the config has them.
+`deq_flax.generate --checkpoint DIR` writes with it. PyTorch is not needed. `--config auto` is the config of wt103, cifar10 or
+cityscapes with the sizes of the file. What cannot be read off a file stays as that config has it: a language model's memory,
+span and order of normalisation, an image model's groups of channels. How often an image model halves the resolution at first
+must be given, as --config.model.downsample, where the file does not show it.
 """
 
+import contextlib
 import itertools
 import json
 import sys
@@ -30,7 +33,8 @@ _TO_TORCH = flags.DEFINE_bool(
     "to_torch", False, "write a state_dict that the original code loads, from a checkpoint of ours", flag_values=_FLAGS
 )
 
-AUTO_CONFIG = Path("configs") / "wt103.py"
+AUTO_CONFIGS = {"language": "wt103.py", "classification": "cifar10.py", "segmentation": "cityscapes.py"}
+"""What `--config auto` begins from, by the task that the file is for."""
 
 
 def main(source: str, destination: str) -> int:
@@ -181,11 +185,25 @@ def _auto_wanted(argv: Sequence[str]) -> bool:
     return any(itertools.starmap(_is_auto, itertools.pairwise(argv)))
 
 
+def _task_of_source(argv: Sequence[str]) -> str:
+    """The task of the first file on the command line; what cannot be read is complained of later."""
+    from deq_flax.torch_checkpoint import open_tensors, task_of
+
+    for argument in argv[1:]:
+        if Path(argument).is_file():
+            with contextlib.suppress(UserError), open_tensors(argument) as file:
+                return task_of(file.tensors)
+    return "language"
+
+
 def _without_auto(argv: Sequence[str]) -> list[str]:
     """The command line with the config file that `auto` begins from, and with `--to-torch` spelled as flags are."""
-    base = Path(__file__).resolve().parent.parent / AUTO_CONFIG
-    file = str(base if base.exists() else AUTO_CONFIG)
     argv = ["--to_torch" if argument == "--to-torch" else argument for argument in argv]
+    if not _auto_wanted(argv):
+        return argv
+    config = Path("configs") / AUTO_CONFIGS[_task_of_source(argv)]
+    base = Path(__file__).resolve().parent.parent / config
+    file = str(base if base.exists() else config)
     pairs = itertools.pairwise(["", *argv])
     return [argument.replace("auto", file) if _is_auto(before, argument) else argument for before, argument in pairs]
 

@@ -105,6 +105,15 @@ OF_TASK = {
 """Families by the name of the task, the one to write first."""
 
 
+def task_of(names: Iterable[str]) -> str:
+    """The task that tensors of these names are for; 'language' in doubt."""
+    names = list(names)
+    vision = any(name.startswith(FAMILIES[family].layer) for name in names for family in OF_TASK["classification"])
+    if not vision:
+        return "language"
+    return "segmentation" if any(name.startswith("last_layer.") for name in names) else "classification"
+
+
 def family_of(task: str, names: Iterable[str] = ()) -> str:
     """Which family of the task tensors of these names are of, the first in doubt. UserError: the task has none."""
     if task not in OF_TASK:

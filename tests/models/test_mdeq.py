@@ -1,0 +1,131 @@
+"""Laws of the MDEQ that need no reference: equilibria, what is random and when, what is remembered, what is refused."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deq_flax.equilibrium import Broyden, Implicit, Picard, backward_probe
+from deq_flax.models.mdeq import MDEQ
+from deq_flax.models.mdeq_heads import resize_bilinear
+from tests.reference import flat
+
+SMALL = dict(num_classes=5, expansion=2, groups=2)
+SOLVER = Broyden(tol=1e-5, max_steps=60)
+
+
+def build(n_branches=2, head="classification", **options):
+    sizes = dict(head_channels=(2,) * n_branches, final_channels=6) if head == "classification" else {}
+    options = SMALL | sizes | dict(fuse_norm_affine=True) | options
+    model = MDEQ(channels=(4, 4, 8, 8)[:n_branches], head=head, **options, rngs=nnx.Rngs(0))
+    # A new cell does not contract: pretraining sees to that. One whose blocks hardly look at their input does.
+    for block in model.cell.blocks:
+        block.norm1.scale_C[...], block.norm1.bias_C[...] = 0.1 * block.norm1.scale_C[...], 1 + block.norm1.bias_C[...]
+        block.norm3.scale_C[...] = 0.3 * block.norm3.scale_C[...]
+    for layer in model.stem.layers:
+        layer.norm.scale_C[...] = 20 * layer.norm.scale_C[...]
+    return model
+
+
+def images(batch_size=2, height=8, width=8, channels=3, seed=0):
+    return jax.random.normal(jax.random.key(seed), (batch_size, height, width, channels))
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("solver", "gradient", "train"))
+def run(graph, state, x, **options):
+    model = nnx.merge(graph, state, copy=True)
+    return model(x, **options), nnx.state(model, nnx.BatchStat)
+
+
+@pytest.mark.parametrize(("n_branches", "head"), [(1, "classification"), (4, "classification"), (2, "segmentation")])
+def test_the_branches_are_an_equilibrium_and_logits_have_the_shape_of_the_answer(n_branches, head):
+    model, x = build(n_branches, head, in_channels=1, downsample=1), images(height=13, width=10, channels=1)
+    out, _ = run(*nnx.split(model), x, solver=SOLVER)
+    assert (out.stats.converged == 1).all()
+    assert out.logits.shape == ((2, 5) if head == "classification" else (2, 13, 10, 5))
+    again = model.equation(x).f(out.branches)
+    for z, fz in zip(out.branches, again, strict=True):
+        assert np.linalg.norm(fz - z) < 1e-4 * np.linalg.norm(z)
+    if head == "segmentation":
+        np.testing.assert_allclose(out.logits, resize_bilinear(model.head(out.branches, False), (13, 10)), atol=1e-5)
+
+
+def test_three_downsamplings():
+    model = build(1, downsample=3)
+    assert [z.shape for z in model.equation(images(height=20, width=16)).z0] == [(2, 3, 2, 4)]
+
+
+def test_evaluation_is_deterministic_and_of_each_image_alone():
+    state = nnx.split(build(dropout=0.5))
+    x = images(4)
+    (together, kept), (apart, _) = run(*state, x, solver=SOLVER), run(*state, x[:2], solver=SOLVER)
+    np.testing.assert_allclose(together.logits[:2], apart.logits, atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, flat(kept), flat(nnx.state(nnx.merge(*state), nnx.BatchStat)))
+
+
+def test_training_draws_masks_and_remembers_statistics_once():
+    graph, state = nnx.split(build(dropout=0.5))
+    once, after = run(graph, state, images(), solver=SOLVER, key=jax.random.key(1))
+    same, _ = run(graph, state, images(), solver=SOLVER, key=jax.random.key(1))
+    other, _ = run(graph, state, images(), solver=SOLVER, key=jax.random.key(2))
+    np.testing.assert_array_equal(once.logits, same.logits)
+    assert (once.logits != other.logits).any()
+    # The stem's first convolution is outside the solve: its statistics tell how often it was remembered.
+    y = nnx.merge(graph, state).stem.layers[0].conv(images())
+    np.testing.assert_allclose(flat(after)["stem/layers/0/norm/mean_C"], 0.1 * y.mean((0, 1, 2)), atol=1e-6)
+
+
+def test_train_without_a_key_normalises_by_the_batch_and_drops_nothing():
+    state = nnx.split(build(dropout=0.5))
+    a, after = run(*state, images(), solver=SOLVER, train=True)
+    b, _ = run(*nnx.split(build(dropout=0.0)), images(), solver=SOLVER, key=jax.random.key(0))
+    np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
+    assert flat(after)["head/final/norm/mean_C"].any()
+
+
+def test_the_jacobian_loss_and_the_report_of_the_adjoint_solve():
+    graph, params, rest = nnx.split(build(1), nnx.Param, ...)
+
+    @partial(jax.jit, static_argnums=2)
+    def gradients(params, probe, through):
+        def loss(params, probe):
+            out = nnx.merge(graph, params, rest, copy=True)(
+                images(), solver=Picard(tol=1e-4), gradient=Implicit(), key=jax.random.key(0), probe=probe,
+                jacobian_key=jax.random.key(1), jacobian_through_equilibrium=through,
+            )  # fmt: skip
+            return out.jacobian_loss
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, probe)
+
+    (value, (held, silent)), (same, (through, report)) = (gradients(params, backward_probe(), t) for t in (False, True))
+    assert value > 0
+    np.testing.assert_allclose(value, same, rtol=1e-5)
+    assert not silent.any() and report[0] > 1 and report[2] == 1
+    held, through = flat(held), flat(through)
+    assert not held["head/classifier/weight_IO"].any() and not through["head/classifier/weight_IO"].any()
+    assert all((held[path] != x).any() for path, x in through.items() if path.startswith("cell/"))
+
+
+def test_the_limit_on_evaluations_is_traced():
+    graph, state = nnx.split(build())
+    out = [run(graph, state, images(), solver=Picard(tol=0.0, max_steps=9), max_steps=jnp.int32(k))[0] for k in (2, 5)]
+    assert [int(o.stats.nfe) for o in out] == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(head="detection"), "known: classification, segmentation"),
+        (dict(head_channels=(2,)), "head_channels for each branch"),
+        (dict(final_channels=0), "final_channels"),
+        (dict(head="segmentation", last_kernel=5), "last_kernel is 1 or 3"),
+        (dict(downsample=-1), "downsample must be"),
+        (dict(norm_momentum=0.0), "norm_momentum in"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        nnx.eval_shape(lambda: build(**options))
