@@ -127,8 +127,11 @@ class Task(Protocol):
         """
         ...
 
-    def summary(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What a person wants to read, from divided metrics: a perplexity from a mean loss, and the like."""
+    def summary(self, split: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """What a person wants to read, from divided metrics: a perplexity from a mean loss, and the like.
+
+        Numbers alone: a metric that is an array, such as a confusion matrix, is summed up in some.
+        """
         ...
 
     def work(self, seconds_per_step: float) -> dict[str, float]:
@@ -142,4 +145,31 @@ class HasSpectralRadius(Protocol):
 
     def spectral_radius(self, model: Any, batch: Batch, carry: Carry, key: Any) -> jax.Array:
         """(B,): of the Jacobian of f at the equilibrium of each member of the batch; below 1, plain iteration converges."""
+        ...
+
+
+@runtime_checkable
+class HasPictures(Protocol):
+    """A task that can show what its model makes of some examples."""
+
+    def picture_batch(self) -> Batch | None:
+        """The examples, from the validation split; None if no pictures are wanted."""
+        ...
+
+    def picture_arrays(self, model: Any, batch: Batch) -> Any:
+        """What the pictures are made from, a pytree of arrays. Compiled: the part that runs the model."""
+        ...
+
+    def pictures(self, batch: Batch, arrays: Any) -> dict[str, Any]:
+        """(H, W, 3) uint8 by name."""
+        ...
+
+
+@runtime_checkable
+class HasHead(Protocol):
+    """A task whose model can start from one that was trained for something else, but for its head."""
+
+    @property
+    def head(self) -> str:
+        """The head's place among the parameters: their names begin with it and a '/'."""
         ...

@@ -20,7 +20,7 @@ MAY = {
 }
 LIBRARIES = {
     "equilibrium": {"jax"},
-    "data": {"numpy", "grain", "tqdm"},
+    "data": {"numpy", "grain", "tqdm", "PIL", "sklearn", "array_record"},
     "torch_checkpoint": {"numpy", "ml_dtypes", "flax"},
 }
 """Third-party packages a room may import; the rooms not listed are free."""

@@ -78,7 +78,7 @@ class EvalSegments:
         return _batch(self._tokens, self._rows, self._seq_len, self._stream, _valid_index(index, len(self)))
 
 
-def segment_dataset(source: TrainSegments | EvalSegments) -> grain.MapDataset:
+def segment_dataset(source: grain.sources.RandomAccessDataSource) -> grain.MapDataset:
     """The batches of `source` as a Grain dataset. Index i gives batch i modulo its length: epoch after epoch."""
     return grain.MapDataset.source(source)
 

@@ -5,9 +5,11 @@ from typing import Any
 
 from deq_flax.errors import UserError
 from deq_flax.task import Task
+from deq_flax.tasks.classification import ClassificationTask
 from deq_flax.tasks.language import LanguageTask
+from deq_flax.tasks.segmentation import SegmentationTask
 
-TASKS: dict[str, type] = {"language": LanguageTask}
+TASKS: dict[str, type] = {"language": LanguageTask, "classification": ClassificationTask, "segmentation": SegmentationTask}
 
 
 def make_task(config: Mapping[str, Any]) -> Task:
@@ -15,4 +17,5 @@ def make_task(config: Mapping[str, Any]) -> Task:
     name = config["task"]
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-    return TASKS[name](data=config["data"], model=config["model"], deq=config["deq"], seed=config["train"]["seed"])
+    sections = {section: config[section] for section in ("data", "model", "deq", "loss") if section in config}
+    return TASKS[name](**sections, seed=config["train"]["seed"])

@@ -13,11 +13,11 @@ from flax import nnx
 
 from deq_flax.data.segments import EvalSegments, TrainSegments, iterate, segment_dataset
 from deq_flax.data.text import load_text
-from deq_flax.equilibrium import SolverStats, fixed_point, spectral_radius
+from deq_flax.equilibrium import fixed_point, spectral_radius
 from deq_flax.errors import UserError
 from deq_flax.models.deq_transformer import DEQTransformer, Memory
-from deq_flax.task import Batch, Batches, Controls, LossOutput, Metrics, Phase, average
-from deq_flax.tasks.recipe import EquilibriumRecipe
+from deq_flax.task import Batch, Batches, Controls, LossOutput, Phase, average
+from deq_flax.tasks.recipe import EquilibriumRecipe, solver_metrics
 
 
 class LanguageTask:
@@ -89,7 +89,7 @@ class LanguageTask:
             batch["inputs"],
             memory,
             solver=self.recipe.forward_solver,
-            gradient=self.recipe.gradient(phase),
+            gradient=self.recipe.gradient_of(phase),
             key=key,
             max_steps=None if controls is None else controls.max_steps,
             probe=probe,
@@ -99,7 +99,7 @@ class LanguageTask:
         nll_BL = model.nll(output.hidden_BLD, batch["targets"]) * batch["mask"]
         total, count = jnp.sum(nll_BL), jnp.sum(batch["mask"])
         loss = total / jnp.maximum(count, 1.0)
-        metrics = {"loss": average(total, count)} | _solver_metrics(output.stats)
+        metrics = {"loss": average(total, count)} | solver_metrics(output.stats)
         if output.jacobian_loss is not None and controls is not None:
             loss = loss + controls.jacobian_weight * output.jacobian_loss
             metrics["jacobian_loss"] = average(output.jacobian_loss)
@@ -121,11 +121,6 @@ class LanguageTask:
 
     def work(self, seconds_per_step: float) -> dict[str, float]:
         return {"tokens_per_second": self.batch_size * self._seq_len / seconds_per_step}
-
-
-def _solver_metrics(stats: SolverStats) -> Metrics:
-    """Evaluations of f, and the residual of the member that is worst off."""
-    return {"forward_nfe": average(stats.nfe), "forward_residual": average(jnp.max(stats.relative_residual))}
 
 
 def _ppl(nats: float) -> float:

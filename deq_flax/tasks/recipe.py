@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
-from deq_flax.equilibrium import ADJOINT_SOLVERS, SOLVERS, Gradient, Implicit, Solver, Unroll
-from deq_flax.equilibrium.solution import StopMode
+from deq_flax.equilibrium import ADJOINT_SOLVERS, SOLVERS, Gradient, Implicit, PhantomGradient, Solver, Unroll
+from deq_flax.equilibrium.solution import SolverStats, StopMode
 from deq_flax.errors import UserError
-from deq_flax.task import Controls, Phase
+from deq_flax.task import Controls, Metrics, Phase, average
+
+GRADIENTS = ("implicit", "phantom")
+"""Those with options in a config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,12 @@ class EquilibriumRecipe:
     pretrain_layers: int
     """Evaluations of f in it."""
     seed: int
+    gradient: str = "implicit"
+    """How an equilibrium is differentiated: 'implicit', by the adjoint solver, or 'phantom', through a few damped steps."""
+    phantom_steps: int = 5
+    phantom_damping: float = 0.5
+    pretrain_jacobian_weight: float = 0.0
+    """Weight of a Jacobian loss in pretraining, with the same frequency; 0 is none."""
 
     def __post_init__(self):
         for name, known in ((self.solver, SOLVERS), (self.backward_solver, ADJOINT_SOLVERS)):
@@ -49,11 +59,14 @@ class EquilibriumRecipe:
             raise UserError(f"deq.jacobian_frequency is a probability, not {self.jacobian_frequency}")
         if not 0 <= self.max_steps_jitter < self.max_steps:
             raise UserError(f"deq.max_steps_jitter must be at least 0 and below max_steps, not {self.max_steps_jitter}")
-        for name in ("jacobian_weight", "jacobian_increment_every", "jacobian_stop", "pretrain_steps"):
+        if self.gradient not in GRADIENTS:
+            raise UserError(f"unknown deq.gradient {self.gradient!r}; known: {', '.join(GRADIENTS)}")
+        not_negative = "jacobian_weight jacobian_increment_every jacobian_stop pretrain_steps pretrain_jacobian_weight"
+        for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise UserError(f"deq.{name} must not be negative, but is {getattr(self, name)}")
         try:
-            _ = self.forward_solver, self.gradient(Phase()), self.gradient(Phase(unrolled=True))
+            _ = self.forward_solver, self.gradient_of(Phase()), self.gradient_of(Phase(unrolled=True))
         except ValueError as error:
             raise UserError(f"section deq: {error}") from error
 
@@ -61,20 +74,22 @@ class EquilibriumRecipe:
     def forward_solver(self) -> Solver:
         return SOLVERS[self.solver](tol=self.tol, max_steps=self.max_steps, stop=self.stop)
 
-    def gradient(self, phase: Phase | None) -> Gradient:
+    def gradient_of(self, phase: Phase | None) -> Gradient:
         """How a phase differentiates; evaluation, None, solves as equilibrium training does."""
         if phase is not None and phase.unrolled:
             return Unroll(self.pretrain_layers)
+        if self.gradient == "phantom":
+            return PhantomGradient(steps=self.phantom_steps, damping=self.phantom_damping)
         name, tol, max_steps = self.backward_solver, self.backward_tol, self.backward_max_steps
         if name in SOLVERS:
             return Implicit(solver=SOLVERS[name](tol=tol, max_steps=max_steps, stop=self.stop))
         return Implicit(solver=ADJOINT_SOLVERS[name](tol=tol, max_steps=max_steps))  # it stops by the relative residual alone
 
     def phase(self, step: int) -> Phase:
-        if step < self.pretrain_steps:
-            return Phase(unrolled=True)
-        wanted = self.jacobian_weight > 0 and not (self.jacobian_stop and step >= self.jacobian_stop)
-        return Phase(jacobian_loss=wanted and self._random(step).random() < self.jacobian_frequency)
+        unrolled = step < self.pretrain_steps
+        weight = self.pretrain_jacobian_weight if unrolled else self.jacobian_weight
+        wanted = weight > 0 and not (self.jacobian_stop and step >= self.jacobian_stop)
+        return Phase(unrolled=unrolled, jacobian_loss=wanted and self._random(step).random() < self.jacobian_frequency)
 
     def controls(self, step: int) -> Controls:
         random = self._random(step)
@@ -82,10 +97,18 @@ class EquilibriumRecipe:
         jitter = random.integers(0, self.max_steps_jitter + 1)
         past = max(0, step - self.pretrain_steps)
         increments = past // self.jacobian_increment_every if self.jacobian_increment_every else 0
+        weight = self.jacobian_weight + self.jacobian_increment * increments
+        if step < self.pretrain_steps and self.pretrain_jacobian_weight:
+            weight = self.pretrain_jacobian_weight
         return Controls(
             max_steps=np.int32(self.max_steps - jitter),
-            jacobian_weight=np.float32(self.jacobian_weight + self.jacobian_increment * increments),
+            jacobian_weight=np.float32(weight),
         )
 
     def _random(self, step: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, step))
+
+
+def solver_metrics(stats: SolverStats) -> Metrics:
+    """Evaluations of f, and the residual of the member that is worst off."""
+    return {"forward_nfe": average(stats.nfe), "forward_residual": average(jnp.max(stats.relative_residual))}

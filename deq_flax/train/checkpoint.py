@@ -23,7 +23,7 @@ from deq_flax.train import checkpoint_step as files
 from deq_flax.train.checkpoint_step import DamagedError, DiskError, Restored
 from deq_flax.train.processes import barrier, is_first
 
-__all__ = ["Checkpoints", "Restored", "load_meta", "load_params"]
+__all__ = ["Checkpoints", "Restored", "borrow_params", "load_meta", "load_params"]
 
 _log = logging.getLogger("deq_flax")
 
@@ -260,13 +260,23 @@ def load_params(path: str | Path, template_params: Any, template_variables: Any 
 
 def load_meta(path: str | Path) -> dict[str, Any]:
     """The `meta` (config, step, metrics) of what `load_params` would load. Arguments and errors as there."""
+    return files.read_record(_one_step(path))[0]
+
+
+def borrow_params(path: str | Path, params: Any, variables: Any, head: str) -> files.Borrowed:
+    """Weights for a model that may differ from the checkpoint's below `head`: see `checkpoint_step.borrow`. `path` as above."""
+    return files.borrow(_one_step(path), params=params, variables=variables, head=head)
+
+
+def _one_step(path: str | Path) -> Path:
+    """The folder of the step that `path` means: of the best one, if it means several."""
     folder = _find(path)
-    if not files.is_step(folder):
-        step = Checkpoints(folder, keep_latest=1, keep_best=0, read_only=True).best_step()
-        if step is None:
-            raise UserError(f"no whole checkpoint in {folder}")
-        folder = folder / str(step)
-    return files.read_record(folder)[0]
+    if files.is_step(folder):
+        return folder
+    step = Checkpoints(folder, keep_latest=1, keep_best=0, read_only=True).best_step()
+    if step is None:
+        raise UserError(f"no whole checkpoint in {folder}")
+    return folder / str(step)
 
 
 def _find(path: str | Path) -> Path:

@@ -45,6 +45,19 @@ class Restored:
         return self.params if self.ema is None else self.ema
 
 
+@dataclasses.dataclass(frozen=True)
+class Borrowed:
+    """What a model takes over from a checkpoint of another one, and the names of all it concerns."""
+
+    params: Any
+    variables: Any
+    loaded: list[str]
+    fresh: list[str]
+    """Of the model's, those that stay as they were initialised."""
+    unused: list[str]
+    """Of the checkpoint's, those that the model has no use for."""
+
+
 def steps_in(directory: Path) -> list[int]:
     """The numbered folders, in order. Unfinished ones carry a suffix and are not among them."""
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
@@ -120,6 +133,43 @@ def read_step(folder: Path, *, params: Any, rest: Any = None, ema: Any = None, v
         read["variables"] = read.pop("rest")["variables"]
     parts = {item: read.get(item) for item in ("params", "rest", "ema", "variables")}
     return Restored(step=record["step"], data=data, meta=record, **parts)
+
+
+def borrow(folder: Path, *, params: Any, variables: Any, head: str) -> Borrowed:
+    """Weights (their running average, if one was kept) and other variables for a model with another head.
+
+    Args:
+      folder: of the checkpoint.
+      params, variables: the model's, freshly initialised; nested dictionaries of arrays.
+      head: names that begin with it and a '/' may be absent or differ in shape; what does fit there is taken over too.
+
+    Raises:
+      DamagedError: something is missing, unreadable or differs from its checksum.
+      UserError: names, shapes or types differ outside of the head.
+    """
+    record, _ = read_record(folder)
+    item = "ema" if "ema" in record["arrays"] else "params"
+    own = {item: params, "rest": {"variables": variables}}
+    trees, names = {}, {"loaded": [], "fresh": [], "unused": []}
+    for item, template in own.items():
+        leaves, prefix = _named(template), "variables/" if item == "rest" else ""
+        found = {name: entry for name, entry in record["arrays"][item].items() if name.startswith(prefix)}
+        inside = {name for name in leaves.keys() | found.keys() if name.startswith(f"{prefix}{head}/")}
+        other = {name for name in inside if name not in leaves or name not in found or not _fits(leaves[name], found[name])}
+        wanted = _nest({name: leaf for name, leaf in leaves.items() if name not in other})
+        described = {name: entry for name, entry in found.items() if name not in other}
+        _require_same(folder, item, wanted, described)
+        read = _named(_read_tree(folder, item, wanted, described))
+        trees[item] = jax.tree.unflatten(jax.tree.structure(template), [read.get(name, leaf) for name, leaf in leaves.items()])
+        names["loaded"] += [*read]
+        names["fresh"] += [name for name in leaves if name in other]
+        names["unused"] += [name for name in found if name in other]
+    rest = trees.pop("rest")
+    return Borrowed(params=trees.popitem()[1], variables=rest["variables"], **names)
+
+
+def _fits(leaf: Any, entry: Mapping[str, Any]) -> bool:
+    return (list(np.shape(leaf)), str(dtype_of(leaf))) == (list(entry["shape"]), entry["dtype"])
 
 
 def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, Any]) -> Any:

@@ -47,7 +47,22 @@ def evaluate(
     *,
     max_steps: int | None = None,
 ) -> dict[str, float]:
-    """The task's summary of a split, under the given weights. Leaves everything it is given as it was.
+    """The task's summary of what `measure` gives, with the same arguments."""
+    return task.summary(split, measure(task, model, step, mesh, params, variables, split, max_steps=max_steps))
+
+
+def measure(
+    task: Task,
+    model: nnx.Module,
+    step: EvalStep,
+    mesh: Mesh,
+    params: Any,
+    variables: Any,
+    split: str,
+    *,
+    max_steps: int | None = None,
+) -> dict[str, Any]:
+    """The task's metrics over a whole split, under the given weights. Leaves everything it is given as it was.
 
     `max_steps`: a tighter limit on the evaluations of a solve than the task's own; traced, so that it never recompiles.
     """
@@ -60,7 +75,7 @@ def evaluate(
     for i in bar:
         carry, metrics = step(params, variables, put_batch(mesh, batches[i], task.eval_batch_size), carry, controls)
         totals = metrics if totals is None else merge(totals, metrics)
-    return task.summary(split, divide(totals or {}))
+    return divide(totals or {})
 
 
 def evaluate_checkpoint(
@@ -133,7 +148,8 @@ def merge(a: Metrics, b: Metrics) -> Metrics:
     return {name: a[name].merge(b[name]) if name in a and name in b else (a | b)[name] for name in a | b}
 
 
-def divide(metrics: Mapping[str, clu_metrics.Average]) -> dict[str, float]:
-    """Sums over counts; what was never counted is left out."""
+def divide(metrics: Mapping[str, clu_metrics.Average]) -> dict[str, Any]:
+    """Sums over counts; what was never counted is left out. A metric that is an array, a table of counts, stays one."""
     host = jax.device_get(dict(metrics))
-    return {name: float(m.total) / float(m.count) for name, m in host.items() if m.count > 0}
+    means = {name: np.asarray(m.total) / float(m.count) for name, m in host.items() if m.count > 0}
+    return {name: float(mean) if mean.ndim == 0 else mean for name, mean in means.items()}

@@ -17,11 +17,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deq_flax.errors import UserError
-from deq_flax.task import Metrics, Phase, Task
-from deq_flax.train.checkpoint import Checkpoints, load_params
+from deq_flax.task import HasHead, Metrics, Phase, Task
+from deq_flax.train.checkpoint import Checkpoints, borrow_params, load_params
 from deq_flax.train.evaluate import divide, evaluate, merge
 from deq_flax.train.mesh import by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
 from deq_flax.train.optimizer import make_optimizer
+from deq_flax.train.pictures import make_pictures
 from deq_flax.train.processes import is_first, say
 from deq_flax.train.report import Clock, NoReport, Report
 from deq_flax.train.saving import REST, Saver
@@ -149,6 +150,7 @@ class _Run:
             ema_decay=options.ema_decay,
         )
         self._eval_step = make_eval_step(task, graph, devices)
+        self._draw = make_pictures(task, graph, devices)
         self._compiled: set[Phase] = set()
 
     def restore(self, checkpoints: Checkpoints, init_from: str) -> int:
@@ -161,13 +163,24 @@ class _Run:
             self.step = restored.step
             say(f"continuing from the checkpoint of step {restored.step}")
         elif init_from:
-            loaded = load_params(init_from, self.state.params, self.state.variables)
-            weights = loaded.weights
-            self.state = self.state._replace(params=weights, variables=loaded.variables)
+            weights, variables = self._borrowed(init_from)
+            self.state = self.state._replace(params=weights, variables=variables)
             if self.state.ema is not None:
                 self.state = self.state._replace(ema=jax.tree.map(jnp.copy, weights))
-            say(f"starting from the weights in {init_from}")
         return self.step
+
+    def _borrowed(self, path: str) -> tuple[Any, Any]:
+        """Parameters and variables of another run, which may have another head if the task says what that is."""
+        say(f"starting from the weights in {path}")
+        if not isinstance(self.task, HasHead):
+            loaded = load_params(path, self.state.params, self.state.variables)
+            return loaded.weights, loaded.variables
+        borrowed = borrow_params(path, self.state.params, self.state.variables, self.task.head)
+        for what in ("loaded", "fresh", "unused"):
+            names = getattr(borrowed, what)
+            shown = "" if what == "loaded" or not names else f": {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
+            say(f"  {what}: {len(names)} arrays{shown}")
+        return borrowed.params, borrowed.variables
 
     def run(self, start: int, saver: Saver, report: Report) -> bool:
         """Steps `start` to the last. Returns whether a signal ended it early."""
@@ -216,6 +229,8 @@ class _Run:
         if report is not None:
             report.write(self.step, split, metrics)
             report.line(self.step, self.options.steps, metrics, split)
+            for name, picture in self._draw(params, self.state.variables).items():
+                report.picture(self.step, name, picture)
         return metrics
 
     def evaluate_weights(self, params: Any, variables: Any, split: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard events, `config.json` and a line on the screen.
+"""What a run tells: `metrics.jsonl`, TensorBoard events, `config.json`, pictures and a line on the screen.
 
 A failing disk costs TensorBoard's events, never the run: the first refused write is warned of, training goes on, and lines of
 `metrics.jsonl` are kept until the disk takes them.
@@ -15,6 +15,8 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboardX.record_writer import RecordWriter
@@ -94,6 +96,14 @@ class Report:
         with self._going_on():
             print(progress_line(step, steps, metrics, split), flush=True)
 
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """`pictures/NAME-STEP.png`, (H, W, 3) uint8, and its event."""
+        folder = self._workdir / "pictures"
+        with self._going_on():
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(folder / f"{name}-{step:07}.png")
+        self._add_events(step, [summary.image(name, picture, dataformats="HWC")])
+
     def close(self) -> None:
         """Closes the files."""
         with contextlib.suppress(OSError):
@@ -141,6 +151,9 @@ class NoReport(Report):
         pass
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         pass
 
     def complete(self) -> bool:

@@ -1,8 +1,10 @@
 """What happens at which step: phases and controls are functions of (seed, step)."""
 
 import numpy as np
+import pytest
 
-from deq_flax import Implicit, Unroll
+from deq_flax import Implicit, PhantomGradient, Unroll
+from deq_flax.errors import UserError
 from deq_flax.task import Phase
 from deq_flax.tasks.recipe import EquilibriumRecipe
 
@@ -21,8 +23,8 @@ def test_pretraining_is_unrolled_and_without_jacobian_loss():
     r = recipe()
     assert {r.phase(step) for step in range(50)} == {Phase(unrolled=True)}
     assert not any(r.phase(step).unrolled for step in range(50, 500))
-    assert r.gradient(Phase(unrolled=True)) == Unroll(2)
-    assert isinstance(r.gradient(Phase()), Implicit) and r.gradient(None) == r.gradient(Phase())
+    assert r.gradient_of(Phase(unrolled=True)) == Unroll(2)
+    assert isinstance(r.gradient_of(Phase()), Implicit) and r.gradient_of(None) == r.gradient_of(Phase())
 
 
 def test_the_jacobian_loss_comes_with_its_frequency_and_stops():
@@ -53,3 +55,19 @@ def test_a_step_is_decided_by_seed_and_number_alone():
     backward = [(b.phase(s), b.controls(s)) for s in reversed(range(200))][::-1]
     assert forward == backward
     assert [recipe(seed=1).phase(s) for s in range(200)] != [phase for phase, _ in forward]
+
+
+def test_a_phantom_gradient_leaves_pretraining_and_the_solve_alone():
+    r = recipe(gradient="phantom", phantom_steps=3, phantom_damping=0.7)
+    assert r.gradient_of(Phase()) == PhantomGradient(steps=3, damping=0.7) and r.gradient_of(Phase(unrolled=True)) == Unroll(2)
+    assert r.forward_solver == recipe().forward_solver
+    with pytest.raises(UserError, match="known: implicit, phantom"):
+        recipe(gradient="ghost")
+    with pytest.raises(UserError, match="damping"):
+        recipe(gradient="phantom", phantom_damping=1.5)
+
+
+def test_a_jacobian_loss_in_pretraining_has_a_weight_of_its_own():
+    r = recipe(pretrain_jacobian_weight=0.03, jacobian_frequency=1.0)
+    assert {r.phase(step) for step in range(50)} == {Phase(unrolled=True, jacobian_loss=True)}
+    np.testing.assert_allclose([r.controls(step).jacobian_weight for step in (0, 49, 50)], [0.03, 0.03, 1.9], rtol=1e-6)

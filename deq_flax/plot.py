@@ -1,0 +1,153 @@
+"""Draw a run: curves of its metrics and, for image models, what the best checkpoint makes of the validation images.
+
+  python -m deq_flax.plot --workdir runs/digits
+
+PNGs go into WORKDIR/plots. The curves need metrics.jsonl alone; predictions, confusion matrix and the residuals of each
+branch need the data too.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from deq_flax import cli
+from deq_flax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+_MODEL = flags.DEFINE_bool("model", True, "--nomodel: the curves only, without loading model and data")
+
+Lines = Sequence[Mapping[str, Any]]
+
+PANELS = {
+    "curves": (("loss", "linear"), ("ppl", "log"), ("accuracy", "linear"), ("miou", "linear")),
+    "solver": (
+        ("forward_nfe", "linear"),
+        ("forward_residual", "log"),
+        ("backward_nfe", "linear"),
+        ("backward_residual", "log"),
+        ("jacobian_loss", "linear"),
+        ("grad_norm", "log"),
+    ),
+}
+"""Picture -> its panels, of which those are drawn that the run has: metric and scale."""
+COLOURS = {"train": "#8a8a8a", "valid": "#1f6fb4", "test": "#d1602b"}
+
+
+def main() -> int:
+    """The command."""
+    workdir = Path(_WORKDIR.value or "")
+    pyplot = _pyplot()
+    lines = read_metrics(workdir)
+    folder = workdir / "plots"
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, panels in PANELS.items():
+            _save(draw_panels(pyplot, lines, panels), folder / f"{name}.png")
+        if _MODEL.value:
+            _draw_model(pyplot, workdir, folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return 0
+
+
+def read_metrics(workdir: Path) -> Lines:
+    """The lines of a run's metrics.jsonl; a torn last one is left out. UserError: there are none."""
+    path = workdir / "metrics.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; is {workdir} a run's folder?"
+        ) from error
+    lines = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+            _ = entry["step"], entry["split"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} line {number} is no line of metrics: delete it, or the run's report was overwritten"
+            ) from error
+        lines.append(entry)
+    if not lines:
+        raise UserError(f"{path} holds no metrics yet: train for at least train.log_every steps")
+    return lines
+
+
+def draw_panels(pyplot: Any, lines: Lines, panels: Sequence[tuple[str, str]]) -> Any:
+    """A figure with a panel for each metric that there is, all splits in it."""
+    present = [(name, scale) for name, scale in panels if any(line.get(name) is not None for line in lines)] or [panels[0]]
+    columns = min(2, len(present))
+    rows = -(-len(present) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5.5 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(present) :]:
+        axis.set_visible(False)
+    for axis, (name, scale) in zip(axes.flat, present, strict=False):
+        for split, colour in COLOURS.items():
+            points = [(line["step"], line[name]) for line in lines if line["split"] == split and line.get(name) is not None]
+            if points:
+                style = {"lw": 1.2} if split == "train" else {"lw": 1.6, "marker": "o", "ms": 4}
+                axis.plot(*zip(*points, strict=True), color=colour, label=split, **style)
+        if scale == "log" and all(line.get(name) is None or line[name] > 0 for line in lines):
+            axis.set_yscale("log")
+        axis.set(title=name.replace("_", " "), xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    return figure
+
+
+def _draw_model(pyplot: Any, workdir: Path, folder: Path) -> None:
+    """What needs the model: nothing for a run on text."""
+    from deq_flax.task import HasPictures
+    from deq_flax.tasks import make_task
+
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+        config = {name: _tuples(section) for name, section in config.items()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {workdir / 'config.json'}: {error}") from error
+    if config["task"] == "language":
+        return
+    task = make_task(config)
+    if isinstance(task, HasPictures):
+        from deq_flax.plot_model import draw_model
+
+        for name, picture in draw_model(pyplot, task, workdir).items():
+            _save(picture, folder / f"{name}.png")
+
+
+def _save(picture: Any, path: Path) -> None:
+    """A figure of Matplotlib's, or (H, W, 3) uint8."""
+    if hasattr(picture, "savefig"):
+        picture.savefig(path, dpi=130)
+        picture.clear()
+    else:
+        from PIL import Image
+
+        Image.fromarray(picture).save(path)
+    print(path)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows no tuples; configs hold no lists."""
+    if isinstance(value, dict):
+        return {name: _tuples(part) for name, part in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("plots need Matplotlib: pip install -r requirements-plot.txt") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("workdir",))

@@ -1,0 +1,97 @@
+"""The command that draws a run."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from deq_flax import plot
+from deq_flax.errors import UserError
+from deq_flax.plot_model import branch_residuals, draw_confusion
+from deq_flax.tasks import make_task
+from tests.tasks.images import classification, write_labelled
+from tests.test_main import ROOT
+
+LINES = [
+    {"step": 10, "split": "train", "loss": 3.0, "ppl": 20.1, "forward_nfe": 9.0, "forward_residual": 1e-3},
+    {"step": 20, "split": "train", "loss": 2.0, "ppl": 7.4, "forward_nfe": 9.5, "forward_residual": None},
+    {"step": 20, "split": "valid", "loss": 2.5, "ppl": 12.2},
+]
+
+
+def write_run(folder, lines=LINES):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 30, "spl')
+    (folder / "config.json").write_text(json.dumps({"task": "language"}))
+    return folder
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "deq_flax.plot", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_curves_are_drawn_of_what_a_run_has(tmp_path):
+    result = command("--workdir", str(write_run(tmp_path / "run")))
+    assert result.returncode == 0, result.stderr
+    for name in ("curves", "solver"):
+        pixels = np.asarray(Image.open(tmp_path / "run" / "plots" / f"{name}.png").convert("RGB"))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+        assert str(tmp_path / "run" / "plots" / f"{name}.png") in result.stdout
+
+
+def test_each_split_is_a_line_in_the_panel_of_its_metric():
+    pyplot = plot._pyplot()
+    figure = plot.draw_panels(pyplot, LINES, plot.PANELS["curves"])
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
+    assert list(panels) == ["loss", "ppl"] and panels["ppl"].get_yscale() == "log"
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in panels["loss"].get_lines()}
+    assert drawn == {"train": [[10, 3.0], [20, 2.0]], "valid": [[20, 2.5]]}
+    pyplot.close(figure)
+
+
+@pytest.mark.parametrize("case", ["no folder", "no metrics", "damaged"])
+def test_mistakes_are_one_line(tmp_path, case):
+    if case == "no metrics":
+        (tmp_path / "metrics.jsonl").write_text("")
+    elif case == "damaged":
+        (tmp_path / "metrics.jsonl").write_text("no json\n")
+    folder = tmp_path / "none" if case == "no folder" else tmp_path
+    with pytest.raises(UserError) as error:
+        plot.read_metrics(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_matplotlib_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"requirements-plot\.txt"):
+        plot._pyplot()
+
+
+def test_the_confusion_matrix_is_shown_by_row():
+    pyplot = plot._pyplot()
+    figure = draw_confusion(pyplot, np.array([[3.0, 1.0], [0.0, 0.0]]), ("cat", "dog"))
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[0.75, 0.25], [0, 0]])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75", "25"]
+    pyplot.close(figure)
+
+
+def test_the_only_branch_has_the_residual_of_the_whole(tmp_path):
+    task = make_task(classification(write_labelled(tmp_path), deq={"max_steps": 6}))
+    model = task.build_model(nnx.Rngs(0))
+
+    @jax.jit
+    def both(images):
+        stats = task.run_model(model, task.normalise(images), phase=None, controls=None, key=None, probe=None).stats
+        return branch_residuals(task, model, images), jnp.max(stats.relative_residual)
+
+    residual_SJ, whole = both(task.picture_batch()["images"])
+    assert residual_SJ.shape == (6, 1) and (np.diff(residual_SJ[:, 0]) <= 1e-6).all()
+    np.testing.assert_allclose(residual_SJ[-1, 0], whole, rtol=1e-4)

@@ -1,0 +1,131 @@
+"""Runs on images: exact resumption, running statistics, pictures, and a start from another task's model."""
+
+import json
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from deq_flax.errors import UserError
+from deq_flax.train.checkpoint import Checkpoints, borrow_params
+from deq_flax.train.checkpoint_step import read_record
+from deq_flax.train.step import split_model
+from tests.tasks.images import classification, segmentation, write_labelled, write_scenes
+from tests.train.small import run
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_labelled(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """Six steps in one go, and where."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, run(classification(images), workdir)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def stored(workdir, step):
+    """Every array of a checkpoint by name, as its checksum."""
+    folder = Checkpoints(workdir / "checkpoints", keep_latest=1, keep_best=0, read_only=True)
+    assert step in folder.steps()
+    return read_record(workdir / "checkpoints" / str(step))[0]["arrays"]
+
+
+class StopAfter:
+    """The task, until it is asked for a step too many."""
+
+    def __init__(self, task, steps):
+        self._task, self._steps = task, steps
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def train_batches(self, step, rows=None):
+        for number, batch in enumerate(self._task.train_batches(step, rows), step):
+            if number == self._steps:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(images, whole, tmp_path):
+    """Order, crops, dropout, running statistics: nothing depends on where a run was cut."""
+    with pytest.raises(KeyboardInterrupt):
+        run(classification(images), tmp_path / "cut", wrap=lambda task: StopAfter(task, 5))
+    resumed = run(classification(images), tmp_path / "cut")
+    assert resumed.metrics == whole[1].metrics
+    assert stored(tmp_path / "cut", 6) == stored(whole[0], 6)
+    assert any(name.startswith("variables/") for name in stored(whole[0], 6)["rest"])
+
+
+def test_lines_carry_what_they_must(whole):
+    train = [line for line in lines(whole[0]) if line["split"] == "train"]
+    for name in ("loss", "accuracy", "forward_nfe", "forward_residual", "grad_norm", "steps_per_second", "examples_per_second"):
+        assert name in train[-1], name
+    valid = [line for line in lines(whole[0]) if line["split"] == "valid"]
+    assert [line["step"] for line in valid] == [3, 6] and {"loss", "accuracy"} <= valid[0].keys()
+    assert "confusion" not in valid[0]
+
+
+def test_pictures_are_written_at_every_evaluation(whole):
+    pictures = sorted((whole[0] / "pictures").iterdir())
+    assert [picture.name for picture in pictures] == ["predictions-0000003.png", "predictions-0000006.png"]
+    assert np.asarray(Image.open(pictures[0])).shape[2] == 3
+    events = b"".join(file.read_bytes() for file in (whole[0] / "tensorboard").iterdir())
+    assert events.count(b"\x89PNG") == 2
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def test_segmentation_starts_from_a_classifier(whole, scenes, tmp_path, capsys):
+    """The body is taken over bit for bit, running statistics too; the head is new; both are said."""
+    options = {"train": {"steps": 1, "eval_every": 0}, "optimizer": {"learning_rate": 1e-12}, "data": {"pictures": 0}}
+    config = segmentation(scenes, **options, checkpoint={"init_from": str(whole[0])}, deq={"pretrain_steps": 0})
+    kept = {}
+
+    def wrap(task):
+        kept["task"] = task
+        return task
+
+    result = run(config, tmp_path / "run", wrap)
+    out = capsys.readouterr().out
+    best = whole[1].step
+    _, params, variables = split_model(kept["task"].build_model(nnx.Rngs(0)))
+    borrowed = borrow_params(whole[0], params, variables, "head")
+    assert f"loaded: {len(borrowed.loaded)} arrays" in out and "fresh: " in out and "head/last" in out and "unused: " in out
+    assert all(name.startswith(("head/", "variables/head/")) for name in borrowed.fresh + borrowed.unused)
+    source = stored(whole[0], best)
+    described = stored(tmp_path / "run", result.step)["params"]
+    near = [name for name in described if not name.startswith("head/")]
+    assert near and all(source["params"][name]["shape"] == described[name]["shape"] for name in near)
+    for name, leaf in named(borrowed.params).items():
+        if not name.startswith("head/"):
+            assert crc(leaf) == source["params"][name]["crc32"]
+    for name, leaf in named(borrowed.variables).items():
+        if not name.startswith("head/"):
+            assert crc(leaf) == source["rest"][f"variables/{name}"]["crc32"]
+
+
+def named(tree):
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def crc(leaf):
+    return zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).tobytes())
+
+
+def test_another_body_is_refused(whole, scenes, tmp_path):
+    config = segmentation(scenes, model={"channels": (6,)}, checkpoint={"init_from": str(whole[0])})
+    with pytest.raises(UserError, match="does not fit this config"):
+        run(config, tmp_path / "run")
