@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-
 from jax.sharding import Mesh
 
 from deq_flax.task import Batch, HasPictures, Task
