@@ -68,9 +68,11 @@ def _base() -> ConfigDict:
                 "n_head": 8,
                 "d_head": 60,
                 "d_inner": 18_000,
+                "blocks": 1,  # in f, one after the other
                 "cutoffs": (),
                 "div_value": 1,
                 "pre_norm": False,
+                "affine_norm": False,  # with pre_norm: norms with parameters, one more after the attention
                 "weight_norm": True,
                 "mem_len": 70,
                 "local_size": 0,  # attention span in tokens; 0 stands for 1000
@@ -84,9 +86,12 @@ def _base() -> ConfigDict:
                 "tol": 1e-3,
                 "max_steps": 16,
                 "stop": "relative",
+                "gradient": "implicit",  # or phantom: through a few damped steps; unroll: through max_steps evaluations
                 "backward_solver": "broyden",
                 "backward_tol": 1e-3,
                 "backward_max_steps": 16,
+                "phantom_steps": 5,
+                "phantom_damping": 0.5,
                 "jacobian_weight": 0.5,
                 "jacobian_frequency": 0.3,  # share of the steps that add the Jacobian loss
                 "jacobian_increment": 0.1,  # added to the weight every ..
@@ -96,6 +101,7 @@ def _base() -> ConfigDict:
                 "max_steps_jitter": 2,
                 "pretrain_steps": 8_000,  # steps with the cell unrolled ..
                 "pretrain_layers": 2,  # .. so many times, before the equilibrium
+                "pretrain_jacobian_weight": 0.0,  # of a Jacobian loss in pretraining; 0: none
             },
             "optimizer": {
                 "name": "adam",

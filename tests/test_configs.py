@@ -25,9 +25,10 @@ VARIANTS = [(name, variant) for name, module in LANGUAGE.items() for variant in 
 
 KEYS = {
     "data": "name path cache batch_size seq_len eval_batch_size eval_seq_len",
-    "model": "vocab_size d_model d_embed n_head d_head d_inner cutoffs div_value pre_norm weight_norm mem_len local_size "
-    "dropout attention_dropout output_dropout dtype",
-    "deq": "solver tol max_steps stop backward_solver backward_tol backward_max_steps jacobian_weight jacobian_frequency "
+    "model": "vocab_size d_model d_embed n_head d_head d_inner blocks cutoffs div_value pre_norm affine_norm weight_norm mem_len "
+    "local_size dropout attention_dropout output_dropout dtype",
+    "deq": "solver tol max_steps stop gradient phantom_steps phantom_damping backward_solver backward_tol backward_max_steps "
+    "jacobian_weight jacobian_frequency pretrain_jacobian_weight "
     "jacobian_increment jacobian_increment_every jacobian_stop jacobian_through_equilibrium max_steps_jitter pretrain_steps "
     "pretrain_layers",
     "optimizer": "name learning_rate warmup_steps schedule clip_norm weight_decay momentum nesterov",
@@ -95,9 +96,20 @@ def test_wt103_is_the_published_recipe(variant):
     assert (data.batch_size, data.seq_len, data.eval_batch_size, data.eval_seq_len) == (56, 150, 16, 150)
 
 
-@pytest.mark.parametrize(("name", "words", "millions"), [("wt103", 267_735, 98), ("ptb", 10_000, 24)])
+def test_deq_lm_is_the_published_recipe():
+    config = LANGUAGE["wt103"].get_config("deq_lm")
+    model, deq = config.model, config.deq
+    assert (model.d_inner, model.blocks, model.pre_norm, model.affine_norm, model.mem_len) == (14_800, 3, True, True, 150)
+    assert (deq.gradient, deq.solver, deq.max_steps, deq.pretrain_steps, deq.jacobian_weight) == ("unroll", "picard", 12, 0, 0)
+    assert (config.optimizer.warmup_steps, config.train.steps) == (8_000, 150_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "millions"), [("wt103", 267_735, 98), ("wt103:deq_lm", 267_735, 98), ("ptb", 10_000, 24)]
+)
 def test_sizes_are_as_stated(name, words, millions):
-    options = LANGUAGE[name].get_config().model.to_dict() | {"vocab_size": words}
+    name, _, variant = name.partition(":")
+    options = LANGUAGE[name].get_config(variant or "base").model.to_dict() | {"vocab_size": words}
     model = nnx.eval_shape(lambda: DEQTransformer(**options, rngs=nnx.Rngs(0)))
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
     assert round(sum(sizes) / 1e6) == millions

@@ -10,7 +10,7 @@ from deq_flax.equilibrium.solution import SolverStats, StopMode
 from deq_flax.errors import UserError
 from deq_flax.task import Controls, Metrics, Phase, average
 
-GRADIENTS = ("implicit", "phantom")
+GRADIENTS = ("implicit", "phantom", "unroll")
 """Those with options in a config."""
 
 
@@ -45,7 +45,8 @@ class EquilibriumRecipe:
     """Evaluations of f in it."""
     seed: int
     gradient: str = "implicit"
-    """How an equilibrium is differentiated: 'implicit', by the adjoint solver, or 'phantom', through a few damped steps."""
+    """How an equilibrium is differentiated: 'implicit', by the adjoint solver; 'phantom', through a few damped steps; 'unroll':
+    there is no solve in training, but `max_steps` evaluations, differentiated with rematerialisation."""
     phantom_steps: int = 5
     phantom_damping: float = 0.5
     pretrain_jacobian_weight: float = 0.0
@@ -75,9 +76,11 @@ class EquilibriumRecipe:
         return SOLVERS[self.solver](tol=self.tol, max_steps=self.max_steps, stop=self.stop)
 
     def gradient_of(self, phase: Phase | None) -> Gradient:
-        """How a phase differentiates; evaluation, None, solves as equilibrium training does."""
+        """How a phase differentiates; evaluation, None, solves."""
         if phase is not None and phase.unrolled:
             return Unroll(self.pretrain_layers)
+        if phase is not None and self.gradient == "unroll":
+            return Unroll(self.max_steps, remat=True)
         if self.gradient == "phantom":
             return PhantomGradient(steps=self.phantom_steps, damping=self.phantom_damping)
         name, tol, max_steps = self.backward_solver, self.backward_tol, self.backward_max_steps

@@ -71,3 +71,9 @@ def test_a_jacobian_loss_in_pretraining_has_a_weight_of_its_own():
     r = recipe(pretrain_jacobian_weight=0.03, jacobian_frequency=1.0)
     assert {r.phase(step) for step in range(50)} == {Phase(unrolled=True, jacobian_loss=True)}
     np.testing.assert_allclose([r.controls(step).jacobian_weight for step in (0, 49, 50)], [0.03, 0.03, 1.9], rtol=1e-6)
+
+
+def test_unrolled_training_is_evaluated_by_solving():
+    r = recipe(gradient="unroll", pretrain_steps=0, max_steps_jitter=0)
+    assert r.gradient_of(r.phase(0)) == Unroll(12, remat=True)
+    assert isinstance(r.gradient_of(None), Implicit)
