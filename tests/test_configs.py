@@ -25,8 +25,8 @@ VARIANTS = [(name, variant) for name, module in LANGUAGE.items() for variant in 
 
 KEYS = {
     "data": "name path cache batch_size seq_len eval_batch_size eval_seq_len",
-    "model": "vocab_size d_model d_embed n_head d_head d_inner blocks cutoffs div_value pre_norm affine_norm weight_norm mem_len "
-    "local_size dropout attention_dropout output_dropout dtype",
+    "model": "vocab_size d_model d_embed n_head d_head d_inner blocks cutoffs div_value pre_norm affine_norm weight_norm "
+    "mem_len local_size dropout attention_dropout output_dropout dtype",
     "deq": "solver tol max_steps stop gradient phantom_steps phantom_damping backward_solver backward_tol backward_max_steps "
     "jacobian_weight jacobian_frequency pretrain_jacobian_weight "
     "jacobian_increment jacobian_increment_every jacobian_stop jacobian_through_equilibrium max_steps_jitter pretrain_steps "
