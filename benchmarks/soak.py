@@ -26,6 +26,8 @@ from pathlib import Path
 from tests.train.commands import arguments, finish, metrics, one_process, read_until
 
 FAULTS = ("kill", "kill", "kill", "stop", "damage", "full")
+LONGEST_LIFE = 10.0
+"""Seconds from the first step of a life to its fault."""
 
 
 def newest(workdir: Path) -> Path:
@@ -59,7 +61,7 @@ def life(command: list[str], workdir: Path, chance: random.Random) -> str | None
         raise RuntimeError(f"the run could not go on: {error}") from error
     print("".join(line for line in lines if "damaged" in line or "continuing" in line), end="", flush=True)
     fault = chance.choice(FAULTS)
-    time.sleep(chance.uniform(0.0, 3.0))
+    time.sleep(chance.uniform(0.0, LONGEST_LIFE))
     if process.poll() is not None:
         return None
     if fault == "full":
