@@ -155,11 +155,11 @@ def _refuse_another_config(config: Mapping[str, Any], workdir: Path) -> None:
         key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
     ]
     if differing:
-        shown = ", ".join(f"{key} {old.get(key)!r} there, {new.get(key)!r} here" for key in differing[:3])
+        print(_table([{"key": key, "there": old.get(key, "-"), "here": new.get(key, "-")} for key in differing]))
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
-            f"{workdir} holds a run of another config ({shown}{more}): choose another --workdir, "
-            "or start from its weights with --config.checkpoint.init_from"
+            f"{workdir} holds a run of another config, which differs in {', '.join(differing[:3])}{more}: choose another "
+            "--workdir, or start from its weights with --config.checkpoint.init_from"
         )
 
 

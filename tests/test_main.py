@@ -79,6 +79,8 @@ def test_a_workdir_of_another_config_is_left_alone(trained):
     )
     assert result.returncode == 2
     assert "another config" in result.stderr and "optimizer.learning_rate" in result.stderr
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert table == [["key", "there", "here"], ["optimizer.learning_rate", "0.002", "0.5"]]
     assert (workdir / "config.json").read_bytes() == before
     assert json.loads(before)["optimizer"]["learning_rate"] != 0.5
 

@@ -115,7 +115,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when the last checkpoint is on disk. DiskError if the disk refused it."""
         if self._manager is not None:
-            with self._disk_errors_are_the_users():
+            with self._disk_errors_are_the_users(all_of_them=True):
                 self._manager.wait_until_finished()
 
     def is_writing(self) -> bool:
@@ -126,7 +126,7 @@ class Checkpoints:
         """Wait, then let go of threads and files."""
         if self._manager is not None:
             manager, self._manager = self._manager, None
-            with self._disk_errors_are_the_users():
+            with self._disk_errors_are_the_users(all_of_them=True):
                 manager.close()
 
     def restore(
@@ -219,18 +219,18 @@ class Checkpoints:
         return self._manager
 
     @contextlib.contextmanager
-    def _disk_errors_are_the_users(self):
+    def _disk_errors_are_the_users(self, *, all_of_them: bool = False):
+        """Turns what the disk did into a DiskError; `all_of_them`: any failure, as of writing in the background."""
         try:
             yield
-        except OSError as error:
-            self._give_up_manager()
-            raise DiskError(f"cannot write a checkpoint to {self._directory}: {error.strerror or error}") from error
-        except (ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None)
             refusal = re.search(r"(?:^|: )([^:]*?) ?\[os_error_code=", str(error))  # TensorStore's way of an OSError
-            if refusal is None:
+            if not (all_of_them or refusal or isinstance(error, OSError)):
                 raise
             self._give_up_manager()
-            raise DiskError(f"cannot write a checkpoint to {self._directory}: {refusal[1]}") from error
+            what = refusal[1] if refusal else reason or " ".join(str(error).split())[:160]
+            raise DiskError(f"cannot write a checkpoint to {self._directory}: {what}") from error
 
     def _give_up_manager(self) -> None:
         """After a failure Orbax's own records are not to be trusted: the next save opens it anew, which tidies the disk up."""
