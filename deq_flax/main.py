@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "eval.",
     "data.path",
     "data.cache",
+    "data.max_damaged",
+    "data.pictures",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
