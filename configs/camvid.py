@@ -4,7 +4,7 @@
 
 | variant | what | test mIoU |
 |---|---|---|
-| base | 30,000 steps, for an accelerator | published: none for an MDEQ; measured: see README |
+| base | 30,000 steps, for an accelerator | published: none for an MDEQ; not trained here |
 | short | 240 steps at a quarter of the resolution, on two CPU cores | measured: see README |
 """
 
