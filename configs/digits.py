@@ -84,11 +84,11 @@ def get_config() -> ConfigDict:
                 "nesterov": False,  # sgd's
             },
             "train": {
-                "steps": 360,  # 18 epochs of 20
+                "steps": 260,  # 13 epochs
                 "seed": 0,
                 "log_every": 20,
-                "eval_every": 120,
-                "checkpoint_every": 120,
+                "eval_every": 130,
+                "checkpoint_every": 130,
                 "accumulate": 1,  # micro-batches to a step; batch_size counts all of them
                 "ema_decay": 0.0,  # running average of the parameters, for evaluation; 0: none
                 "max_skipped": 10,  # non-finite steps in a row that are skipped before giving up

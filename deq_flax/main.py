@@ -34,6 +34,8 @@ MAY_CHANGE = (
     "eval.",
     "data.path",
     "data.cache",
+    "data.max_damaged",
+    "data.pictures",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
@@ -127,10 +129,15 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same keys, aligned under these."""
-    cells = [list(rows[0]), *([f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
+    """Rows aligned under their keys; a cell is empty where a row lacks a key."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _summary(head: str, step: int, metrics: Mapping[str, Mapping[str, float]]) -> str:

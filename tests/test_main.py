@@ -85,6 +85,13 @@ def test_a_workdir_of_another_config_is_left_alone(trained):
     assert json.loads(before)["optimizer"]["learning_rate"] != 0.5
 
 
+def test_a_table_has_a_column_for_every_key():
+    from deq_flax.main import _table
+
+    lines = _table([{"split": "valid", "loss": 0.5}, {"split": "test", "loss": 0.25, "skipped_images": 1.0}]).splitlines()
+    assert [line.split() for line in lines] == [["split", "loss", "skipped_images"], ["valid", "0.5"], ["test", "0.25", "1"]]
+
+
 def bad_inputs(tmp_path):
     """Name -> (arguments, what the one line must mention)."""
     (tmp_path / "file").write_text("not a folder")
@@ -102,6 +109,15 @@ def bad_inputs(tmp_path):
         "cutoffs out of order": ([*tiny, "--config.model.cutoffs=900,300"], "cutoffs"),
         "missing data": (["--config", "configs/wt103.py", "--workdir", "x", f"--config.data.path={tmp_path}/none"], "WikiText"),
         "missing PTB": (["--config", "configs/ptb.py", "--workdir", "x", f"--config.data.path={tmp_path}/none"], "Treebank"),
+        "missing MNIST": (
+            ["--config", "configs/mnist.py", "--workdir", "x", f"--config.data.path={tmp_path}"],
+            "MNIST database",
+        ),
+        "missing CamVid": (["--config", "configs/camvid.py", "--workdir", "x", f"--config.data.path={tmp_path}"], "CamVid"),
+        "no such augmentation": (
+            ["--config", "configs/digits.py", "--workdir", str(tmp_path / "run"), "--config.data.augment=rotate"],
+            "known: none, crop",
+        ),
         "unreadable data": ([*tiny, "--config.data.name=tokens", f"--config.data.path={tmp_path}/broken"], "train.npy"),
         "workdir not writable": ([*tiny[:2], "--workdir", str(tmp_path / "file" / "run")], "cannot write"),
         "unknown mode": ([*tiny, "--mode", "dance"], "dance"),

@@ -59,7 +59,8 @@ class TrainBatches:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, number = divmod(index, self.batches_per_epoch)
         chosen = self._epoch_order(epoch)[number * self._batch_size : (number + 1) * self._batch_size]
-        batch = self._examples.read(chosen, np.random.default_rng((self._seed, epoch, number)))
+        # Counted from 1: NumPy takes (seed, epoch, 0) for (seed, epoch), which decides the order.
+        batch = self._examples.read(chosen, np.random.default_rng((self._seed, epoch, number + 1)))
         return {name: x[self._rows] for name, x in batch.items()}
 
     def _epoch_order(self, epoch: int) -> np.ndarray:

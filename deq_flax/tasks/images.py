@@ -104,8 +104,9 @@ class ImageTask:
     def picture_batch(self) -> Batch | None:
         if not self._pictures:
             return None
-        examples = self.images.split("valid")
-        return EvalBatches(examples, min(self._pictures, len(examples)))[0]
+        examples: Examples = self.images.split("valid")
+        # Spread over the split: neighbours may be of one class, or frames of one film.
+        return examples.read(np.linspace(0, len(examples) - 1, min(self._pictures, len(examples))).astype(int), None)
 
     def spectral_radius(self, model: MDEQ, batch: Batch, carry: tuple[()], key: Any) -> jax.Array:
         """(B,) at the equilibria of a batch."""

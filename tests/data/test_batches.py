@@ -83,3 +83,15 @@ def test_the_seed_and_the_epoch_decide_augmentation():
 def test_a_batch_beyond_the_last_is_an_index_error():
     with pytest.raises(IndexError, match="batch 2 of 2"):
         EvalBatches(examples(6), 4)[2]
+
+
+def test_an_error_while_reading_ahead_reaches_the_caller():
+    class Unreadable:
+        def __len__(self):
+            return 8
+
+        def read(self, indices, random):
+            raise UserError("3 images are damaged")
+
+    with pytest.raises(UserError, match="3 images are damaged"):
+        next(iterate(segment_dataset(TrainBatches(Unreadable(), 4, 0))))
