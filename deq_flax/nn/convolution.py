@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
+from deq_flax.nn.convolution_primitive import Window, convolve_nhwc
 from deq_flax.nn.linear import normal_param, zeros_param
 
 
@@ -53,10 +53,9 @@ class Conv(nnx.Module):
 def convolve(x_BHWI, kernel_HWIO, stride=1, dtype=None):
     """The convolution of `Conv`. With a `dtype`, operands are rounded to it, and so is the result."""
     dtype = jnp.promote_types(x_BHWI.dtype, kernel_HWIO.dtype) if dtype is None else dtype
-    padding = [(size // 2, size // 2) for size in kernel_HWIO.shape[:2]]
-    return lax.conv_general_dilated(
-        x_BHWI.astype(dtype), kernel_HWIO.astype(dtype), (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    height, width = (size // 2 for size in kernel_HWIO.shape[:2])
+    window = Window((stride, stride), ((height, height), (width, width)))
+    return convolve_nhwc(x_BHWI.astype(dtype), kernel_HWIO.astype(dtype), window)
 
 
 def _norm(v_HWIO):
