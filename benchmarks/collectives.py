@@ -30,10 +30,11 @@ def collectives(hlo: str) -> list[Collective]:
     for name, lines in computations.items():
         for line in lines:
             match = _COLLECTIVE.search(line)
-            if match is None or re.search(r"replica_groups=\{\{\d+\}(,\{\d+\})*\}", match["rest"]):
+            group = 0 if match is None else _group_size(match["rest"])
+            if match is None or group == 1:
                 continue
-            group = _group_size(match["rest"]) if match["kind"] == "reduce-scatter" else 1
-            found.append(Collective(kind=match["kind"], bytes=_bytes(match["shape"]) * group, in_loop=name in looped))
+            size = _bytes(match["shape"]) * (group if match["kind"] == "reduce-scatter" else 1)
+            found.append(Collective(kind=match["kind"], bytes=size, in_loop=name in looped))
     return found
 
 
@@ -83,8 +84,15 @@ def _bytes(shape: str) -> int:
 
 
 def _group_size(rest: str) -> int:
+    """Devices that take part together, in any of XLA's three notations; 0 where none is given, as of a permutation."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
         return listed[1].count(",") + 1
+    named = re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", rest)
+    if named:
+        sizes = {axis: int(size) for axis, size in re.findall(r"('\w+')=(\d+)", named[1])}
+        return math.prod(
+            int(part) if part else sizes[axis] for axis, part in re.findall(r"('\w+')(?::\(\d+\)(\d+))?", named[2])
+        )
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
-    return int(iota[1]) if iota else 1
+    return int(iota[1]) if iota else 0
