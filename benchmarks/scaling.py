@@ -1,6 +1,6 @@
 """What a mesh costs: what is stored and sent, and a model of the time of a step on pods of 8 to 512 chips.
 
-    python benchmarks/scaling.py [--config configs/wt103.py] [--seconds S] [--chip v5e|h100] [--batch 7]
+    python -m benchmarks.scaling [--config configs/wt103.py] [--seconds S] [--chip v5e|h100] [--batch 7]
 
 The first two tables are of a small model on 8 host devices: what is sent does not depend on the solver's iterations, and what a
 device stores falls with `fsdp`. The third is a model, not a measurement: a step on one chip takes --seconds (measured there,

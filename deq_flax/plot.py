@@ -16,8 +16,9 @@ from absl import flags
 from deq_flax import cli
 from deq_flax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
-_MODEL = flags.DEFINE_bool("model", True, "--nomodel: the curves only, without loading model and data")
+_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=_FLAGS)
+_MODEL = flags.DEFINE_bool("model", True, "--nomodel: the curves only, without loading model and data", flag_values=_FLAGS)
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -150,4 +151,4 @@ def _pyplot() -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir",))
+    cli.run(main, required=("workdir",), flag_values=_FLAGS)
