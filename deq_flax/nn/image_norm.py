@@ -3,8 +3,10 @@
 B batch, H height, W width, C channels, G groups. Statistics are computed in float32 or wider; the type of the input is kept.
 """
 
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -46,8 +48,9 @@ class BatchNorm(nnx.Module):
     """Zero mean and unit variance of each channel over a batch (Ioffe and Szegedy 2015, arXiv:1502.03167).
 
     Training normalises by the batch (its biased variance) and moves the running mean and *unbiased* variance towards it by
-    the share `momentum`; evaluation normalises by these, and leaves them alone. Not for the inside of a solve: it ties the
-    members of a batch together.
+    the share `momentum`; evaluation normalises by these, and leaves them alone. Within a `shard_map` the batch is that of all
+    devices together, so that their number does not change what is learnt. Not for the inside of a solve: it ties the members
+    of a batch together.
     """
 
     def __init__(self, channels, *, affine=True, momentum=0.1):
@@ -60,10 +63,12 @@ class BatchNorm(nnx.Module):
     def __call__(self, x_BHWC, train):
         """(B, H, W, C) -> (B, H, W, C); `train`, a Python bool, decides which statistics."""
         if train:
-            x = _wide(x_BHWC)
-            mean_C = x.mean((0, 1, 2))
-            variance_C = jnp.square(x - mean_C[None, None, None]).mean((0, 1, 2))
-            self._remember(mean_C, variance_C, x.size // x.shape[-1])
+            x, mesh = _wide(x_BHWC), jax.sharding.get_abstract_mesh()
+            parts = tuple(axis for axis in mesh.manual_axes if mesh.shape[axis] > 1)
+            mean_C = _mean_over(parts, x.mean((0, 1, 2)))
+            variance_C = _mean_over(parts, jnp.square(x - mean_C[None, None, None]).mean((0, 1, 2)))
+            devices = math.prod(mesh.shape[axis] for axis in parts)
+            self._remember(mean_C, variance_C, x.size // x.shape[-1] * devices)
         else:
             mean_C, variance_C = self.mean_C[...], self.variance_C[...]
         factor_C = lax.rsqrt(variance_C + EPSILON)
@@ -73,6 +78,11 @@ class BatchNorm(nnx.Module):
         for running, now in ((self.mean_C, mean_C), (self.variance_C, variance_C * (count / max(count - 1, 1)))):
             old = running[...]
             running[...] = (old + self.momentum * (lax.stop_gradient(now) - old)).astype(old.dtype)
+
+
+def _mean_over(axes, x):
+    """Of all devices along some axes of the mesh."""
+    return lax.pmean(x, axes) if axes else x
 
 
 def _wide(x):

@@ -18,7 +18,7 @@ from deq_flax.equilibrium import fixed_point, spectral_radius
 from deq_flax.errors import UserError
 from deq_flax.models.mdeq import MDEQ, MDEQOutput
 from deq_flax.task import Batch, Batches, Controls, Metrics, Phase, average
-from deq_flax.tasks.recipe import EquilibriumRecipe, solver_metrics
+from deq_flax.tasks.recipe import EquilibriumRecipe, solver_metrics, without_what_did_not_happen
 
 
 class Data(Protocol):
@@ -154,7 +154,8 @@ class ImageTask:
     def ordered(self, metrics: Mapping[str, Any], *first: str) -> dict[str, float]:
         """The metrics that are numbers, those named first."""
         names = [*first, *(name for name in metrics if name not in first)]
-        return {name: metrics[name] for name in names if name in metrics and name != "confusion"}
+        found = {name: metrics[name] for name in names if name in metrics and name != "confusion"}
+        return without_what_did_not_happen(found)
 
     def with_damage(self, split: str, summary: dict[str, float]) -> dict[str, float]:
         """In evaluation, how many images of all splits were skipped so far, if any."""

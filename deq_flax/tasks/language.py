@@ -17,7 +17,7 @@ from deq_flax.equilibrium import fixed_point, spectral_radius
 from deq_flax.errors import UserError
 from deq_flax.models.deq_transformer import DEQTransformer, Memory
 from deq_flax.task import Batch, Batches, Controls, LossOutput, Phase, average
-from deq_flax.tasks.recipe import EquilibriumRecipe, solver_metrics
+from deq_flax.tasks.recipe import EquilibriumRecipe, solver_metrics, without_what_did_not_happen
 
 
 class LanguageTask:
@@ -117,7 +117,7 @@ class LanguageTask:
         summary |= metrics
         if split != "train":
             summary["unigram_ppl"] = _ppl(self.corpus.unigram_nll(split))
-        return summary
+        return without_what_did_not_happen(summary)
 
     def work(self, seconds_per_step: float) -> dict[str, float]:
         return {"tokens_per_second": self.batch_size * self._seq_len / seconds_per_step}

@@ -13,6 +13,10 @@ from deq_flax.task import Controls, Metrics, Phase, average
 GRADIENTS = ("implicit", "phantom", "unroll")
 """Those with options in a config."""
 
+UNSOLVED = 0.1
+"""The relative residual above which a member counts as unsolved: it diverged, f gave something that is not finite, or the limit
+on evaluations is far too low."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EquilibriumRecipe:
@@ -113,5 +117,15 @@ class EquilibriumRecipe:
 
 
 def solver_metrics(stats: SolverStats) -> Metrics:
-    """Evaluations of f, and the residual of the member that is worst off."""
-    return {"forward_nfe": average(stats.nfe), "forward_residual": average(jnp.max(stats.relative_residual))}
+    """Evaluations of f, the residual of the member that is worst off, and the share of members that ended above UNSOLVED."""
+    unsolved_B = ~(stats.relative_residual < UNSOLVED)  # nor is NaN less
+    return {
+        "forward_nfe": average(stats.nfe),
+        "forward_residual": average(jnp.max(stats.relative_residual)),
+        "forward_unsolved": average(jnp.sum(unsolved_B, dtype=jnp.float32), unsolved_B.size),
+    }
+
+
+def without_what_did_not_happen(summary: dict[str, float]) -> dict[str, float]:
+    """`forward_unsolved` is told only where there were such members."""
+    return {name: value for name, value in summary.items() if name != "forward_unsolved" or value > 0}

@@ -1,12 +1,13 @@
 """What happens at which step: phases and controls are functions of (seed, step)."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_flax import Implicit, PhantomGradient, Unroll
+from deq_flax import Anderson, Implicit, PhantomGradient, Unroll, fixed_point
 from deq_flax.errors import UserError
 from deq_flax.task import Phase
-from deq_flax.tasks.recipe import EquilibriumRecipe
+from deq_flax.tasks.recipe import EquilibriumRecipe, solver_metrics, without_what_did_not_happen
 
 
 def recipe(**options):
@@ -77,3 +78,12 @@ def test_unrolled_training_is_evaluated_by_solving():
     r = recipe(gradient="unroll", pretrain_steps=0, max_steps_jitter=0)
     assert r.gradient_of(r.phase(0)) == Unroll(12, remat=True)
     assert isinstance(r.gradient_of(None), Implicit)
+
+
+def test_members_that_are_not_solved_are_counted():
+    slope_B1 = jnp.array([[0.5], [3.0], [jnp.nan], [0.1]])
+    solution = fixed_point(lambda z: slope_B1 * z + 1, jnp.zeros((4, 1)), solver=Anderson(memory=1, max_steps=20))
+    share = solver_metrics(solution.stats)["forward_unsolved"]
+    assert float(share.total) / float(share.count) == 0.5
+    assert without_what_did_not_happen({"loss": 1.0, "forward_unsolved": 0.0}) == {"loss": 1.0}
+    assert without_what_did_not_happen({"forward_unsolved": 0.5}) == {"forward_unsolved": 0.5}

@@ -15,6 +15,7 @@ from deq_flax.train.optimizer import make_optimizer
 from deq_flax.train.report import NoReport
 from deq_flax.train.saving import Saver
 from deq_flax.train.sharding import param_specs, shardings
+from tests.tasks import images
 from tests.train.small import config, write_tokens
 
 MESHES = {
@@ -85,6 +86,31 @@ def test_losses_and_gradients_are_those_of_one_device(steps, name):
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(change))
     assert scale > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale), other_change, change)
+
+
+def test_images_give_what_one_device_gives(tmp_path):
+    """Batch normalisation too is over the whole batch; and nothing is sent within a loop."""
+    deq = {"solver": "picard", "backward_solver": "picard", "pretrain_steps": 0, "jacobian_weight": 0.0, "max_steps_jitter": 0}
+    sgd = {"learning_rate": 1.0, "schedule": "constant", "clip_norm": 0.0, "momentum": 0.0, "nesterov": False}
+    data = {"batch_size": 8, "eval_batch_size": 8, "pictures": 0}
+    c = images.classification(images.write_labelled(tmp_path), data=data, model={"dropout": 0.0}, deq=deq, optimizer=sgd)
+    results = []
+    for mesh in (dict(data=1, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=1), dict(data=4, fsdp=1, tensor=1)):
+        run = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
+        step, arguments = compiled_step(run)
+        assert not any(collective.in_loop for collective in collectives(step.as_text()))
+        before = jax.tree.map(np.asarray, run.state.params)
+        state, metrics = step(*arguments)
+        change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
+        loss = float(metrics["loss"].total) / float(metrics["loss"].count)
+        results.append((loss, change, jax.tree.map(np.asarray, state.variables)))
+    (loss, change, variables), *others = results
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(change))
+    assert scale > 1e-3 and jax.tree.leaves(variables)
+    for other_loss, other_change, other_variables in others:
+        np.testing.assert_allclose(other_loss, loss, rtol=2e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale), other_change, change)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other_variables, variables)
 
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])

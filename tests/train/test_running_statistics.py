@@ -113,10 +113,10 @@ def test_one_update_a_step(tmp_path):
     close(found, updated(*updated(*START, Task().batch(0)["x"]), Task().batch(1)["x"]))
 
 
-def test_devices_agree_on_the_mean_of_theirs(tmp_path):
-    _, found = run(tmp_path, mesh=dict(data=2))
-    halves = [updated(*START, half) for half in np.split(Task().batch(0)["x"], 2)]
-    close(found, np.mean(halves, axis=0))
+@pytest.mark.parametrize("mesh", [dict(data=2), dict(data=2, fsdp=2)])
+def test_statistics_are_those_of_the_whole_batch_over_all_devices(tmp_path, mesh):
+    _, found = run(tmp_path, mesh=mesh)
+    close(found, updated(*START, Task().batch(0)["x"]))
 
 
 def test_micro_batches_follow_one_another(tmp_path):
