@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_tutorial_runs():
     matplotlib = pytest.importorskip("matplotlib", reason="the extra 'docs' is not installed")
     matplotlib.use("Agg")

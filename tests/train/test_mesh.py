@@ -18,6 +18,8 @@ from deq_flax.train.sharding import param_specs, shardings
 from tests.tasks import images
 from tests.train.small import config, write_tokens
 
+pytestmark = pytest.mark.slow
+
 MESHES = {
     "one": dict(data=1, fsdp=1, tensor=1),
     "data2 fsdp2 tensor2": dict(data=2, fsdp=2, tensor=2),
