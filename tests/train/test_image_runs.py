@@ -16,6 +16,8 @@ from deq_flax.train.step import split_model
 from tests.tasks.images import classification, segmentation, write_labelled, write_scenes
 from tests.train.small import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
