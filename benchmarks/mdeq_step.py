@@ -23,7 +23,7 @@ from flax import nnx
 from benchmarks import turns
 from deq_flax.task import Controls, Phase
 from deq_flax.tasks import make_task
-from deq_flax.train.loop import TrainOptions, _Run
+from deq_flax.train.loop import TrainOptions, Run
 from deq_flax.train.mesh import make_mesh
 
 BATCH, STEPS = 8, 8
@@ -53,13 +53,13 @@ def programs(variant: str, limit: int) -> tuple[dict[str, Callable], float]:
         config = resolved(variant, folder, limit)
         task = make_task(config)
         batch = next(task.train_batches(0))
-    run = _Run(task, TrainOptions(**config["train"]), make_mesh(data=1, fsdp=1, tensor=1), config["optimizer"])
+    run = Run(task, TrainOptions(**config["train"]), make_mesh(data=1, fsdp=1, tensor=1), config["optimizer"])
     controls = Controls(max_steps=np.int32(limit), jacobian_weight=np.float32(0))
     arguments = (batch, controls, np.int32(0))
 
     def stepping(phase: Phase) -> Callable:
         def step():
-            run.state, metrics = run._train_step(run.state, *arguments, phase=phase)
+            run.state, metrics = run.train_step(run.state, *arguments, phase=phase)
             jax.block_until_ready(metrics)
 
         return step
@@ -78,7 +78,7 @@ def programs(variant: str, limit: int) -> tuple[dict[str, Callable], float]:
         _, pullback = jax.vjp(f, z0)
         return jax.lax.fori_loop(0, limit, lambda _, v: pullback(v)[0], jax.tree.map(jnp.ones_like, z0))
 
-    memory = run._train_step.lower(run.state, *arguments, phase=Phase()).compile().memory_analysis().temp_size_in_bytes
+    memory = run.train_step.lower(run.state, *arguments, phase=Phase()).compile().memory_analysis().temp_size_in_bytes
     cases = {
         "f": lambda: jax.block_until_ready(f(images)),
         "vjp": lambda: jax.block_until_ready(vjp(images)),

@@ -67,14 +67,14 @@ def run_on(mesh: tuple[int, int, int], limit: int):
     }  # fmt: skip
     c = config("configs/wt103.py:tiny", **changes)
     devices = make_mesh(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])
-    return loop._Run(make_task(c), loop.TrainOptions(**c["train"]), devices, c["optimizer"])
+    return loop.Run(make_task(c), loop.TrainOptions(**c["train"]), devices, c["optimizer"])
 
 
 def measure(mesh: tuple[int, int, int], limit: int) -> tuple[list, int, int]:
     """Collectives of a step, and bytes of parameters and of optimizer state on one device."""
     run = run_on(mesh, limit)
     arguments = (run.state, jax.device_put(next(run.task.train_batches(0))), run.task.controls(0), np.int32(0))
-    hlo = run._train_step.lower(*arguments, phase=run.task.phase(0)).compile().as_text()
+    hlo = run.train_step.lower(*arguments, phase=run.task.phase(0)).compile().as_text()
     stored = [
         sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
         for tree in (run.state.params, run.state.opt_state)

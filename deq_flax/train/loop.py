@@ -94,7 +94,7 @@ def train(
     options = TrainOptions(**train)
     devices = make_mesh(**mesh)
     check_batch(devices, batch_size=task.batch_size, accumulate=options.accumulate, eval_batch_size=task.eval_batch_size)
-    run = _Run(task, options, devices, optimizer)
+    run = Run(task, options, devices, optimizer)
     init_from = checkpoint["init_from"]
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -112,7 +112,7 @@ def train(
         return RunResult(step=best, metrics=results, resumed=start >= options.steps)
 
 
-class _Run:
+class Run:
     """The model, its state and its compiled steps."""
 
     def __init__(self, task: Task, options: TrainOptions, devices: Mesh, optimizer: Mapping[str, Any]):
@@ -138,7 +138,7 @@ class _Run:
         self.step = 0
         self.clock = Clock()
         self.last_loss: dict[str, float] | None = None
-        self._train_step = make_train_step(
+        self.train_step = make_train_step(
             task,
             graph,
             transformation,
@@ -149,7 +149,7 @@ class _Run:
             accumulate=options.accumulate,
             ema_decay=options.ema_decay,
         )
-        self._eval_step = make_eval_step(task, graph, devices)
+        self.eval_step = make_eval_step(task, graph, devices)
         self._draw = make_pictures(task, graph, devices)
         self._compiled: set[Phase] = set()
 
@@ -186,11 +186,11 @@ class _Run:
         """Steps `start` to the last. Returns whether a signal ended it early."""
         options = self.options
         batches = self.task.train_batches(start, own_rows(self.devices, self.task.batch_size))
-        log = _Log(self, report, start)
+        log = Log(self, report, start)
         self.clock.lap()
         with _stop_signal() as stop:
             for number in range(start, options.steps):
-                self._dispatch(number, next(batches), log)
+                self.dispatch(number, next(batches), log)
                 done, stopping = self.step, stop.requested(self.step)
                 last = stopping or done == options.steps
                 evaluates = done == options.steps or (options.eval_every and done % options.eval_every == 0)
@@ -207,16 +207,16 @@ class _Run:
             log.flush()
         return False
 
-    def _dispatch(self, number: int, batch: Any, log: "_Log") -> None:
+    def dispatch(self, number: int, batch: Any, log: "Log") -> None:
         phase, controls = self.task.phase(number), self.task.controls(number)
         arguments = (put_batch(self.devices, batch, self.task.batch_size), controls, np.int32(number))
         if phase in self._compiled:
-            self.state, metrics = self._train_step(self.state, *arguments, phase=phase)
+            self.state, metrics = self.train_step(self.state, *arguments, phase=phase)
         else:
             log.flush()
             with self.clock.pause():
                 say(f"compiling: {phase}")
-                self.state, metrics = self._train_step(self.state, *arguments, phase=phase)
+                self.state, metrics = self.train_step(self.state, *arguments, phase=phase)
                 jax.block_until_ready(metrics)
             self._compiled.add(phase)
         self.step = number + 1
@@ -234,7 +234,7 @@ class _Run:
         return metrics
 
     def evaluate_weights(self, params: Any, variables: Any, split: str) -> dict[str, float]:
-        return evaluate(self.task, self.model, self._eval_step, self.devices, params, variables, split)
+        return evaluate(self.task, self.model, self.eval_step, self.devices, params, variables, split)
 
     def final(self, checkpoints: Checkpoints, report: Report) -> tuple[dict[str, dict[str, float]], int]:
         """Metrics of the best checkpoint on valid and test, and its step."""
@@ -244,10 +244,10 @@ class _Run:
         return results, best.step
 
 
-class _Log:
+class Log:
     """Averages metrics between log lines, one step behind the device, so that the host never waits for what it just sent."""
 
-    def __init__(self, run: _Run, report: Report, start: int):
+    def __init__(self, run: Run, report: Report, start: int):
         self._run, self._report = run, report
         self._pending: tuple[int, Metrics] | None = None
         self._totals: Metrics = {}

@@ -135,7 +135,7 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(folder
 
 def test_evaluation_leaves_the_training_state_bit_identical(folder):
     c = config(folder)
-    it = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=1, tensor=1), c["optimizer"])
+    it = loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=1, tensor=1), c["optimizer"])
     before = jax.tree.map(np.asarray, it.state)
     first, second = it.evaluate("valid"), it.evaluate("valid")
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, it.state))
@@ -206,14 +206,14 @@ def test_the_host_reads_a_step_only_after_sending_the_next(folder, tmp_path, mon
 
 def test_each_phase_is_compiled_once(folder):
     c = config(folder)
-    it = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=1, tensor=1), c["optimizer"])
+    it = loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=1, tensor=1), c["optimizer"])
     phases = {it.task.phase(n) for n in range(8)}
     assert len(phases) == 3 and Phase(unrolled=True) in phases
     batches = it.task.train_batches(0)
     for number in range(8):
         arguments = (jax.device_put(next(batches)), it.task.controls(number), np.int32(number))
-        it.state, _ = it._train_step(it.state, *arguments, phase=it.task.phase(number))
-    assert it._train_step._cache_size() == len(phases)
+        it.state, _ = it.train_step(it.state, *arguments, phase=it.task.phase(number))
+    assert it.train_step._cache_size() == len(phases)
 
 
 @pytest.mark.parametrize(

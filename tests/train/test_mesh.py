@@ -52,13 +52,13 @@ def start(folder, mesh, **changes):
         | changes.get("optimizer", {}),
         train={"ema_decay": 0.0},
     )
-    return loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
+    return loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
 
 
 def compiled_step(run):
     task = run.task
     arguments = (run.state, jax.device_put(next(task.train_batches(0))), task.controls(0), np.int32(0))
-    return run._train_step.lower(*arguments, phase=task.phase(0)).compile(), arguments
+    return run.train_step.lower(*arguments, phase=task.phase(0)).compile(), arguments
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_images_give_what_one_device_gives(tmp_path):
     c = images.classification(images.write_labelled(tmp_path), data=data, model={"dropout": 0.0}, deq=deq, optimizer=sgd)
     results = []
     for mesh in (dict(data=1, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=1), dict(data=4, fsdp=1, tensor=1)):
-        run = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
+        run = loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
         step, arguments = compiled_step(run)
         assert not any(collective.in_loop for collective in collectives(step.as_text()))
         before = jax.tree.map(np.asarray, run.state.params)
@@ -169,13 +169,13 @@ def test_norms_are_of_whole_parameters(options):
 
 def test_a_run_resumes_on_another_mesh(folder, tmp_path):
     c = config(folder, data={"batch_size": 8, "eval_batch_size": 8})
-    saved = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=4, tensor=1), c["optimizer"])
+    saved = loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=4, tensor=1), c["optimizer"])
     saved.state = jax.tree.map(lambda x: x + 1, saved.state)
     with Checkpoints(tmp_path / "checkpoints", keep_latest=2, keep_best=1) as checkpoints:
         Saver(checkpoints, NoReport(), c).save_last(2, saved.state)
     restored = [jax.tree.map(np.asarray, saved.state)]
     for mesh in (dict(data=2, fsdp=1, tensor=1), dict(data=1, fsdp=2, tensor=2)):
-        it = loop._Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
+        it = loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
         before = jax.tree.map(lambda x: x.sharding, it.state)
         with Checkpoints(tmp_path / "checkpoints", keep_latest=2, keep_best=1) as checkpoints:
             assert it.restore(checkpoints, "") == 2
