@@ -10,14 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from deq_flax.models.mdeq_heads import ClassificationHead, SegmentationHead, resize_bilinear
 from deq_flax.models.solve import solve
 from deq_flax.nn.bottleneck import ConvBatchNorm
 from deq_flax.nn.multiscale import MultiscaleCell
-from deq_flax.nn.precision import compute_dtype
+from deq_flax.nn.precision import compute_dtype, wide
 
 HEADS = ("classification", "segmentation")
 
@@ -61,7 +60,7 @@ class Stem(nnx.Module):
             x = layer(x, train)
         if self.mix is not None:
             x = self.mix(x, train)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return wide(x)
 
 
 class MDEQ(nnx.Module):
