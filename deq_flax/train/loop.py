@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from deq_flax.errors import UserError
 from deq_flax.task import HasHead, Metrics, Phase, Task
 from deq_flax.train.checkpoint import Checkpoints, borrow_params, load_params
-from deq_flax.train.evaluate import divide, evaluate, merge
+from deq_flax.train.evaluate import SPLITS, divide, evaluate, merge
 from deq_flax.train.mesh import by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
 from deq_flax.train.optimizer import make_optimizer
 from deq_flax.train.pictures import make_pictures
@@ -237,10 +237,10 @@ class _Run:
         return evaluate(self.task, self.model, self._eval_step, self.devices, params, variables, split)
 
     def final(self, checkpoints: Checkpoints, report: Report) -> tuple[dict[str, dict[str, float]], int]:
-        """Metrics of the best checkpoint on valid and test, and its step."""
+        """Metrics of the best checkpoint by split, and its step."""
         checkpoints.wait()
         best = checkpoints.restore_best(self.state.params, self.state.variables)
-        results = {split: self.evaluate_weights(best.weights, best.variables, split) for split in ("valid", "test")}
+        results = {split: self.evaluate_weights(best.weights, best.variables, split) for split in SPLITS}
         return results, best.step
 
 
