@@ -4,7 +4,7 @@ B batch, L length.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,10 @@ class LanguageTask:
             nnx.eval_shape(lambda: DEQTransformer(**self._model, rngs=nnx.Rngs(0)))
         except ValueError as error:
             raise UserError(f"section model: {error}") from error
+
+    @property
+    def words(self) -> Sequence[str] | None:
+        return None if self.corpus.vocabulary is None else self.corpus.vocabulary.words
 
     def build_model(self, rngs: nnx.Rngs) -> DEQTransformer:
         return DEQTransformer(**self._model, rngs=rngs)

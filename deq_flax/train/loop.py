@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deq_flax.errors import UserError
-from deq_flax.task import HasHead, Metrics, Phase, Task
+from deq_flax.task import HasHead, HasWords, Metrics, Phase, Task
 from deq_flax.train.checkpoint import Checkpoints, borrow_params, load_params
 from deq_flax.train.evaluate import SPLITS, divide, evaluate, merge
 from deq_flax.train.mesh import by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
@@ -84,7 +84,7 @@ def train(
 
     Args:
       task: what to train.
-      workdir: holds checkpoints, metrics.jsonl, config.json and TensorBoard events.
+      workdir: holds checkpoints, metrics.jsonl, config.json, vocabulary.txt and TensorBoard events.
       config: the whole resolved config, as plain data, for the record.
       optimizer, train, mesh, checkpoint: these sections of it.
 
@@ -103,6 +103,8 @@ def train(
         start = run.restore(checkpoints, init_from)
         report = stack.enter_context(Report(workdir, start or None) if is_first() else NoReport())
         report.write_config(config, start)
+        if isinstance(task, HasWords) and task.words is not None:
+            report.write_words(task.words)
         interrupted = False
         if start < options.steps:
             interrupted = run.run(start, Saver(checkpoints, report, config), report)
