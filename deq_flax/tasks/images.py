@@ -17,6 +17,7 @@ from deq_flax.data.segments import iterate, segment_dataset
 from deq_flax.errors import UserError
 from deq_flax.models.mdeq import MDEQ, MDEQOutput
 from deq_flax.task import Batch, Batches, Controls, Phase
+from deq_flax.tasks.checks import check_least, check_model
 from deq_flax.tasks.recipe import EquilibriumRecipe
 
 
@@ -61,9 +62,8 @@ class ImageTask:
         self.images, self.class_names = images, images.class_names
         self.batch_size, self.eval_batch_size = data["batch_size"], data["eval_batch_size"]
         self._pictures = data["pictures"]
-        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("pictures", 0)):
-            if data[name] < least:
-                raise UserError(f"data.{name} must be at least {least}, not {data[name]}")
+        check_least(data, 1, "batch_size", "eval_batch_size")
+        check_least(data, 0, "pictures")
         self._seed = seed
         TrainBatches(images.split("train"), self.batch_size, seed)  # too few examples are refused now
         self._model = dict(model)
@@ -73,10 +73,7 @@ class ImageTask:
         if model["head"] != kind:
             raise UserError(f"model.head is {model['head']!r}, but this task needs {kind!r}")
         self._mean_C, self._std_C = _normalisation(data["mean"], data["std"], model["in_channels"])
-        try:  # build the model's shapes, which is where bad values show, without allocating it
-            nnx.eval_shape(lambda: MDEQ(**self._model, rngs=nnx.Rngs(0)))
-        except (ValueError, ArithmeticError) as error:
-            raise UserError(f"section model: {error}") from error
+        check_model(self.build_model)
 
     def build_model(self, rngs: nnx.Rngs) -> MDEQ:
         return MDEQ(**self._model, rngs=rngs)

@@ -13,9 +13,9 @@ from flax import nnx
 
 from deq_flax.data.segments import EvalSegments, TrainSegments, iterate, segment_dataset
 from deq_flax.data.text import load_text
-from deq_flax.errors import UserError
 from deq_flax.models.deq_transformer import DEQTransformer, Memory
 from deq_flax.task import Batch, Batches, Controls, LossOutput, Metrics, Phase, average
+from deq_flax.tasks.checks import check_least, check_model
 from deq_flax.tasks.recipe import EquilibriumRecipe, add_solver, ordered
 
 
@@ -34,20 +34,11 @@ class LanguageTask:
         self.recipe = EquilibriumRecipe(**deq, seed=seed)
         self.batch_size, self.eval_batch_size = data["batch_size"], data["eval_batch_size"]
         self._seq_len, self._eval_seq_len = data["seq_len"], data["eval_seq_len"]
-        for name in ("batch_size", "seq_len", "eval_batch_size", "eval_seq_len"):
-            if data[name] < 1:
-                raise UserError(f"data.{name} must be at least 1, not {data[name]}")
+        check_least(data, 1, "batch_size", "seq_len", "eval_batch_size", "eval_seq_len")
         self.corpus = load_text(data["name"], data["path"], data["cache"], vocab_size=model["vocab_size"])
         self._model = dict(model) | {"vocab_size": model["vocab_size"] or self.corpus.vocab_size}
         TrainSegments(self.corpus.train, self.batch_size, self._seq_len)  # a text too short is refused now
-        self._check_model()
-
-    def _check_model(self) -> None:
-        """Build the model's shapes, which is where bad values show, without allocating it."""
-        try:
-            nnx.eval_shape(lambda: DEQTransformer(**self._model, rngs=nnx.Rngs(0)))
-        except ValueError as error:
-            raise UserError(f"section model: {error}") from error
+        check_model(self.build_model)
 
     @property
     def words(self) -> Sequence[str] | None:
