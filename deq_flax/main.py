@@ -66,13 +66,10 @@ def main() -> int:
 def _train(config: Mapping[str, Any], workdir: Path) -> int:
     from deq_flax.tasks import make_task
     from deq_flax.train.loop import train
-    from deq_flax.train.processes import is_first, say
+    from deq_flax.train.processes import say
 
-    task = make_task(config)
-    if is_first():
-        _keep_vocabulary(task, workdir)
     result = train(
-        task,
+        make_task(config),
         workdir=workdir,
         config=config,
         optimizer=config["optimizer"],
@@ -111,13 +108,6 @@ def _evaluate(config: Mapping[str, Any], workdir: Path, checkpoint: str | None) 
         print(_table(result.anytime))
     say(_summary("evaluated", result.step, result.metrics))
     return 0
-
-
-def _keep_vocabulary(task: Any, workdir: Path) -> None:
-    """`vocabulary.txt`, the words by their ids, where a task has words: to write with the model no text is needed then."""
-    vocabulary = getattr(getattr(task, "corpus", None), "vocabulary", None)
-    if vocabulary is not None:
-        _write_lines(workdir / "vocabulary.txt", vocabulary.words)
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -12,11 +12,10 @@ import numpy as np
 from flax import nnx
 
 from deq_flax.equilibrium import fixed_point
-from deq_flax.train.checkpoint import load_params
-from deq_flax.train.evaluate import measure
-from deq_flax.train.mesh import make_mesh, replicated
+from deq_flax.train.evaluate import load, measure
+from deq_flax.train.mesh import make_mesh
 from deq_flax.train.pictures import make_pictures
-from deq_flax.train.step import make_eval_step, split_model
+from deq_flax.train.step import make_eval_step
 
 SHOWN_CLASSES = 40
 """Of a confusion matrix with more, neither names nor numbers are written."""
@@ -31,10 +30,7 @@ def draw_model(pyplot: Any, task: Any, workdir: Path) -> dict[str, Any]:
       workdir: of its run; the best checkpoint is taken.
     """
     devices = make_mesh(data=1, fsdp=1, tensor=1)
-    model = task.build_model(nnx.Rngs(0))
-    graph, params, variables = split_model(model)
-    restored = load_params(workdir, params, variables)
-    weights = jax.device_put((restored.weights, restored.variables), replicated(devices))
+    model, graph, weights, _ = load(task, workdir, devices)
     drawn: dict[str, Any] = dict(make_pictures(task, graph, devices)(*weights))
     metrics = measure(task, model, make_eval_step(task, graph, devices), devices, *weights, "valid")
     if "confusion" in metrics:

@@ -5,7 +5,7 @@ Everything a task remembers from one batch to the next (Transformer-XL memory, f
 that goes into `loss`, comes out of it, is checkpointed, and starts afresh in evaluation.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -145,6 +145,16 @@ class HasSpectralRadius(Protocol):
 
     def spectral_radius(self, model: Any, batch: Batch, carry: Carry, key: Any) -> jax.Array:
         """(B,): of the Jacobian of f at the equilibrium of each member of the batch; below 1, plain iteration converges."""
+        ...
+
+
+@runtime_checkable
+class HasWords(Protocol):
+    """A task whose ids may stand for words. A run keeps them: to write with its model then needs no text."""
+
+    @property
+    def words(self) -> Sequence[str] | None:
+        """By their ids; None where only ids are known."""
         ...
 
 

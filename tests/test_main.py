@@ -123,11 +123,13 @@ def bad_inputs(tmp_path):
         "unknown mode": ([*tiny, "--mode", "dance"], "dance"),
         "eval without checkpoint": ([*tiny, "--mode", "eval"], "no checkpoint"),
         "sweep above the limit": ([*tiny, "--mode", "eval", "--config.eval.max_steps_sweep=2,17"], "deq.max_steps (16)"),
+        "batch that cannot be split": ([*tiny, "--config.train.accumulate=5"], "must be a multiple of"),
+        "more devices than there are": ([*tiny, "--config.mesh.data=4096"], "there are"),
         "unknown optimizer": ([*tiny, "--config.optimizer.name=adem"], "known: adam"),
     }
 
 
-def test_every_mistake_is_one_line_and_exit_code_2(tmp_path):
+def test_every_mistake_is_one_line_and_exit_code_2_and_leaves_nothing_behind(tmp_path):
     cases = bad_inputs(tmp_path)
     for start in range(0, len(cases), 2):  # two at a time: each starts a Python of its own
         running = {
@@ -148,3 +150,4 @@ def test_every_mistake_is_one_line_and_exit_code_2(tmp_path):
             assert len(lines) == 1 and lines[0].startswith("error: "), (name, err)
             assert cases[name][1] in lines[0], (name, err)
             assert "compiling" not in out, name
+        assert not (tmp_path / "run").exists(), list(running)

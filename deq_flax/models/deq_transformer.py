@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from deq_flax.equilibrium import fixed_point, jacobian_loss
+from deq_flax.models.solve import solve
 from deq_flax.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.dropout import apply_mask, draw_mask
@@ -161,22 +161,26 @@ class DEQTransformer(nnx.Module):
           memory: from `fresh_memory` or from the segment before.
           solver, gradient, max_steps, probe: as of `fixed_point`.
           key: draws the dropout masks; nothing is random without it.
-          jacobian_key: draws the vectors of the Jacobian loss, which is not computed without it.
-          jacobian_through_equilibrium: let the Jacobian loss's gradient reach the parameters through the equilibrium too;
-            else the equilibrium is held constant in it.
+          jacobian_key, jacobian_through_equilibrium: as of `models.solve.solve`.
         """
         equation_key, output_key = (None, None) if key is None else jax.random.split(key)
         f, z0_BLD, injection_BLJ = self.equation(tokens_BL, memory, equation_key)
-        solution = fixed_point(f, z0_BLD, solver=solver, gradient=gradient, max_steps=max_steps, probe=probe)
+        solution, jacobian_loss = solve(
+            f,
+            z0_BLD,
+            solver=solver,
+            gradient=gradient,
+            max_steps=max_steps,
+            probe=probe,
+            jacobian_key=jacobian_key,
+            jacobian_through_equilibrium=jacobian_through_equilibrium,
+        )
         z_BLD = solution.value
-        loss = None
-        if jacobian_key is not None:
-            loss = jacobian_loss(f, z_BLD if jacobian_through_equilibrium else lax.stop_gradient(z_BLD), jacobian_key)
         return Output(
             hidden_BLD=apply_mask(z_BLD, self._output_mask(output_key, z_BLD)),
             memory=self.next_memory(memory, z_BLD, injection_BLJ),
             stats=solution.stats,
-            jacobian_loss=loss,
+            jacobian_loss=jacobian_loss,
         )
 
     def nll(self, hidden_BLD, targets_BL):

@@ -10,15 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from deq_flax.equilibrium import fixed_point, jacobian_loss
 from deq_flax.models.mdeq_heads import ClassificationHead, SegmentationHead, resize_bilinear
+from deq_flax.models.solve import solve
 from deq_flax.nn.bottleneck import ConvBatchNorm
 from deq_flax.nn.multiscale import MultiscaleCell
-from deq_flax.nn.precision import compute_dtype
+from deq_flax.nn.precision import compute_dtype, wide
 
 HEADS = ("classification", "segmentation")
 
@@ -62,7 +60,7 @@ class Stem(nnx.Module):
             x = layer(x, train)
         if self.mix is not None:
             x = self.mix(x, train)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return wide(x)
 
 
 class MDEQ(nnx.Module):
@@ -167,20 +165,24 @@ class MDEQ(nnx.Module):
           solver, gradient, max_steps, probe: as of `fixed_point`.
           key: draws the dropout masks; nothing is random without it.
           train: whether to normalise by the batch, and to update the running statistics; None: if there is a key.
-          jacobian_key: draws the vectors of the Jacobian loss, which is not computed without it.
-          jacobian_through_equilibrium: let the Jacobian loss's gradient reach the parameters through the equilibrium too;
-            else the equilibrium is held constant in it.
+          jacobian_key, jacobian_through_equilibrium: as of `models.solve.solve`.
         """
         f, z0 = self.equation(images_BHWC, key, train)
-        solution = fixed_point(f, z0, solver=solver, gradient=gradient, max_steps=max_steps, probe=probe)
+        solution, jacobian_loss = solve(
+            f,
+            z0,
+            solver=solver,
+            gradient=gradient,
+            max_steps=max_steps,
+            probe=probe,
+            jacobian_key=jacobian_key,
+            jacobian_through_equilibrium=jacobian_through_equilibrium,
+        )
         z = solution.value
-        loss = None
-        if jacobian_key is not None:
-            loss = jacobian_loss(f, z if jacobian_through_equilibrium else lax.stop_gradient(z), jacobian_key)
         logits = self.head(z, _training(train, key))
         if logits.ndim == 4:
             logits = resize_bilinear(logits, images_BHWC.shape[1:3])
-        return MDEQOutput(logits=logits, stats=solution.stats, jacobian_loss=loss, branches=z)
+        return MDEQOutput(logits=logits, stats=solution.stats, jacobian_loss=jacobian_loss, branches=z)
 
 
 def _training(train, key):

@@ -13,6 +13,7 @@ from jax import lax
 from deq_flax.nn.bottleneck import Bottleneck, ConvBatchNorm
 from deq_flax.nn.convolution import Conv
 from deq_flax.nn.linear import Linear
+from deq_flax.nn.precision import wide
 
 
 class ClassificationHead(nnx.Module):
@@ -46,7 +47,7 @@ class ClassificationHead(nnx.Module):
         total = parts[0]
         for part, layer in zip(parts[1:], self.down, strict=True):
             total = part + layer(total, train)
-        pooled_BC = _wide(self.final(total, train)).mean((1, 2))
+        pooled_BC = wide(self.final(total, train)).mean((1, 2))
         return self.classifier(pooled_BC)
 
 
@@ -65,7 +66,7 @@ class SegmentationHead(nnx.Module):
         """Branches (B, H, W, C) -> logits (B, H, W, K) at the resolution of the first."""
         size = branches[0].shape[1:3]
         together = jnp.concatenate([resize_bilinear(x, size) for x in branches], axis=-1)
-        return _wide(self.last(self.mix(together, train), self.dtype))
+        return wide(self.last(self.mix(together, train), self.dtype))
 
 
 def resize_bilinear(x_BHWC, size):
@@ -84,7 +85,3 @@ def _interpolation(old, new):
     """(new, old): the matrix that interpolates `old` samples at `new` places, the first and last in common."""
     places = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
     return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)[None]))
-
-
-def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 from deq_flax.nn.linear import normal_param, zeros_param
-from deq_flax.nn.precision import compute_dtype, contract
+from deq_flax.nn.precision import compute_dtype, contract, wide
 
 
 def cluster_bounds(vocab_size, d_embed, cutoffs, div_value):
@@ -192,9 +192,9 @@ def _logits(x_TE, table_NE, bias_N, dtype):
 
 def _logsumexp(logits):
     """Over the last axis; half the time of `jax.nn.logsumexp` with its gradient, for want of care for infinities."""
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    peak = lax.stop_gradient(wide.max(-1, keepdims=True))
-    return jnp.log(jnp.exp(wide - peak).sum(-1)) + peak[..., 0]
+    logits = wide(logits)
+    peak = lax.stop_gradient(logits.max(-1, keepdims=True))
+    return jnp.log(jnp.exp(logits - peak).sum(-1)) + peak[..., 0]
 
 
 def _of_cluster(params, i):

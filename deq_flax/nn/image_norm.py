@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from deq_flax.nn.linear import zeros_param
+from deq_flax.nn.precision import wide
 
 EPSILON = 1e-5
 
@@ -35,7 +36,7 @@ class GroupNorm(nnx.Module):
     def __call__(self, x_BHWC):
         """(B, H, W, C) -> (B, H, W, C)."""
         batch_size, height, width, channels = x_BHWC.shape
-        x_BPGC = _wide(x_BHWC).reshape(batch_size, height * width, self.groups, channels // self.groups)
+        x_BPGC = wide(x_BHWC).reshape(batch_size, height * width, self.groups, channels // self.groups)
         mean_BG = x_BPGC.mean((1, 3))
         variance_BG = jnp.square(x_BPGC - mean_BG[:, None, :, None]).mean((1, 3))
         mean_BC, factor_BC = (
@@ -63,7 +64,7 @@ class BatchNorm(nnx.Module):
     def __call__(self, x_BHWC, train):
         """(B, H, W, C) -> (B, H, W, C); `train`, a Python bool, decides which statistics."""
         if train:
-            x, mesh = _wide(x_BHWC), jax.sharding.get_abstract_mesh()
+            x, mesh = wide(x_BHWC), jax.sharding.get_abstract_mesh()
             parts = tuple(axis for axis in mesh.manual_axes if mesh.shape[axis] > 1)
             mean_C = _mean_over(parts, x.mean((0, 1, 2)))
             variance_C = _mean_over(parts, jnp.square(x - mean_C[None, None, None]).mean((0, 1, 2)))
@@ -83,10 +84,6 @@ class BatchNorm(nnx.Module):
 def _mean_over(axes, x):
     """Of all devices along some axes of the mesh."""
     return lax.pmean(x, axes) if axes else x
-
-
-def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _rescale(x_BHWC, mean_BC, factor_BC, scale_C, bias_C):

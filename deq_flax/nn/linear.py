@@ -1,4 +1,4 @@
-"""Affine maps, with or without weight normalisation (Salimans and Kingma 2016, arXiv:1602.07868).
+"""Affine maps, with or without weight normalisation.
 
 I, O: input and output features.
 """
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deq_flax.nn.precision import contract
+from deq_flax.nn.weight_norm import norm_param, normalised, uniform_param
 
 
 def normal_param(key, shape, std):
@@ -25,32 +26,25 @@ def zeros_param(shape):
 class Linear(nnx.Module):
     """x_..I -> x @ kernel_IO + bias_O.
 
-    Plain: `weight_IO` ~ N(0, init_std^2). Weight-normalised: the kernel is g_O * v_IO / ||v_IO||, the norm over inputs,
-    with g = ||v||, so that the map starts as if it were plain, and v uniform in +-1/sqrt(d_in), or N(0, init_std^2) where
-    `uniform` is False. Biases start at 0.
+    Plain: `weight_IO` ~ N(0, init_std^2). Weight-normalised, see `nn.weight_norm`: v uniform in +-1/sqrt(d_in), or
+    N(0, init_std^2) where `uniform` is False. Biases start at 0.
 
     Inside a fixed-point solve call `kernel()` once beforehand and contract with the result.
     """
 
     def __init__(self, d_in, d_out, *, use_bias=True, weight_norm=False, uniform=True, init_std=0.01, rngs):
         self.weight_norm = weight_norm
+        key, shape = rngs.params(), (d_in, d_out)
         if weight_norm:
-            limit, key = d_in**-0.5, rngs.params()
-            v_IO = jax.random.uniform(key, (d_in, d_out), jnp.float32, -limit, limit)
-            if not uniform:
-                v_IO = init_std * jax.random.normal(key, (d_in, d_out), jnp.float32)
-            self.v_IO = nnx.Param(v_IO)
-            self.g_O = nnx.Param(_norm(v_IO))
+            self.v_IO = uniform_param(key, shape) if uniform else normal_param(key, shape, init_std)
+            self.g_O = norm_param(self.v_IO)
         else:
-            self.weight_IO = normal_param(rngs.params(), (d_in, d_out), init_std)
+            self.weight_IO = normal_param(key, shape, init_std)
         self.bias_O: Any = zeros_param((d_out,)) if use_bias else None
 
     def kernel(self):
         """The effective kernel (d_in, d_out)."""
-        if not self.weight_norm:
-            return self.weight_IO[...]
-        v_IO = self.v_IO[...]
-        return v_IO * (self.g_O[...] / _norm(v_IO))[None, :]
+        return normalised(self.v_IO, self.g_O) if self.weight_norm else self.weight_IO[...]
 
     def __call__(self, x, dtype=None):
         """x (..., d_in) -> (..., d_out); `dtype` as in `contract`."""
@@ -58,7 +52,3 @@ class Linear(nnx.Module):
         if self.bias_O is None:
             return y
         return y + self.bias_O[...].reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-def _norm(v_IO):
-    return jnp.sqrt(jnp.square(v_IO).sum(0))

@@ -6,12 +6,13 @@ from flax import nnx
 from jax import lax
 
 from deq_flax.nn.linear import zeros_param
+from deq_flax.nn.precision import wide
 
 
 def layer_norm(x, epsilon=1e-5):
     """Zero mean and unit (biased) variance along the last axis of x, any shape; computed in float32 or wider."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - wide.mean(-1, keepdims=True)
+    x_wide = wide(x)
+    centred = x_wide - x_wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return (centred * lax.rsqrt(variance + epsilon)).astype(x.dtype)
 

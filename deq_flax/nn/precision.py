@@ -1,4 +1,4 @@
-"""Contractions in a chosen compute type that accumulate, and return, float32."""
+"""Contractions in a chosen compute type that accumulate, and return, float32; and widening what is not contracted."""
 
 from functools import partial
 
@@ -16,6 +16,11 @@ def compute_dtype(name):
     return COMPUTE_DTYPES[name]
 
 
+def wide(x):
+    """x in float32, or as it is where it is wider: for sums and statistics of what was computed in a narrower type."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def contract(spec, a, b, dtype=None):
     """`jnp.einsum(spec, a, b)`; with a `dtype`, of operands rounded to it, accumulated and returned in float32.
 
@@ -24,7 +29,7 @@ def contract(spec, a, b, dtype=None):
     """
     if dtype is None:
         return jnp.einsum(spec, a, b)
-    return _wide(spec, a.astype(dtype), b.astype(dtype))
+    return _contract_wide(spec, a.astype(dtype), b.astype(dtype))
 
 
 def contract_narrow(spec, a, b, dtype=None):
@@ -35,11 +40,11 @@ def contract_narrow(spec, a, b, dtype=None):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _wide(spec, a, b):
+def _contract_wide(spec, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _wide_jvp(spec, primals, tangents):
+def _contract_wide_jvp(spec, primals, tangents):
     a, b = primals
     a_dot, b_dot = tangents
     terms = []
@@ -47,11 +52,11 @@ def _wide_jvp(spec, primals, tangents):
         terms.append(jnp.einsum(spec, a_dot, b).astype(jnp.float32))
     if not _is_zero(b_dot):
         terms.append(jnp.einsum(spec, a, b_dot).astype(jnp.float32))
-    primal = _wide(spec, a, b)
+    primal = _contract_wide(spec, a, b)
     return primal, sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(primal)
 
 
-_wide.defjvp(_wide_jvp, symbolic_zeros=True)
+_contract_wide.defjvp(_contract_wide_jvp, symbolic_zeros=True)
 
 
 def _is_zero(tangent):

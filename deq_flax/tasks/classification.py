@@ -14,6 +14,7 @@ from deq_flax.data.images import ImageOptions, load_images
 from deq_flax.models.mdeq import MDEQ
 from deq_flax.task import Batch, Controls, LossOutput, Metrics, Phase, average
 from deq_flax.tasks.images import ImageTask, confusion
+from deq_flax.tasks.recipe import add_solver, ordered
 from deq_flax.tasks.show import labelled_grid
 
 CONFUSION_CLASSES = 100
@@ -61,12 +62,13 @@ class ClassificationTask(ImageTask):
             metrics["top5_accuracy"] = average(jnp.sum((rank_B < 5) * mask_B), count)
         if key is None and classes <= CONFUSION_CLASSES:
             metrics["confusion"] = average(confusion(labels_B, jnp.argmax(logits_BK, axis=1), mask_B, classes))
-        value, metrics = self.add_solver(total / jnp.maximum(count, 1.0), metrics, output, controls)
+        value = total / jnp.maximum(count, 1.0)
+        value, metrics = add_solver(value, metrics, output.stats, output.jacobian_loss, controls)
         return value, LossOutput(carry, metrics)
 
     def summary(self, split: str, metrics: Mapping[str, Any]) -> dict[str, float]:
         """All but the confusion matrix."""
-        return self.with_damage(split, self.ordered(metrics, "loss", "accuracy", "top5_accuracy"))
+        return self.with_damage(split, ordered(metrics, "loss", "accuracy", "top5_accuracy"))
 
     def picture_arrays(self, model: MDEQ, batch: Batch) -> jax.Array:
         """(B, K) probabilities."""

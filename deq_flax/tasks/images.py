@@ -14,11 +14,11 @@ from flax import nnx
 from deq_flax.data.batches import EvalBatches, Examples, TrainBatches
 from deq_flax.data.image_files import Damaged
 from deq_flax.data.segments import iterate, segment_dataset
-from deq_flax.equilibrium import fixed_point, spectral_radius
 from deq_flax.errors import UserError
 from deq_flax.models.mdeq import MDEQ, MDEQOutput
-from deq_flax.task import Batch, Batches, Controls, Metrics, Phase, average
-from deq_flax.tasks.recipe import EquilibriumRecipe, solver_metrics, without_what_did_not_happen
+from deq_flax.task import Batch, Batches, Controls, Phase
+from deq_flax.tasks.checks import check_least, check_model
+from deq_flax.tasks.recipe import EquilibriumRecipe
 
 
 class Data(Protocol):
@@ -62,9 +62,8 @@ class ImageTask:
         self.images, self.class_names = images, images.class_names
         self.batch_size, self.eval_batch_size = data["batch_size"], data["eval_batch_size"]
         self._pictures = data["pictures"]
-        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("pictures", 0)):
-            if data[name] < least:
-                raise UserError(f"data.{name} must be at least {least}, not {data[name]}")
+        check_least(data, 1, "batch_size", "eval_batch_size")
+        check_least(data, 0, "pictures")
         self._seed = seed
         TrainBatches(images.split("train"), self.batch_size, seed)  # too few examples are refused now
         self._model = dict(model)
@@ -74,10 +73,7 @@ class ImageTask:
         if model["head"] != kind:
             raise UserError(f"model.head is {model['head']!r}, but this task needs {kind!r}")
         self._mean_C, self._std_C = _normalisation(data["mean"], data["std"], model["in_channels"])
-        try:  # build the model's shapes, which is where bad values show, without allocating it
-            nnx.eval_shape(lambda: MDEQ(**self._model, rngs=nnx.Rngs(0)))
-        except (ValueError, ArithmeticError) as error:
-            raise UserError(f"section model: {error}") from error
+        check_model(self.build_model)
 
     def build_model(self, rngs: nnx.Rngs) -> MDEQ:
         return MDEQ(**self._model, rngs=rngs)
@@ -111,8 +107,7 @@ class ImageTask:
     def spectral_radius(self, model: MDEQ, batch: Batch, carry: tuple[()], key: Any) -> jax.Array:
         """(B,) at the equilibria of a batch."""
         equation = model.equation(self.normalise(batch["images"]))
-        solution = fixed_point(equation.f, equation.z0, solver=self.recipe.forward_solver)
-        return spectral_radius(equation.f, solution.value, key)
+        return self.recipe.spectral_radius(equation.f, equation.z0, key)
 
     def normalise(self, images_BHWC: jax.Array) -> jax.Array:
         """uint8 to floats, on the device: a quarter of the bytes travel there."""
@@ -129,33 +124,7 @@ class ImageTask:
         probe: jax.Array | None,
     ) -> MDEQOutput:
         """The model as this phase has it; arguments as of `Task.loss`."""
-        jacobian_key = jax.random.fold_in(key, 1) if phase is not None and phase.jacobian_loss else None
-        return model(
-            images_BHWC,
-            solver=self.recipe.forward_solver,
-            gradient=self.recipe.gradient_of(phase),
-            key=key,
-            max_steps=None if controls is None else controls.max_steps,
-            probe=probe,
-            jacobian_key=jacobian_key,
-            jacobian_through_equilibrium=self.recipe.jacobian_through_equilibrium,
-        )
-
-    def add_solver(
-        self, loss: jax.Array, metrics: Metrics, output: MDEQOutput, controls: Controls | None
-    ) -> tuple[jax.Array, Metrics]:
-        """The loss with the Jacobian loss of phases that have it, and the metrics with what the solver tells."""
-        metrics = metrics | solver_metrics(output.stats)
-        if output.jacobian_loss is not None and controls is not None:
-            loss = loss + controls.jacobian_weight * output.jacobian_loss
-            metrics["jacobian_loss"] = average(output.jacobian_loss)
-        return loss, metrics
-
-    def ordered(self, metrics: Mapping[str, Any], *first: str) -> dict[str, float]:
-        """The metrics that are numbers, those named first."""
-        names = [*first, *(name for name in metrics if name not in first)]
-        found = {name: metrics[name] for name in names if name in metrics and name != "confusion"}
-        return without_what_did_not_happen(found)
+        return model(images_BHWC, **self.recipe.model_options(phase, controls, key, probe))
 
     def with_damage(self, split: str, summary: dict[str, float]) -> dict[str, float]:
         """In evaluation, how many images of all splits were skipped so far, if any."""

@@ -4,7 +4,7 @@ B batch, L length.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,10 @@ from flax import nnx
 
 from deq_flax.data.segments import EvalSegments, TrainSegments, iterate, segment_dataset
 from deq_flax.data.text import load_text
-from deq_flax.equilibrium import fixed_point, spectral_radius
-from deq_flax.errors import UserError
 from deq_flax.models.deq_transformer import DEQTransformer, Memory
-from deq_flax.task import Batch, Batches, Controls, LossOutput, Phase, average
-from deq_flax.tasks.recipe import EquilibriumRecipe, solver_metrics, without_what_did_not_happen
+from deq_flax.task import Batch, Batches, Controls, LossOutput, Metrics, Phase, average
+from deq_flax.tasks.checks import check_least, check_model
+from deq_flax.tasks.recipe import EquilibriumRecipe, add_solver, ordered
 
 
 class LanguageTask:
@@ -35,20 +34,15 @@ class LanguageTask:
         self.recipe = EquilibriumRecipe(**deq, seed=seed)
         self.batch_size, self.eval_batch_size = data["batch_size"], data["eval_batch_size"]
         self._seq_len, self._eval_seq_len = data["seq_len"], data["eval_seq_len"]
-        for name in ("batch_size", "seq_len", "eval_batch_size", "eval_seq_len"):
-            if data[name] < 1:
-                raise UserError(f"data.{name} must be at least 1, not {data[name]}")
+        check_least(data, 1, "batch_size", "seq_len", "eval_batch_size", "eval_seq_len")
         self.corpus = load_text(data["name"], data["path"], data["cache"], vocab_size=model["vocab_size"])
         self._model = dict(model) | {"vocab_size": model["vocab_size"] or self.corpus.vocab_size}
         TrainSegments(self.corpus.train, self.batch_size, self._seq_len)  # a text too short is refused now
-        self._check_model()
+        check_model(self.build_model)
 
-    def _check_model(self) -> None:
-        """Build the model's shapes, which is where bad values show, without allocating it."""
-        try:
-            nnx.eval_shape(lambda: DEQTransformer(**self._model, rngs=nnx.Rngs(0)))
-        except ValueError as error:
-            raise UserError(f"section model: {error}") from error
+    @property
+    def words(self) -> Sequence[str] | None:
+        return None if self.corpus.vocabulary is None else self.corpus.vocabulary.words
 
     def build_model(self, rngs: nnx.Rngs) -> DEQTransformer:
         return DEQTransformer(**self._model, rngs=rngs)
@@ -82,42 +76,26 @@ class LanguageTask:
     ) -> tuple[jax.Array, LossOutput]:
         """Mean negative log-likelihood of the targets that count, plus the Jacobian loss in phases that have it."""
         memory = carry._replace(length_B=jnp.where(batch["fresh"], 0, carry.length_B))
-        jacobian_key = None
-        if phase is not None and phase.jacobian_loss:
-            jacobian_key = jax.random.fold_in(key, 1)
-        output = model(
-            batch["inputs"],
-            memory,
-            solver=self.recipe.forward_solver,
-            gradient=self.recipe.gradient_of(phase),
-            key=key,
-            max_steps=None if controls is None else controls.max_steps,
-            probe=probe,
-            jacobian_key=jacobian_key,
-            jacobian_through_equilibrium=self.recipe.jacobian_through_equilibrium,
-        )
+        output = model(batch["inputs"], memory, **self.recipe.model_options(phase, controls, key, probe))
         nll_BL = model.nll(output.hidden_BLD, batch["targets"]) * batch["mask"]
         total, count = jnp.sum(nll_BL), jnp.sum(batch["mask"])
-        loss = total / jnp.maximum(count, 1.0)
-        metrics = {"loss": average(total, count)} | solver_metrics(output.stats)
-        if output.jacobian_loss is not None and controls is not None:
-            loss = loss + controls.jacobian_weight * output.jacobian_loss
-            metrics["jacobian_loss"] = average(output.jacobian_loss)
+        metrics: Metrics = {"loss": average(total, count)}
+        loss, metrics = add_solver(total / jnp.maximum(count, 1.0), metrics, output.stats, output.jacobian_loss, controls)
         return loss, LossOutput(output.memory, metrics)
 
     def spectral_radius(self, model: DEQTransformer, batch: Batch, carry: Memory, key: Any) -> jax.Array:
         """(B,) at the equilibria of a batch."""
         equation = model.equation(batch["inputs"], carry)
-        solution = fixed_point(equation.f, equation.z0_BLD, solver=self.recipe.forward_solver)
-        return spectral_radius(equation.f, solution.value, key)
+        return self.recipe.spectral_radius(equation.f, equation.z0_BLD, key)
 
     def summary(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """Adds perplexities: the model's and, in evaluation, that of word frequencies alone."""
-        summary = {"loss": metrics["loss"], "ppl": _ppl(metrics["loss"])} if "loss" in metrics else {}
-        summary |= metrics
+        summary = dict(metrics)
+        if "loss" in metrics:
+            summary["ppl"] = _ppl(metrics["loss"])
         if split != "train":
             summary["unigram_ppl"] = _ppl(self.corpus.unigram_nll(split))
-        return without_what_did_not_happen(summary)
+        return ordered(summary, "loss", "ppl")
 
     def work(self, seconds_per_step: float) -> dict[str, float]:
         return {"tokens_per_second": self.batch_size * self._seq_len / seconds_per_step}

@@ -1,11 +1,24 @@
 """How an equilibrium model is solved and trained over time: the section `deq` of a config, shared by all tasks."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_flax.equilibrium import ADJOINT_SOLVERS, SOLVERS, Gradient, Implicit, PhantomGradient, Solver, Unroll
+from deq_flax.equilibrium import (
+    ADJOINT_SOLVERS,
+    SOLVERS,
+    Gradient,
+    Implicit,
+    PhantomGradient,
+    Solver,
+    Unroll,
+    fixed_point,
+    spectral_radius,
+)
 from deq_flax.equilibrium.solution import SolverStats, StopMode
 from deq_flax.errors import UserError
 from deq_flax.task import Controls, Metrics, Phase, average
@@ -92,6 +105,24 @@ class EquilibriumRecipe:
             return Implicit(solver=SOLVERS[name](tol=tol, max_steps=max_steps, stop=self.stop))
         return Implicit(solver=ADJOINT_SOLVERS[name](tol=tol, max_steps=max_steps))  # it stops by the relative residual alone
 
+    def model_options(
+        self, phase: Phase | None, controls: Controls | None, key: Any, probe: jax.Array | None
+    ) -> dict[str, Any]:
+        """How a model is to be called, but for its data; arguments as of `Task.loss`."""
+        return dict(
+            solver=self.forward_solver,
+            gradient=self.gradient_of(phase),
+            key=key,
+            max_steps=None if controls is None else controls.max_steps,
+            probe=probe,
+            jacobian_key=jax.random.fold_in(key, 1) if phase is not None and phase.jacobian_loss else None,
+            jacobian_through_equilibrium=self.jacobian_through_equilibrium,
+        )
+
+    def spectral_radius(self, f: Callable[[Any], Any], z0: Any, key: Any) -> jax.Array:
+        """(B,) at the equilibria of z = f(z) that the forward solver finds from z0."""
+        return spectral_radius(f, fixed_point(f, z0, solver=self.forward_solver).value, key)
+
     def phase(self, step: int) -> Phase:
         unrolled = step < self.pretrain_steps
         weight = self.pretrain_jacobian_weight if unrolled else self.jacobian_weight
@@ -124,6 +155,25 @@ def solver_metrics(stats: SolverStats) -> Metrics:
         "forward_residual": average(jnp.max(stats.relative_residual)),
         "forward_unsolved": average(jnp.sum(unsolved_B, dtype=jnp.float32), unsolved_B.size),
     }
+
+
+def add_solver(
+    loss: jax.Array, metrics: Metrics, stats: SolverStats, jacobian_loss: jax.Array | None, controls: Controls | None
+) -> tuple[jax.Array, Metrics]:
+    """The loss with the Jacobian loss of phases that have it, and the metrics with what the solver tells."""
+    metrics = metrics | solver_metrics(stats)
+    if jacobian_loss is not None and controls is not None:
+        loss = loss + controls.jacobian_weight * jacobian_loss
+        metrics["jacobian_loss"] = average(jacobian_loss)
+    return loss, metrics
+
+
+def ordered(metrics: Mapping[str, Any], *first: str) -> dict[str, float]:
+    """The metrics that are numbers, those named first, without what did not happen."""
+    names = [*first, *(name for name in metrics if name not in first)]
+    return without_what_did_not_happen(
+        {name: metrics[name] for name in names if name in metrics and not np.ndim(metrics[name])}
+    )
 
 
 def without_what_did_not_happen(summary: dict[str, float]) -> dict[str, float]:

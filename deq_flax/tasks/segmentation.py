@@ -16,7 +16,7 @@ from deq_flax.models.mdeq import MDEQ
 from deq_flax.task import Batch, Controls, LossOutput, Metrics, Phase, average
 from deq_flax.tasks.images import ImageTask, confusion
 from deq_flax.tasks.pixel_loss import PixelLoss
-from deq_flax.tasks.recipe import solver_metrics
+from deq_flax.tasks.recipe import add_solver, ordered
 from deq_flax.tasks.show import overlays
 from deq_flax.tasks.views import Views
 
@@ -67,12 +67,13 @@ class SegmentationTask(ImageTask):
         labels = batch["labels"].astype(jnp.int32)
         counts = (labels != IGNORE) & (batch["mask"][:, None, None] > 0)
         labels = jnp.where(counts, labels, 0)
-        output = None
+        jacobian_loss = None
         if key is None:
             log_p, stats = self._views.predict(lambda x: self._logits(model, x, controls), images)
         else:
             output = self.run_model(model, images, phase=phase, controls=controls, key=key, probe=probe)
             log_p, stats = jax.nn.log_softmax(output.logits.astype(jnp.float32)), output.stats
+            jacobian_loss = output.jacobian_loss
         classes = log_p.shape[-1]
         nll_BHW = -jnp.take_along_axis(log_p, labels[..., None], axis=3)[..., 0]
         weight_BHW = self._loss.weights(labels)
@@ -81,9 +82,7 @@ class SegmentationTask(ImageTask):
         value = total / jnp.maximum(count, 1e-6)
         table = confusion(labels, jnp.argmax(log_p, axis=3), counts.astype(jnp.float32), classes)
         metrics: Metrics = {"loss": average(total, count), "confusion": average(table)}
-        if output is None:
-            return value, LossOutput(carry, metrics | solver_metrics(stats))
-        value, metrics = self.add_solver(value, metrics, output, controls)
+        value, metrics = add_solver(value, metrics, stats, jacobian_loss, controls)
         return value, LossOutput(carry, metrics)
 
     def _logits(self, model: MDEQ, images: jax.Array, controls: Controls | None) -> tuple[jax.Array, Any]:
@@ -92,7 +91,7 @@ class SegmentationTask(ImageTask):
 
     def summary(self, split: str, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Intersection over union, mean of the classes that occur or are predicted, pixel accuracy; in evaluation, by class."""
-        numbers = self.ordered(metrics, "loss")
+        numbers = ordered(metrics, "loss")
         if "confusion" not in metrics:
             return numbers
         table = np.asarray(metrics["confusion"], np.float64)

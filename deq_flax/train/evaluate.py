@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,6 +34,26 @@ class Evaluation:
     """By split."""
     anytime: list[dict[str, Any]]
     """Metrics by split and limit on the evaluations, one row each with these as `split` and `max_steps`."""
+
+
+class Loaded(NamedTuple):
+    """A checkpoint on a mesh."""
+
+    model: nnx.Module
+    """Of its arrays, only the shapes are the checkpoint's."""
+    graph: Any
+    weights: tuple[Any, Any]
+    """Parameters and variables, whole on every device but for what `tensor` splits."""
+    step: int
+
+
+def load(task: Task, path: Path, mesh: Mesh, *, seed: int = 0) -> Loaded:
+    """The checkpoint that `path` means; arguments and errors as of `evaluate_checkpoint`."""
+    model = task.build_model(nnx.Rngs(seed))
+    graph, params, variables = split_model(model)
+    restored = load_params(path, params, variables)
+    params = place(restored.weights, shardings(whole(param_specs(params, mesh)), mesh))
+    return Loaded(model, graph, (params, place(restored.variables, replicated(mesh))), restored.step)
 
 
 def evaluate(
@@ -102,13 +122,8 @@ def evaluate_checkpoint(
     """
     devices = make_mesh(**mesh)
     check_batch(devices, batch_size=task.batch_size, accumulate=1, eval_batch_size=task.eval_batch_size)
-    model = task.build_model(nnx.Rngs(seed))
-    graph, params, variables = split_model(model)
-    restored = load_params(path, params, variables)
-    params = place(restored.weights, shardings(whole(param_specs(params, devices)), devices))
-    variables = place(restored.variables, replicated(devices))
+    model, graph, weights, number = load(task, path, devices, seed=seed)
     step = make_eval_step(task, graph, devices)
-    weights = (params, variables)
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}
     if spectral_radius:
         results["valid"] |= _spectral_radius(task, model, graph, devices, *weights)
@@ -117,7 +132,7 @@ def evaluate_checkpoint(
         for limit in max_steps_sweep
         for split in SPLITS
     ]
-    return Evaluation(step=restored.step, metrics=results, anytime=anytime)
+    return Evaluation(step=number, metrics=results, anytime=anytime)
 
 
 def _spectral_radius(task: Task, model: nnx.Module, graph: Any, mesh: Mesh, params: Any, variables: Any) -> dict[str, float]:

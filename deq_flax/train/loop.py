@@ -17,9 +17,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deq_flax.errors import UserError
-from deq_flax.task import HasHead, Metrics, Phase, Task
+from deq_flax.task import HasHead, HasWords, Metrics, Phase, Task
 from deq_flax.train.checkpoint import Checkpoints, borrow_params, load_params
-from deq_flax.train.evaluate import divide, evaluate, merge
+from deq_flax.train.evaluate import SPLITS, divide, evaluate, merge
 from deq_flax.train.mesh import by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
 from deq_flax.train.optimizer import make_optimizer
 from deq_flax.train.pictures import make_pictures
@@ -84,7 +84,7 @@ def train(
 
     Args:
       task: what to train.
-      workdir: holds checkpoints, metrics.jsonl, config.json and TensorBoard events.
+      workdir: holds checkpoints, metrics.jsonl, config.json, vocabulary.txt and TensorBoard events.
       config: the whole resolved config, as plain data, for the record.
       optimizer, train, mesh, checkpoint: these sections of it.
 
@@ -103,6 +103,8 @@ def train(
         start = run.restore(checkpoints, init_from)
         report = stack.enter_context(Report(workdir, start or None) if is_first() else NoReport())
         report.write_config(config, start)
+        if isinstance(task, HasWords) and task.words is not None:
+            report.write_words(task.words)
         interrupted = False
         if start < options.steps:
             interrupted = run.run(start, Saver(checkpoints, report, config), report)
@@ -237,10 +239,10 @@ class Run:
         return evaluate(self.task, self.model, self.eval_step, self.devices, params, variables, split)
 
     def final(self, checkpoints: Checkpoints, report: Report) -> tuple[dict[str, dict[str, float]], int]:
-        """Metrics of the best checkpoint on valid and test, and its step."""
+        """Metrics of the best checkpoint by split, and its step."""
         checkpoints.wait()
         best = checkpoints.restore_best(self.state.params, self.state.variables)
-        results = {split: self.evaluate_weights(best.weights, best.variables, split) for split in ("valid", "test")}
+        results = {split: self.evaluate_weights(best.weights, best.variables, split) for split in SPLITS}
         return results, best.step
 
 

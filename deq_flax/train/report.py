@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard events, `config.json`, pictures and a line on the screen.
+"""What a run tells: `metrics.jsonl`, TensorBoard events, `config.json`, `vocabulary.txt`, pictures, a line on the screen.
 
 A failing disk costs TensorBoard's events, never the run: the first refused write is warned of, training goes on, and lines of
 `metrics.jsonl` are kept until the disk takes them.
@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ class Report:
             _replace(self._workdir / "config.json", f"{text}\n".encode())
         indented = "\n".join(f"    {line}" for line in text.splitlines())  # a code block to TensorBoard
         self._add_events(step, [summary.text("config", indented)])
+
+    def write_words(self, words: Sequence[str]) -> None:
+        """`vocabulary.txt`, one a line, whole or not at all."""
+        with self._going_on():
+            _replace(self._workdir / "vocabulary.txt", "".join(f"{word}\n" for word in words).encode())
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Adds one line `{"step": step, "split": split, ...}` and its events.
@@ -148,6 +153,9 @@ class NoReport(Report):
         pass
 
     def write_config(self, config: Mapping[str, Any], step: int = 0) -> None:
+        pass
+
+    def write_words(self, words: Sequence[str]) -> None:
         pass
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.errors import UserError
 from deq_flax.task import Controls, Phase
 from deq_flax.tasks import make_task
 from deq_flax.train.evaluate import evaluate
@@ -91,3 +92,9 @@ def test_dropout_needs_a_key(task, model, loss):
     noisy = jax.jit(lambda key: task.loss(model, batch, carry, key=key)[0])
     assert noisy(jax.random.key(0)) != noisy(jax.random.key(1))
     assert loss(batch, carry)[0] == loss(batch, carry)[0]
+
+
+def test_a_model_that_cannot_be_is_refused_in_one_line(tmp_path):
+    c = config(write_tokens(tmp_path), model={"d_inner": 0})
+    with pytest.raises(UserError, match="section model"):
+        make_task(c)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.gradients.base import Map, flat_map
+from deq_flax.equilibrium.gradients.base import Map, flat_map, stopped
 from deq_flax.equilibrium.loop import solve
 from deq_flax.equilibrium.solution import Solution, Solver
 from deq_flax.equilibrium.state import flattener
@@ -48,7 +48,7 @@ class Unroll:
 
         z, path = jax.lax.scan(body, z0, None, length=self.steps)
         flat_f, x, _ = flat_map(f, jax.lax.stop_gradient(z))
-        _, stats = solve(lambda x: jax.lax.stop_gradient(flat_f(x)), x, solver.quiet(max_steps=1))
+        _, stats = solve(stopped(flat_f), x, solver.quiet(max_steps=1))
         stats = replace(stats, nfe=stats.nfe + self.steps, steps=stats.steps + self.steps)
         if path is not None:
             # Steps beyond the last are padded with it, as the loop does.
