@@ -69,6 +69,7 @@ def convert(
     from deq_flax.pretrained import abstract_model
     from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, family_of, match, open_tensors
     from deq_flax.train.checkpoint import Checkpoints
+    from deq_flax.train.checkpoint_step import named_leaves
     from deq_flax.train.step import split_model
 
     _require_unused(directory)
@@ -91,7 +92,10 @@ def convert(
     with Checkpoints(directory / "checkpoints", keep_latest=1, keep_best=0) as checkpoints:
         # Device arrays, because checkpoints copy those of NumPy.
         on_device = {path: jax.device_put(arrays.pop(path)) for path in list(arrays)}
-        params, variables = (jax.tree.map_with_path(lambda path, _: on_device[_path(path)], x) for x in (params, variables))
+        params, variables = (
+            jax.tree.unflatten(jax.tree.structure(tree), [on_device[name] for name in named_leaves(tree)])
+            for tree in (params, variables)
+        )
         checkpoints.save(0, params, {"variables": variables}, {"step": 0}, meta)
     try:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -109,6 +113,7 @@ def to_torch(checkpoint: str | Path, path: Path) -> tuple[int, int]:
     from deq_flax.pretrained import abstract_model, stored_config
     from deq_flax.torch_checkpoint import FAMILIES, export_tensors, family_of, write_state_dict
     from deq_flax.train.checkpoint import load_meta, load_params
+    from deq_flax.train.checkpoint_step import named_leaves
     from deq_flax.train.step import split_model
 
     meta = load_meta(checkpoint)
@@ -116,8 +121,7 @@ def to_torch(checkpoint: str | Path, path: Path) -> tuple[int, int]:
     model = abstract_model(config)
     templates = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), split_model(model)[1:])
     restored = load_params(checkpoint, *templates)
-    leaves = [leaf for tree in (restored.weights, restored.variables) for leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    arrays = {_path(place): leaf for place, leaf in leaves}
+    arrays = named_leaves(restored.weights) | named_leaves(restored.variables)
     converted = meta.get("converted", {})
     buffers = {name: _buffer(values) for name, values in converted.get("buffers", {}).items()}
     family = FAMILIES[converted.get("family") or family_of(config["task"])]
@@ -130,10 +134,6 @@ def _buffer(values: Any) -> np.ndarray:
     """Of float32, as models are, or of whole numbers."""
     array = np.array(values)
     return array.astype(np.float32) if array.dtype.kind == "f" else array
-
-
-def _path(place: Any) -> str:
-    return jax.tree_util.keystr(place, simple=True, separator="/")
 
 
 def _require_unused(directory: Path) -> None:

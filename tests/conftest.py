@@ -6,7 +6,6 @@ and a persistent cache halves the time of a second run.
 
 import importlib.metadata
 import os
-import pathlib
 
 # jax 0.10 still has the older code generator, which compiles twice as fast.
 os.environ["XLA_FLAGS"] = (
@@ -17,9 +16,10 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
+from tests.commands import CACHE
+
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of sharding; the others use the first
 jax.config.update("jax_numpy_rank_promotion", "raise")
-cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"
-cache.mkdir(parents=True, exist_ok=True)
-jax.config.update("jax_compilation_cache_dir", str(cache))
+CACHE.mkdir(parents=True, exist_ok=True)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

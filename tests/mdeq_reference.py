@@ -7,6 +7,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from deq_flax.models.mdeq import MDEQ
@@ -15,12 +16,13 @@ from tests.reference import FOLDER
 
 FIXTURES = [
     "mdeq_deq_cls2",
-    "mdeq_deq_cls4",
+    pytest.param("mdeq_deq_cls4", marks=pytest.mark.slow),
     "mdeq_deq_seg3",
     "mdeq_deq_cls2_nownorm_bigk",
     "mdeq_tdeq_cls2",
-    "mdeq_tdeq_cls4",
+    pytest.param("mdeq_tdeq_cls4", marks=pytest.mark.slow),
 ]
+"""Their names, for `pytest.mark.parametrize`: four branches compile for long."""
 
 
 def facts():

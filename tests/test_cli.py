@@ -2,15 +2,14 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from absl import flags
 
 from deq_flax import cli
 from deq_flax.errors import UserError
+from tests.commands import ROOT
 
-ROOT = Path(__file__).parent.parent
 CONFIG = """
 from ml_collections import ConfigDict
 

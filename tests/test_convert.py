@@ -1,10 +1,7 @@
 """Laws of conversion: the authors' weights give the authors' numbers here, and come back bit for bit."""
 
 import json
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,10 +18,10 @@ from deq_flax.train.checkpoint import load_meta, load_params
 from deq_flax.train.evaluate import evaluate_checkpoint
 from deq_flax.train.step import split_model
 from tests import reference
+from tests.commands import command
 from tests.test_configs import LANGUAGE
 from tests.train import small
 
-ROOT = Path(__file__).parent.parent
 FIXTURES = ["lm_deq_postln", "lm_deq_preln", "lm_deq_local", "lm_deq_div1", "lm_deq_nocut", "lm_tdeq_postln"]
 
 
@@ -146,17 +143,11 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "deq_flax.convert", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
 def test_the_command(tmp_path):
-    done = command(source("lm_deq_postln"), tmp_path / "dir", "--config", "auto", "--config.model.mem_len=16")
+    done = command("convert", source("lm_deq_postln"), tmp_path / "dir", "--config", "auto", "--config.model.mem_len=16")
     assert done.returncode == 0 and "wrote 26,066 parameters" in done.stdout, done.stderr
     assert json.loads((tmp_path / "dir" / "config.json").read_text())["model"]["mem_len"] == 16
-    done = command(tmp_path / "dir", tmp_path / "back.pth", "--to-torch")
+    done = command("convert", tmp_path / "dir", tmp_path / "back.pth", "--to-torch")
     assert done.returncode == 0 and "wrote 35 tensors" in done.stdout, done.stderr
     assert (tmp_path / "back.pth").exists()
 

@@ -1,10 +1,5 @@
 """Laws of the command that writes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from deq_flax.convert import convert
@@ -13,9 +8,9 @@ from deq_flax.data.vocabulary import Vocabulary
 from deq_flax.errors import UserError
 from deq_flax.generate import default_memory, encode_prompt, find_vocabulary, make_solver
 from tests import reference
+from tests.commands import command
 from tests.test_configs import LANGUAGE
 
-ROOT = Path(__file__).parent.parent
 WORDS = Vocabulary(["<eos>", "<unk>", "the", "cat"], lower_case=True)
 
 
@@ -81,22 +76,10 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def command(*arguments):
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla")}
-    return subprocess.run(
-        [sys.executable, "-m", "deq_flax.generate", *arguments],
-        cwd=ROOT,
-        env=os.environ | cache,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_the_command(checkpoint):
     arguments = ["--checkpoint", str(checkpoint), "--vocabulary", str(checkpoint / "words.txt"), "--prompt", "w5 w7 dog"]
     options = ["--tokens=12", "--temperature=0.8", "--top_k=20", "--top_p=0.9", "--seed=3", "--memory=20"]
-    done = command(*arguments, *options)
+    done = command("generate", *arguments, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("w5 w7 <unk>")
     assert len(done.stdout.replace("\n", " <eos> ").split()) == 3 + 12 + 1
@@ -105,5 +88,5 @@ def test_the_command(checkpoint):
 
 
 def test_a_mistake_is_one_line(checkpoint):
-    done = command("--checkpoint", str(checkpoint), "--prompt", "the")
+    done = command("generate", "--checkpoint", str(checkpoint), "--prompt", "the")
     assert done.returncode == 2 and "give --vocabulary FILE" in done.stderr and done.stderr.count("\n") == 1

@@ -9,7 +9,8 @@ import sys
 import pytest
 import yaml
 
-from tests.train.commands import ROOT, arguments, finish, metrics, read_until, start
+from tests.commands import ROOT
+from tests.train.commands import arguments, finish, metrics, read_until, start
 
 TPU = {"NAME": "deq", "TYPE": "v5litepod-16", "ZONE": "us-west4-a", "REPOSITORY": str(ROOT)}
 

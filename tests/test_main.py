@@ -1,14 +1,14 @@
 """The command, as a user meets it."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.commands import command
+
+main = partial(command, "main", timeout=280)
 QUICK = [
     f"--config.{option}"
     for option in (
@@ -28,22 +28,11 @@ QUICK = [
 ]
 
 
-def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "deq_flax.main", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla")} | environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A tiny run from the command line, and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    return workdir, command("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK)
+    return workdir, main("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK)
 
 
 def test_trains_and_says_how_it_went(trained):
@@ -57,7 +46,7 @@ def test_trains_and_says_how_it_went(trained):
 
 def test_the_same_command_again_says_that_the_run_is_complete(trained):
     workdir, first = trained
-    again = command("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK)
+    again = main("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK)
     assert again.returncode == 0 and "this run is complete" in again.stdout
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
 
@@ -65,7 +54,7 @@ def test_the_same_command_again_says_that_the_run_is_complete(trained):
 def test_eval_reports_the_best_checkpoint_and_changes_nothing(trained):
     workdir, first = trained
     before = (workdir / "metrics.jsonl").read_bytes()
-    result = command("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), "--mode", "eval", *QUICK)
+    result = main("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), "--mode", "eval", *QUICK)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].split("|")[1:] == first.stdout.splitlines()[-1].split("|")[1:]
     assert (workdir / "metrics.jsonl").read_bytes() == before
@@ -74,7 +63,7 @@ def test_eval_reports_the_best_checkpoint_and_changes_nothing(trained):
 def test_a_workdir_of_another_config_is_left_alone(trained):
     workdir, _ = trained
     before = (workdir / "config.json").read_bytes()
-    result = command(
+    result = main(
         "--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK, "--config.optimizer.learning_rate=0.5"
     )
     assert result.returncode == 2
@@ -131,23 +120,13 @@ def bad_inputs(tmp_path):
 
 def test_every_mistake_is_one_line_and_exit_code_2_and_leaves_nothing_behind(tmp_path):
     cases = bad_inputs(tmp_path)
-    for start in range(0, len(cases), 2):  # two at a time: each starts a Python of its own
-        running = {
-            name: subprocess.Popen(
-                [sys.executable, "-m", "deq_flax.main", *cases[name][0]],
-                cwd=ROOT,
-                env=os.environ,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for name in list(cases)[start : start + 2]
-        }
-        for name, process in running.items():
-            out, err = process.communicate(timeout=120)
-            lines = [line for line in err.splitlines() if line.strip()]
-            assert process.returncode == 2, (name, out, err)
-            assert len(lines) == 1 and lines[0].startswith("error: "), (name, err)
-            assert cases[name][1] in lines[0], (name, err)
-            assert "compiling" not in out, name
-        assert not (tmp_path / "run").exists(), list(running)
+    with ThreadPoolExecutor(2) as pool:  # two at a time: each starts a Python of its own
+        results = list(pool.map(lambda case: command("main", *case[0]), cases.values()))
+    for (name, (_, mentioned)), result in zip(cases.items(), results, strict=True):
+        out, err = result.stdout, result.stderr
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert result.returncode == 2, (name, out, err)
+        assert len(lines) == 1 and lines[0].startswith("error: "), (name, err)
+        assert mentioned in lines[0], (name, err)
+        assert "compiling" not in out, name
+    assert not (tmp_path / "run").exists()

@@ -1,7 +1,6 @@
 """The command that draws a run."""
 
 import json
-import subprocess
 import sys
 
 import jax
@@ -15,8 +14,8 @@ from deq_flax import plot
 from deq_flax.errors import UserError
 from deq_flax.plot_model import branch_residuals, draw_confusion
 from deq_flax.tasks import make_task
+from tests.commands import command
 from tests.tasks.images import classification, write_labelled
-from tests.test_main import ROOT
 
 LINES = [
     {"step": 10, "split": "train", "loss": 3.0, "ppl": 20.1, "forward_nfe": 9.0, "forward_residual": 1e-3},
@@ -32,14 +31,8 @@ def write_run(folder, lines=LINES):
     return folder
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "deq_flax.plot", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
 def test_curves_are_drawn_of_what_a_run_has(tmp_path):
-    result = command("--workdir", str(write_run(tmp_path / "run")))
+    result = command("plot", "--workdir", str(write_run(tmp_path / "run")))
     assert result.returncode == 0, result.stderr
     for name in ("curves", "solver"):
         pixels = np.asarray(Image.open(tmp_path / "run" / "plots" / f"{name}.png").convert("RGB"))

@@ -1,11 +1,10 @@
 """The examples of the READMEs run as they stand."""
 
-import pathlib
 import re
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.commands import ROOT
 
 
 @pytest.mark.parametrize("file", ["README.md", "deq_flax/equilibrium/README.md"])

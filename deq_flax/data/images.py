@@ -13,6 +13,7 @@ from deq_flax.data.cifar import load_cifar10
 from deq_flax.data.idx import load_idx
 from deq_flax.data.image_files import Damaged, FileTree, is_image
 from deq_flax.data.labelled import AUGMENTS, ArrayExamples, Augment, EncodedExamples
+from deq_flax.data.splits import ON_DISK, SPLITS, Splits
 from deq_flax.errors import UserError
 
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -21,8 +22,6 @@ _FOLDERS_WANTED = (
     "set data.path to a folder or zip file of {train,val[,test]}/CLASS/*.JPEG, or to the folder of *-{train,validation}"
     ".array_record-*; ImageNet is published at image-net.org (ILSVRC 2012) for those who sign up"
 )
-_SPLITS = {"train": ("train",), "valid": ("val", "valid", "validation"), "test": ("test",)}
-"""What a split is called on disk."""
 
 Labelled = ArrayExamples | EncodedExamples
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -51,20 +50,11 @@ class ImageOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData:
-    """Three splits. Where a data set has no validation or no test split of its own, one of the two stands for both."""
+class ImageData(Splits[Labelled]):
+    """Where a data set has no validation or no test split of its own, one of the two stands for both."""
 
-    train: Labelled
-    valid: Labelled
-    test: Labelled
     class_names: tuple[str, ...]
     damaged: Damaged
-
-    def split(self, name: str) -> Labelled:
-        """The examples of 'train', 'valid' or 'test'. Raises UserError for another name."""
-        if name not in _SPLITS:
-            raise UserError(f"no split {name!r}; known: {', '.join(_SPLITS)}")
-        return getattr(self, name)
 
 
 def load_images(name: str, path: str, options: ImageOptions) -> ImageData:
@@ -150,13 +140,12 @@ def _folders(path: str, options: ImageOptions) -> ImageData:
 
 def _from_tree(tree: FileTree, options: ImageOptions, damaged: Damaged) -> tuple[dict[str, EncodedExamples], tuple[str, ...]]:
     """Images below .../SPLIT/CLASS/, at any depth; classes in the order of their names, as is usual."""
-    on_disk = {alias: split for split, aliases in _SPLITS.items() for alias in aliases}
     found: dict[str, list[tuple[str, str]]] = {}
     for name in filter(is_image, tree.names()):
         parts = name.split("/")
-        at = next((i for i, part in enumerate(parts[:-2]) if part in on_disk), None)
+        at = next((i for i, part in enumerate(parts[:-2]) if part in ON_DISK), None)
         if at is not None:
-            found.setdefault(on_disk[parts[at]], []).append((name, parts[at + 1]))
+            found.setdefault(ON_DISK[parts[at]], []).append((name, parts[at + 1]))
     classes = sorted({kind for _, kind in found.get("train", ())})
     unknown = sorted({kind for named in found.values() for _, kind in named} - set(classes))
     if classes and unknown:
@@ -177,8 +166,8 @@ def _from_records(
     place: Path, shards: dict[str, list[Path]], options: ImageOptions, damaged: Damaged
 ) -> tuple[dict[str, EncodedExamples], tuple[str, ...]]:
     classes, examples = read_classes(place), {}
-    for split, aliases in _SPLITS.items():
-        files = [file for alias in aliases for file in shards.get(alias, ())]
+    for split in SPLITS:
+        files = [file for name, meant in ON_DISK.items() if meant == split for file in shards.get(name, ())]
         if files:
             records = ArrayRecords(files, classes)
             names = [str(i) for i in range(len(records))]

@@ -10,6 +10,7 @@ import numpy as np
 
 from deq_flax.data.image_files import Damaged, FileTree, is_image
 from deq_flax.data.scenes import IGNORE, Scene, SceneExamples
+from deq_flax.data.splits import ON_DISK, Splits
 from deq_flax.errors import UserError
 
 CITYSCAPES = {
@@ -19,8 +20,6 @@ CITYSCAPES = {
 }  # fmt: skip
 """The classes that are scored, in order, by their labelIds."""
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
-SPLITS = {"train": ("train",), "valid": ("val", "valid", "validation"), "test": ("test",)}
-"""What a split is called on disk."""
 
 _PUBLISHED = {
     "cityscapes": "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_gtFine_labelIds.png; published "
@@ -49,20 +48,11 @@ class SceneOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneData:
-    """Three splits. Where there is no 'test' with labels, 'valid' stands for it."""
+class SceneData(Splits[SceneExamples]):
+    """Where there is no 'test' with labels, 'valid' stands for it."""
 
-    train: SceneExamples
-    valid: SceneExamples
-    test: SceneExamples
     class_names: tuple[str, ...]
     damaged: Damaged
-
-    def split(self, name: str) -> SceneExamples:
-        """The scenes of 'train', 'valid' or 'test'. Raises UserError for another name."""
-        if name not in SPLITS:
-            raise UserError(f"no split {name!r}; known: {', '.join(SPLITS)}")
-        return getattr(self, name)
 
 
 def load_scenes(name: str, path: str, options: SceneOptions, *, num_classes: int = 0) -> SceneData:
@@ -146,13 +136,12 @@ def _cityscapes(names: Iterable[str]) -> dict[str, list[Scene]]:
 
 def _beside(names: Iterable[str]) -> dict[str, list[Scene]]:
     """Pairs of the same stem in folders of images and of labels, in any of the usual orders."""
-    on_disk = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
     images: dict[tuple[str, str], str] = {}
     masks: dict[tuple[str, str], str] = {}
     for name in filter(is_image, names):
         *folders, file = name.split("/")
-        annotated = [folder for folder in folders if folder.endswith("annot") and folder.removesuffix("annot") in on_disk]
-        splits = [on_disk[folder.removesuffix("annot")] for folder in folders if folder.removesuffix("annot") in on_disk]
+        annotated = [folder for folder in folders if folder.endswith("annot") and folder.removesuffix("annot") in ON_DISK]
+        splits = [ON_DISK[folder.removesuffix("annot")] for folder in folders if folder.removesuffix("annot") in ON_DISK]
         if splits:
             kind = masks if annotated or any(folder in _MASK_FOLDERS for folder in folders) else images
             kind[splits[0], file.rsplit(".", 1)[0]] = name
@@ -166,11 +155,10 @@ def _from_lists(tree: FileTree, names: Iterable[str]) -> dict[str, list[Scene]]:
     """Pairs in lists at the top, one pair a line; empty if there are no lists."""
     named = set(names)
     scenes: dict[str, list[Scene]] = {}
-    for split, aliases in SPLITS.items():
-        for alias in aliases:
-            file = next((f"{alias}{suffix}" for suffix in (".lst", ".txt") if f"{alias}{suffix}" in named), None)
-            if file:
-                scenes[split] = _pairs(tree, file, named)
+    for name, split in ON_DISK.items():
+        file = next((f"{name}{suffix}" for suffix in (".lst", ".txt") if f"{name}{suffix}" in named), None)
+        if file:
+            scenes[split] = _pairs(tree, file, named)
     return scenes
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from deq_flax.data.pydoc_text import pydoc_corpus
-from deq_flax.data.text_files import SPLITS, Layout, find_texts
+from deq_flax.data.splits import SPLITS, Splits
+from deq_flax.data.text_files import Layout, find_texts
 from deq_flax.data.token_cache import load_or_encode
 from deq_flax.data.vocabulary import Vocabulary
 from deq_flax.errors import UserError
@@ -36,21 +37,12 @@ NAMES = (*LAYOUTS, "tokens", "pydoc")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
+class Corpus(Splits[np.ndarray]):
     """A text as token ids. Each split is (N,) of an integer type (int32 unless the ids came ready made), perhaps a memmap."""
 
-    train: np.ndarray
-    valid: np.ndarray
-    test: np.ndarray
     vocab_size: int
     vocabulary: Vocabulary | None = None
     """None where only ids are known."""
-
-    def split(self, name: str) -> np.ndarray:
-        """The tokens of 'train', 'valid' or 'test'. Raises UserError for another name."""
-        if name not in SPLITS:
-            raise UserError(f"no split {name!r}; known: {', '.join(SPLITS)}")
-        return getattr(self, name)
 
     def unigram_nll(self, split: str) -> float:
         """Nats per token of a split under the training frequencies with add-one smoothing: what a model must beat.

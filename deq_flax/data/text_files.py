@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from deq_flax.data.splits import SPLITS
 from deq_flax.errors import UserError
 
-SPLITS = ("train", "valid", "test")
 PIECE_BYTES = 1 << 20
 """Small: the words of a piece are Python strings, 20 times its size, and are faster while they fit the processor's cache."""
 

@@ -68,6 +68,14 @@ def is_step(folder: Path) -> bool:
     return (folder / "meta").is_dir()
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by the path to them, such as `opt/0/mu/embed/w`. The structure itself is the template's affair."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves have the same path"
+    return named
+
+
 def make_record(
     step: int,
     trees: Mapping[str, Any],
@@ -79,7 +87,7 @@ def make_record(
     record = dict(meta) | {
         "step": int(step),
         "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
-        "arrays": {item: {name: describe(leaf) for name, leaf in _named(tree).items()} for item, tree in trees.items()},
+        "arrays": {item: {name: describe(leaf) for name, leaf in named_leaves(tree).items()} for item, tree in trees.items()},
         "versions": {"format": 1, "jax": jax.__version__, "orbax": ocp.__version__},
     }
     return record | {"checksum": _json_checksum(record, data)}
@@ -89,7 +97,7 @@ def storable(trees: Mapping[str, Any]) -> dict[str, dict]:
     """Each tree as nested dictionaries of arrays. Orbax refuses arrays without elements: the record alone remembers them."""
     nested = {}
     for item, tree in trees.items():
-        leaves = {name: leaf for name, leaf in _named(tree).items() if np.size(leaf)}
+        leaves = {name: leaf for name, leaf in named_leaves(tree).items() if np.size(leaf)}
         # An array of the caller's may change while the checkpoint is written; Orbax copies those of the device itself.
         leaves = {name: leaf if isinstance(leaf, jax.Array) else np.array(leaf) for name, leaf in leaves.items()}
         if leaves:
@@ -152,14 +160,14 @@ def borrow(folder: Path, *, params: Any, variables: Any, head: str) -> Borrowed:
     own = {item: params, "rest": {"variables": variables}}
     trees, names = {}, {"loaded": [], "fresh": [], "unused": []}
     for item, template in own.items():
-        leaves, prefix = _named(template), "variables/" if item == "rest" else ""
+        leaves, prefix = named_leaves(template), "variables/" if item == "rest" else ""
         found = {name: entry for name, entry in record["arrays"][item].items() if name.startswith(prefix)}
         inside = {name for name in leaves.keys() | found.keys() if name.startswith(f"{prefix}{head}/")}
         other = {name for name in inside if name not in leaves or name not in found or not _fits(leaves[name], found[name])}
         wanted = _nest({name: leaf for name, leaf in leaves.items() if name not in other})
         described = {name: entry for name, entry in found.items() if name not in other}
         _require_same(folder, item, wanted, described)
-        read = _named(_read_tree(folder, item, wanted, described))
+        read = named_leaves(_read_tree(folder, item, wanted, described))
         trees[item] = jax.tree.unflatten(jax.tree.structure(template), [read.get(name, leaf) for name, leaf in leaves.items()])
         names["loaded"] += [*read]
         names["fresh"] += [name for name in leaves if name in other]
@@ -174,7 +182,7 @@ def _fits(leaf: Any, entry: Mapping[str, Any]) -> bool:
 
 def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, Any]) -> Any:
     """`described`: what the record says of the leaves of the template, which may be a part of the item only."""
-    wanted = _named(template)
+    wanted = named_leaves(template)
     stored = {name: leaf for name, leaf in wanted.items() if np.prod(described[name]["shape"])}
     read = {}
     if stored:
@@ -183,7 +191,7 @@ def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, A
         request = ocp.args.PyTreeRestore(item=_nest(specs), restore_args=_nest(arguments), partial_restore=True)
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                read = _named(reader.restore(folder / item, args=request))
+                read = named_leaves(reader.restore(folder / item, args=request))
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # of many types, see the module's head
@@ -200,7 +208,7 @@ def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, A
 
 def _require_same(folder: Path, item: str, template: Any, described: Mapping[str, Any]) -> None:
     """Compares names, shapes and types before Orbax meets them: its own complaint would be pages long."""
-    wanted = {name: (tuple(np.shape(leaf)), str(dtype_of(leaf))) for name, leaf in _named(template).items()}
+    wanted = {name: (tuple(np.shape(leaf)), str(dtype_of(leaf))) for name, leaf in named_leaves(template).items()}
     found = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in described.items()}
     lines = []
     for name in [*wanted, *(name for name in found if name not in wanted)]:
@@ -235,14 +243,6 @@ def _like(leaf: Any, value: Any) -> Any:
             return value
         return jnp.array(value) if sharding is None else place(value, sharding)
     return value if isinstance(leaf, np.ndarray) else type(leaf)(value[()])
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by the path to them, such as `opt/0/mu/embed/w`. The structure itself is the template's affair."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    assert len(named) == len(leaves), "two leaves have the same path"
-    return named
 
 
 def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:

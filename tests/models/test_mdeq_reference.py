@@ -19,8 +19,6 @@ from tests.reference import QUICK_COMPILE, flat, load
 TIGHT = Broyden(tol=1e-12, max_steps=120)
 jit = partial(jax.jit, compiler_options=QUICK_COMPILE)
 
-MARKED = [pytest.param(name, marks=pytest.mark.slow if "cls4" in name else ()) for name in reference.FIXTURES]
-
 
 def predict(model, images, solver, gradient, train):
     """Logits at the resolution of the authors' loss, which for segmentation is that of the first branch, and the branches."""
@@ -92,7 +90,7 @@ def same_gradients(gradient, arrays, prefix, table, error=1e-6):
         assert np.linalg.norm(ours[path] - x) <= error * max(np.linalg.norm(x), 1e-6 * whole), path
 
 
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("name", reference.FIXTURES)
 def test_evaluation(name):
     arrays, _, (graph, params, variables) = fixture(name)
     with jax.enable_x64(True):
@@ -105,7 +103,7 @@ def test_evaluation(name):
     jax.tree.map(np.testing.assert_array_equal, flat(after), flat(variables))
 
 
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("name", reference.FIXTURES)
 def test_training_step(name):
     arrays, table, ((loss, (logits, z, after)), gradient) = trained(name)
     all_close(z, reference.branches(arrays, "train/z_star"), 1e-8)
@@ -133,7 +131,7 @@ def test_phantom_gradient(name):
     same_gradients(gradient, arrays, "phantom5_tau0.7_train", table)
 
 
-@pytest.mark.parametrize("name", MARKED[:-1])
+@pytest.mark.parametrize("name", reference.FIXTURES[:-1])
 def test_float32(name):
     arrays = load(name)
     graph, params, variables = nnx.split(reference.build(name, wide=False), nnx.Param, ...)

@@ -95,9 +95,7 @@ def run(graph, state, images):
     return out.logits if out.logits.ndim == 2 else model.head(out.branches, False)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "cls4" in name else ()) for name in reference.FIXTURES]
-)
+@pytest.mark.parametrize("name", reference.FIXTURES)
 def test_converted_weights_give_the_authors_logits_and_go_back_unchanged(name, tmp_path):
     model, arrays = load_model(converted(name, tmp_path / "dir")).model, load(name)
     logits = run(*nnx.split(model), reference.images(arrays).astype(np.float32))

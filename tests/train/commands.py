@@ -2,11 +2,10 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from tests.commands import CACHE, ROOT
 
 OPTIONS = {
     "train.log_every": 1,
@@ -42,7 +41,7 @@ def start(program, *arguments, devices=1, **environment):
     """A process whose output is read line by line."""
     settings = {
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),

@@ -3,7 +3,6 @@
 import json
 import zlib
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,7 +10,7 @@ from PIL import Image
 
 from deq_flax.errors import UserError
 from deq_flax.train.checkpoint import Checkpoints, borrow_params
-from deq_flax.train.checkpoint_step import read_record
+from deq_flax.train.checkpoint_step import named_leaves, read_record
 from deq_flax.train.step import split_model
 from tests.tasks.images import classification, segmentation, write_labelled, write_scenes
 from tests.train.small import run
@@ -111,16 +110,12 @@ def test_segmentation_starts_from_a_classifier(whole, scenes, tmp_path, capsys):
     described = stored(tmp_path / "run", result.step)["params"]
     near = [name for name in described if not name.startswith("head/")]
     assert near and all(source["params"][name]["shape"] == described[name]["shape"] for name in near)
-    for name, leaf in named(borrowed.params).items():
+    for name, leaf in named_leaves(borrowed.params).items():
         if not name.startswith("head/"):
             assert crc(leaf) == source["params"][name]["crc32"]
-    for name, leaf in named(borrowed.variables).items():
+    for name, leaf in named_leaves(borrowed.variables).items():
         if not name.startswith("head/"):
             assert crc(leaf) == source["rest"][f"variables/{name}"]["crc32"]
-
-
-def named(tree):
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def crc(leaf):
