@@ -58,6 +58,7 @@ def main() -> int:
     try:
         sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
         loaded = load_model(_CHECKPOINT.value or "")
+        cli.require(loaded.config["task"] == "language", "--checkpoint: only a DEQ-Transformer writes")
         vocabulary = find_vocabulary(Path(_CHECKPOINT.value or ""), loaded.config, _VOCABULARY.value)
         ids = encode_prompt(_PROMPT.value or "", vocabulary, loaded.config["data"]["name"])
         memory = _MEMORY.value if _MEMORY.value is not None else default_memory(loaded.config)

@@ -110,7 +110,7 @@ def _draw_model(pyplot: Any, workdir: Path, folder: Path) -> None:
         config = {name: _tuples(section) for name, section in config.items()}
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {workdir / 'config.json'}: {error}") from error
-    if config["task"] == "language":
+    if "language" in config["task"]:
         return
     task = make_task(config)
     if isinstance(task, HasPictures):

@@ -11,11 +11,13 @@ from flax import nnx
 from deq_flax.errors import UserError
 from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.models.mdeq import MDEQ
+from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.train.checkpoint import load_meta, load_params
 from deq_flax.train.step import split_model
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "language": DEQTransformer,
+    "explicit_language": TransformerXL,
     "classification": partial(MDEQ, head="classification"),
     "segmentation": partial(MDEQ, head="segmentation"),
 }
@@ -47,7 +49,7 @@ def stored_config(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The config in a checkpoint's `meta`, its `model.vocab_size` taken from the arrays where it was left to the text."""
     try:
         config = meta["config"]
-        if config["task"] != "language" or config["model"]["vocab_size"]:
+        if "vocab_size" not in config["model"] or config["model"]["vocab_size"]:
             return config
         tables = {name: x["shape"] for name, x in meta["arrays"]["params"].items() if name.startswith("embedding/tables_NE/")}
         return config | {"model": config["model"] | {"vocab_size": sum(shape[0] for shape in tables.values())}}

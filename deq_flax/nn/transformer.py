@@ -65,7 +65,7 @@ class TransformerCell(nnx.Module):
     and kernels start at N(0, 0.01^2) under weight norm too.
 
     Raises:
-      ValueError: `affine_norm` without `pre_norm`, or a rate outside [0, 1).
+      ValueError: `affine_norm` without `pre_norm`, a negative span, or a rate outside [0, 1).
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class TransformerCell(nnx.Module):
         dtype="float32",
         rngs,
     ):
+        if local_size < 0:
+            raise ValueError(f"local_size must not be negative, got {local_size}")
         if affine_norm and not pre_norm:
             raise ValueError("affine_norm is for pre_norm only: set pre_norm too")
         check_rate("dropout", dropout)
@@ -125,10 +127,12 @@ class TransformerCell(nnx.Module):
     def context(self, injection_BLJ, memory, positions_KD, masks=None):
         """Compute once what every evaluation for these inputs shares.
 
-        positions_KD: `position_encoding` of memory and segment together, K = M + L. masks: from `draw_masks`, or None.
+        injection_BLJ, and the memory's: of size 1 along B and L, where it is the same everywhere. positions_KD:
+        `position_encoding` of memory and segment together, K = M + L. masks: from `draw_masks`, or None.
         """
         masks = masks or Masks()
-        n_memory, (length, dtype) = memory.states_BMD.shape[1], (injection_BLJ.shape[1], injection_BLJ.dtype)
+        n_memory, dtype = memory.states_BMD.shape[1], injection_BLJ.dtype
+        length = positions_KD.shape[0] - n_memory
         kernel_D3HE = self.qkv.kernel().reshape(self.d_model, 3, self.n_head, self.d_head)
         content_HE, position_HE = self.content_bias_HE[...], self.position_bias_HE[...]
         scale = self.d_head**-0.5

@@ -6,10 +6,15 @@ from typing import Any
 from deq_flax.errors import UserError
 from deq_flax.task import Task
 from deq_flax.tasks.classification import ClassificationTask
-from deq_flax.tasks.language import LanguageTask
+from deq_flax.tasks.language import ExplicitLanguageTask, LanguageTask
 from deq_flax.tasks.segmentation import SegmentationTask
 
-TASKS: dict[str, type] = {"language": LanguageTask, "classification": ClassificationTask, "segmentation": SegmentationTask}
+TASKS: dict[str, type] = {
+    "language": LanguageTask,
+    "explicit_language": ExplicitLanguageTask,
+    "classification": ClassificationTask,
+    "segmentation": SegmentationTask,
+}
 
 
 def make_task(config: Mapping[str, Any]) -> Task:

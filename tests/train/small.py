@@ -49,3 +49,11 @@ def run(config, workdir, wrap=lambda task: task):
     """Train as the command does; `wrap` may put something between the trainer and its task."""
     sections = {name: config[name] for name in ("optimizer", "train", "mesh", "checkpoint")}
     return train(wrap(make_task(config)), workdir=workdir, config=config, **sections)
+
+
+def explicit(config):
+    """The same with layers instead of an equilibrium."""
+    return {name: section for name, section in config.items() if name != "deq"} | {
+        "task": "explicit_language",
+        "model": config["model"] | {"blocks": 2},
+    }

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from deq_flax.errors import UserError
+from deq_flax.models.transformer_xl import TransformerXL
+from deq_flax.pretrained import load_model
 from deq_flax.task import Phase
 from deq_flax.tasks import make_task
 from deq_flax.train import loop
 from deq_flax.train.checkpoint import Checkpoints
 from deq_flax.train.mesh import make_mesh
-from tests.train.small import config, run, write_tokens
+from tests.train.small import config, explicit, run, write_tokens
 
 SPEED = ("steps_per_second", "tokens_per_second")
 
@@ -75,6 +77,20 @@ def test_a_run_crashed_twice_is_bit_identical_to_one_never_stopped(folder, unint
     run(config(folder), tmp_path)
     assert metrics(tmp_path) == metrics(uninterrupted)
     assert arrays(tmp_path, 8) == arrays(uninterrupted, 8)
+
+
+def test_layers_instead_of_an_equilibrium_train_and_resume_too(folder, tmp_path):
+    c = explicit(config(folder, train={"steps": 12}))
+    with pytest.raises(RuntimeError, match="crash"):
+        run(c, tmp_path / "crashed", crash_at(5))
+    for name in ("crashed", "whole"):
+        run(c, tmp_path / name)
+    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "whole")
+    assert arrays(tmp_path / "crashed", 12) == arrays(tmp_path / "whole", 12)
+    lines = metrics(tmp_path / "whole")
+    assert lines[-1]["loss"] < lines[0]["loss"] and "forward_nfe" not in lines[0]
+    loaded = load_model(tmp_path / "whole")
+    assert isinstance(loaded.model, TransformerXL) and len(loaded.model.cells) == 2
 
 
 def test_a_stop_signal_saves_and_the_run_goes_on_from_there(folder, uninterrupted, tmp_path):
@@ -189,7 +205,7 @@ def test_the_host_reads_a_step_only_after_sending_the_next(folder, tmp_path, mon
 
         return send
 
-    flush = loop._Log.flush
+    flush = loop.Log.flush
 
     def read(self):
         if self._pending is not None:
@@ -197,7 +213,7 @@ def test_the_host_reads_a_step_only_after_sending_the_next(folder, tmp_path, mon
         flush(self)
 
     monkeypatch.setattr(loop, "make_train_step", recording)
-    monkeypatch.setattr(loop._Log, "flush", read)
+    monkeypatch.setattr(loop.Log, "flush", read)
     c = config(folder, deq={"pretrain_steps": 0, "jacobian_weight": 0.0}, train={"eval_every": 0, "checkpoint_every": 8})
     run(c, tmp_path)
     for step in range(2, 8):

@@ -1,0 +1,84 @@
+"""Laws of the Transformer-XL that equilibria are compared with."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deq_flax.models.transformer_xl import TransformerXL
+from deq_flax.nn.attention import position_encoding
+from deq_flax.nn.transformer import Memory
+
+SIZES = dict(vocab_size=50, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=24, cutoffs=(20,), div_value=2)
+
+
+def build(blocks=3, **options):
+    """Kernels large enough for every layer to matter."""
+    model = TransformerXL(**SIZES, blocks=blocks, **options, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    random = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: jnp.asarray(random.normal(scale=0.3, size=x.shape), x.dtype), state)
+    return nnx.merge(graph, state)
+
+
+def tokens(length=12):
+    return jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, length)), jnp.int32)
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{"weight_norm": False}, {"pre_norm": True, "affine_norm": True}])
+def test_segments_with_enough_memory_equal_the_whole(options):
+    """Each layer's memory holds the inputs that the layer had: nothing is lost by cutting."""
+    model = build(mem_len=12, **options)
+    whole = model(tokens(), model.fresh_memory(2)).hidden_BLD
+    memory, parts = model.fresh_memory(2), []
+    for start, end in ((0, 5), (5, 6), (6, 12)):
+        output = model(tokens()[:, start:end], memory)
+        memory = output.memory
+        parts.append(output.hidden_BLD)
+    close(jnp.concatenate(parts, axis=1), whole)
+    assert memory.states_BNMD.shape == (2, 3, 12, 16) and memory.length_B.tolist() == [12, 12]
+    forgetful = build(mem_len=2, **options)
+    memory = forgetful(tokens()[:, :6], forgetful.fresh_memory(2)).memory
+    assert np.abs(forgetful(tokens()[:, 6:], memory).hidden_BLD - whole[:, 6:]).max() > 1e-3
+
+
+def test_layers_are_the_cell_of_the_equilibrium_one_after_the_other():
+    """Without memory: the embeddings sent through each cell, nothing injected."""
+    model = build(weight_norm=False)
+    x = model.embed(tokens())
+    nothing = Memory(jnp.zeros((2, 0, 16)), jnp.zeros((2, 0, 48)), jnp.zeros(2, jnp.int32))
+    for cell in model.cells:
+        x = cell(x, jnp.zeros((2, 12, 48)), nothing, position_encoding(12, 16))
+    close(model(tokens(), model.fresh_memory(2)).hidden_BLD, x)
+
+
+def test_later_tokens_leave_earlier_states_alone():
+    model = build(mem_len=4)
+    a, b = (model(x, model.fresh_memory(2)).hidden_BLD for x in (tokens(), tokens().at[:, 7].set(tokens()[:, 7] ^ 1)))
+    close(a[:, :7], b[:, :7])
+    assert np.abs(a[:, 7:] - b[:, 7:]).min() > 0
+
+
+def test_invalid_memory_is_not_seen():
+    model = build(mem_len=4)
+    memory = model.fresh_memory(2)
+    poisoned = memory._replace(states_BNMD=memory.states_BNMD + 3.0)
+    close(model(tokens(), poisoned).hidden_BLD, model(tokens(), memory).hidden_BLD)
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    model = build(mem_len=4, dropout=0.5, attention_dropout=0.5)
+    memory = model.fresh_memory(2)
+    dry, a, b, again = (model(tokens(), memory, key=k).hidden_BLD for k in (None, *map(jax.random.key, (0, 1, 0))))
+    assert np.array_equal(a, again) and not np.array_equal(a, b) and not np.array_equal(a, dry)
+
+
+def test_options_out_of_range_are_refused():
+    for options, word in (({"blocks": 0}, "blocks"), ({"mem_len": -1}, "mem_len"), ({"output_dropout": "x"}, "tokens")):
+        with pytest.raises(ValueError, match=word):
+            TransformerXL(**SIZES, **options, rngs=nnx.Rngs(0))
