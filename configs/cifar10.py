@@ -102,7 +102,8 @@ def _base() -> ConfigDict:
                 "tol": 1e-3,
                 "max_steps": 18,
                 "stop": "relative",
-                "gradient": "implicit",  # or phantom: through a few damped steps from the equilibrium
+                "memory": 0,  # iterates that Anderson combines, steps that Broyden keeps, both ways; 0: 6, and all
+                "gradient": "implicit",  # or phantom, of a few damped steps; reversible; unroll, of all max_steps evaluations
                 "backward_solver": "broyden",
                 "backward_tol": 1e-3,
                 "backward_max_steps": 20,

@@ -1,15 +1,19 @@
-"""Penn Treebank, word level, vocabulary 10,000: a DEQ-Transformer of 24.0M parameters.
+"""Penn Treebank, word level, vocabulary 10,000: DEQ-Transformers of 24.0M parameters, and what they are compared with.
 
     python -m deq_flax.main --config configs/ptb.py[:VARIANT] --workdir DIR
 
 | variant | what | test perplexity |
 |---|---|---|
-| base | 40,000 steps, about 96 epochs | published: none for a DEQ-Transformer; measured: see README |
+| base | Anderson and Jacobian regularisation; 40,000 steps, about 96 epochs | published: none; not trained here |
+| ift | Broyden both ways, no regularisation, no pretraining | not trained here |
+| reversible | a reversible iteration instead of solver and adjoint | not trained here |
+| deq_lm | three blocks in f, 12 evaluations unrolled, no solve | not trained here |
+| explicit | no equilibrium: a Transformer-XL of 8 layers | not trained here |
 | short | 600 steps of a model of 1.6M, on two CPU cores | measured: see README |
 
 For comparison: DEQ-TrellisNet with 24M parameters 57.1, a heavily regularised Transformer-XL with 24M 54.5.
 
-Parameters, with d = 480, one softmax over all words and its matrix tied to the embedding:
+Parameters of `base`, with d = 480, one softmax over all words and its matrix tied to the embedding:
     embedding and softmax  10,000 d + 10,000                  4.810M
     attention              3 d^2 (q, k, v) + d^2 (positions) + d^2 (output)   1.152M
     input injection        3 d^2 + 3 d                        0.693M
@@ -24,6 +28,38 @@ from ml_collections import ConfigDict
 
 VARIANTS = {
     "base": {},
+    "ift": {
+        "deq.solver": "broyden",
+        "deq.max_steps": 30,
+        "deq.backward_max_steps": 30,
+        "deq.jacobian_weight": 0.0,
+        "deq.max_steps_jitter": 0,
+        "deq.pretrain_steps": 0,
+    },
+    "reversible": {
+        "deq.gradient": "reversible",
+        "deq.jacobian_weight": 0.0,
+        "deq.max_steps_jitter": 0,
+        "deq.pretrain_steps": 0,
+    },
+    "deq_lm": {
+        "model.d_inner": 5_195,
+        "model.blocks": 3,
+        "model.pre_norm": True,
+        "model.affine_norm": True,
+        "deq.solver": "picard",
+        "deq.max_steps": 12,
+        "deq.gradient": "unroll",
+        "deq.jacobian_weight": 0.0,
+        "deq.max_steps_jitter": 0,
+        "deq.pretrain_steps": 0,
+    },
+    "explicit": {
+        "task": "explicit_language",
+        "model.d_inner": 1_292,
+        "model.blocks": 8,
+        "model.weight_norm": False,
+    },
     "short": {
         "data.batch_size": 16,
         "data.seq_len": 48,
@@ -68,7 +104,7 @@ def _base() -> ConfigDict:
                 "n_head": 8,
                 "d_head": 60,
                 "d_inner": 18_000,
-                "blocks": 1,  # in f, one after the other
+                "blocks": 1,  # in f, one after the other; of an explicit model, its layers
                 "cutoffs": (),
                 "div_value": 1,
                 "pre_norm": False,
@@ -86,7 +122,8 @@ def _base() -> ConfigDict:
                 "tol": 1e-3,
                 "max_steps": 16,
                 "stop": "relative",
-                "gradient": "implicit",  # or phantom: through a few damped steps; unroll: through max_steps evaluations
+                "memory": 0,  # iterates that Anderson combines, steps that Broyden keeps, both ways; 0: 6, and all
+                "gradient": "implicit",  # or phantom, of a few damped steps; reversible; unroll, of all max_steps evaluations
                 "backward_solver": "broyden",
                 "backward_tol": 1e-3,
                 "backward_max_steps": 16,
@@ -139,4 +176,6 @@ def get_config(variant: str = "base") -> ConfigDict:
         raise ValueError(f"unknown variant {variant!r} of ptb; known: {', '.join(VARIANTS)}")
     config = _base()
     config.update_from_flattened_dict(VARIANTS[variant])
+    if config.task == "explicit_language":
+        del config.deq
     return config.lock()

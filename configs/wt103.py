@@ -10,6 +10,7 @@
 | ift | Broyden both ways, no pretraining | 23.78 (150), 23.31 (480) | see README |
 | ift_jr | ift with Jacobian regularisation | 23.67 (150), 23.16 (480) | see README |
 | deq_lm | three blocks in f, 12 evaluations unrolled, no solve | 22.34 (150), 21.85 (480) | not trained here |
+| explicit | no equilibrium: a Transformer-XL of 12 layers and as many parameters | none | not trained here |
 | tiny | 4 heads of 24 on English that comes with Python, no download | none | see README |
 
 Cost: 300,000 steps of 56 x 150 tokens; the originals took 2.8 to 3.1 times a Transformer-XL's training time (1.5 with
@@ -67,6 +68,12 @@ VARIANTS = {
         "optimizer.warmup_steps": 8_000,
         "train.steps": 150_000,
     },
+    "explicit": {
+        "task": "explicit_language",
+        "model.d_inner": 2_486,
+        "model.blocks": 12,
+        "model.weight_norm": False,
+    },
     "tiny": {
         "data.name": "pydoc",
         "data.path": "",
@@ -117,7 +124,7 @@ def _base() -> ConfigDict:
                 "n_head": 10,
                 "d_head": 70,
                 "d_inner": 48_000,
-                "blocks": 1,  # in f, one after the other
+                "blocks": 1,  # in f, one after the other; of an explicit model, its layers
                 "cutoffs": (20_000, 40_000, 200_000),
                 "div_value": 4,
                 "pre_norm": False,
@@ -135,7 +142,8 @@ def _base() -> ConfigDict:
                 "tol": 1e-3,
                 "max_steps": 30,
                 "stop": "relative",
-                "gradient": "implicit",  # or phantom: through a few damped steps; unroll: through max_steps evaluations
+                "memory": 0,  # iterates that Anderson combines, steps that Broyden keeps, both ways; 0: 6, and all
+                "gradient": "implicit",  # or phantom, of a few damped steps; reversible; unroll, of all max_steps evaluations
                 "backward_solver": "broyden",
                 "backward_tol": 1e-3,
                 "backward_max_steps": 35,
@@ -188,4 +196,6 @@ def get_config(variant: str = "base") -> ConfigDict:
         raise ValueError(f"unknown variant {variant!r} of wt103; known: {', '.join(VARIANTS)}")
     config = _base()
     config.update_from_flattened_dict(VARIANTS[variant])
+    if config.task == "explicit_language":
+        del config.deq
     return config.lock()

@@ -90,8 +90,10 @@ def _evaluate(config: Mapping[str, Any], workdir: Path, checkpoint: str | None) 
     from deq_flax.train.evaluate import evaluate_checkpoint
     from deq_flax.train.processes import is_first, say
 
-    options, limit = config["eval"], config["deq"]["max_steps"]
+    options = config["eval"]
     for steps in options["max_steps_sweep"]:
+        cli.require("deq" in config, "eval.max_steps_sweep: there is no equilibrium to limit; set it to ()")
+        limit = config["deq"]["max_steps"]
         cli.require(
             isinstance(steps, int) and 1 <= steps <= limit,
             f"eval.max_steps_sweep holds {steps}: whole numbers from 1 to deq.max_steps ({limit}) are possible",

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from deq_flax.models.deq_transformer import DEQTransformer
+from deq_flax.models.transformer_xl import TransformerXL
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -27,8 +28,8 @@ KEYS = {
     "data": "name path cache batch_size seq_len eval_batch_size eval_seq_len",
     "model": "vocab_size d_model d_embed n_head d_head d_inner blocks cutoffs div_value pre_norm affine_norm weight_norm "
     "mem_len local_size dropout attention_dropout output_dropout dtype",
-    "deq": "solver tol max_steps stop gradient phantom_steps phantom_damping backward_solver backward_tol backward_max_steps "
-    "jacobian_weight jacobian_frequency pretrain_jacobian_weight "
+    "deq": "solver tol max_steps stop memory gradient phantom_steps phantom_damping backward_solver backward_tol "
+    "backward_max_steps jacobian_weight jacobian_frequency pretrain_jacobian_weight "
     "jacobian_increment jacobian_increment_every jacobian_stop jacobian_through_equilibrium max_steps_jitter pretrain_steps "
     "pretrain_layers",
     "optimizer": "name learning_rate warmup_steps schedule clip_norm weight_decay momentum nesterov",
@@ -42,8 +43,9 @@ KEYS = {
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_every_variant_has_the_keys_of_every_language_config(name, variant):
     config = LANGUAGE[name].get_config(variant).to_dict()
-    assert config.pop("task") == "language"
-    assert {section: set(values) for section, values in config.items()} == {s: set(k.split()) for s, k in KEYS.items()}
+    assert config.pop("task") == ("explicit_language" if variant == "explicit" else "language")
+    expected = {s: set(k.split()) for s, k in KEYS.items() if s != "deq" or variant != "explicit"}
+    assert {section: set(values) for section, values in config.items()} == expected
     types = [(s, k, type(v)) for s, values in config.items() for k, v in values.items()]
     base = LANGUAGE["wt103"].get_config().to_dict()
     assert types == [(s, k, type(base[s][k])) for s, k, _ in types]
@@ -104,20 +106,27 @@ def test_deq_lm_is_the_published_recipe():
     assert (config.optimizer.warmup_steps, config.train.steps) == (8_000, 150_000)
 
 
-@pytest.mark.parametrize(
-    ("name", "words", "millions"), [("wt103", 267_735, 98), ("wt103:deq_lm", 267_735, 98), ("ptb", 10_000, 24)]
-)
+def parameters(name, variant, words):
+    config = LANGUAGE[name].get_config(variant)
+    model_type = TransformerXL if variant == "explicit" else DEQTransformer
+    options = config.model.to_dict() | {"vocab_size": words}
+    model = nnx.eval_shape(lambda: model_type(**options, rngs=nnx.Rngs(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize(("name", "words", "millions"), [("wt103", 267_735, 98), ("ptb", 10_000, 24)])
 def test_sizes_are_as_stated(name, words, millions):
-    name, _, variant = name.partition(":")
-    options = LANGUAGE[name].get_config(variant or "base").model.to_dict() | {"vocab_size": words}
-    model = nnx.eval_shape(lambda: DEQTransformer(**options, rngs=nnx.Rngs(0)))
-    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
-    assert round(sum(sizes) / 1e6) == millions
+    """Those of the models that are compared with `base` too."""
+    base = parameters(name, "base", words)
+    assert round(base / 1e6) == millions
+    for variant in {"deq_lm", "explicit", "reversible", "ift"} & set(LANGUAGE[name].VARIANTS):
+        assert abs(parameters(name, variant, words) / base - 1) < 2e-3, variant
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_phases_follow_one_another(name, variant):
     config = LANGUAGE[name].get_config(variant)
     assert 0 <= config.optimizer.warmup_steps < config.train.steps
-    assert config.deq.pretrain_steps < config.train.steps
+    if "deq" in config:
+        assert config.deq.pretrain_steps < config.train.steps
     assert list(config.model.cutoffs) == sorted(config.model.cutoffs)

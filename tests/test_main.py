@@ -112,6 +112,10 @@ def bad_inputs(tmp_path):
         "unknown mode": ([*tiny, "--mode", "dance"], "dance"),
         "eval without checkpoint": ([*tiny, "--mode", "eval"], "no checkpoint"),
         "sweep above the limit": ([*tiny, "--mode", "eval", "--config.eval.max_steps_sweep=2,17"], "deq.max_steps (16)"),
+        "sweep without an equilibrium": (
+            ["--config", "configs/ptb.py:explicit", "--workdir", "x", "--mode", "eval", "--config.eval.max_steps_sweep=4"],
+            "no equilibrium",
+        ),
         "batch that cannot be split": ([*tiny, "--config.train.accumulate=5"], "must be a multiple of"),
         "more devices than there are": ([*tiny, "--config.mesh.data=4096"], "there are"),
         "unknown optimizer": ([*tiny, "--config.optimizer.name=adem"], "known: adam"),

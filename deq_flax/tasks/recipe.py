@@ -14,6 +14,7 @@ from deq_flax.equilibrium import (
     Gradient,
     Implicit,
     PhantomGradient,
+    Reversible,
     Solver,
     Unroll,
     fixed_point,
@@ -23,7 +24,7 @@ from deq_flax.equilibrium.solution import SolverStats, StopMode
 from deq_flax.errors import UserError
 from deq_flax.task import Controls, Metrics, Phase, average
 
-GRADIENTS = ("implicit", "phantom", "unroll")
+GRADIENTS = ("implicit", "phantom", "reversible", "unroll")
 """Those with options in a config."""
 
 UNSOLVED = 0.1
@@ -62,12 +63,15 @@ class EquilibriumRecipe:
     """Evaluations of f in it."""
     seed: int
     gradient: str = "implicit"
-    """How an equilibrium is differentiated: 'implicit', by the adjoint solver; 'phantom', through a few damped steps; 'unroll':
-    there is no solve in training, but `max_steps` evaluations, differentiated with rematerialisation."""
+    """How an equilibrium is differentiated: 'implicit', by the adjoint solver; 'phantom', through a few damped steps;
+    'reversible': of an iteration that is run backward again, which takes the place of the solver's; 'unroll': there is no solve
+    in training, but `max_steps` evaluations, differentiated with rematerialisation."""
     phantom_steps: int = 5
     phantom_damping: float = 0.5
     pretrain_jacobian_weight: float = 0.0
     """Weight of a Jacobian loss in pretraining, with the same frequency; 0 is none."""
+    memory: int = 0
+    """Iterates that Anderson's method combines, and steps that Broyden's keeps, both ways; 0: 6 and all."""
 
     def __post_init__(self):
         for name, known in ((self.solver, SOLVERS), (self.backward_solver, ADJOINT_SOLVERS)):
@@ -79,7 +83,7 @@ class EquilibriumRecipe:
             raise UserError(f"deq.max_steps_jitter must be at least 0 and below max_steps, not {self.max_steps_jitter}")
         if self.gradient not in GRADIENTS:
             raise UserError(f"unknown deq.gradient {self.gradient!r}; known: {', '.join(GRADIENTS)}")
-        not_negative = "jacobian_weight jacobian_increment_every jacobian_stop pretrain_steps pretrain_jacobian_weight"
+        not_negative = "jacobian_weight jacobian_increment_every jacobian_stop pretrain_steps pretrain_jacobian_weight memory"
         for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise UserError(f"deq.{name} must not be negative, but is {getattr(self, name)}")
@@ -90,7 +94,7 @@ class EquilibriumRecipe:
 
     @property
     def forward_solver(self) -> Solver:
-        return SOLVERS[self.solver](tol=self.tol, max_steps=self.max_steps, stop=self.stop)
+        return self._solver(self.solver, self.tol, self.max_steps)
 
     def gradient_of(self, phase: Phase | None) -> Gradient:
         """How a phase differentiates; evaluation, None, solves."""
@@ -100,10 +104,15 @@ class EquilibriumRecipe:
             return Unroll(self.max_steps, remat=True)
         if self.gradient == "phantom":
             return PhantomGradient(steps=self.phantom_steps, damping=self.phantom_damping)
-        name, tol, max_steps = self.backward_solver, self.backward_tol, self.backward_max_steps
-        if name in SOLVERS:
-            return Implicit(solver=SOLVERS[name](tol=tol, max_steps=max_steps, stop=self.stop))
-        return Implicit(solver=ADJOINT_SOLVERS[name](tol=tol, max_steps=max_steps))  # it stops by the relative residual alone
+        if self.gradient == "reversible":
+            return Reversible()
+        return Implicit(solver=self._solver(self.backward_solver, self.backward_tol, self.backward_max_steps))
+
+    def _solver(self, name: str, tol: float, max_steps: int) -> Any:
+        if name not in SOLVERS:
+            return ADJOINT_SOLVERS[name](tol=tol, max_steps=max_steps)  # it stops by the relative residual alone
+        kept: dict[str, Any] = {"memory": self.memory} if self.memory and name != "picard" else {}
+        return SOLVERS[name](tol=tol, max_steps=max_steps, stop=self.stop, **kept)
 
     def model_options(
         self, phase: Phase | None, controls: Controls | None, key: Any, probe: jax.Array | None

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_flax import Anderson, Implicit, PhantomGradient, Unroll, fixed_point
+from deq_flax import Anderson, Implicit, PhantomGradient, Reversible, Unroll, fixed_point
 from deq_flax.errors import UserError
 from deq_flax.task import Phase
 from deq_flax.tasks.recipe import EquilibriumRecipe, solver_metrics, without_what_did_not_happen
@@ -26,6 +26,21 @@ def test_pretraining_is_unrolled_and_without_jacobian_loss():
     assert not any(r.phase(step).unrolled for step in range(50, 500))
     assert r.gradient_of(Phase(unrolled=True)) == Unroll(2)
     assert isinstance(r.gradient_of(Phase()), Implicit) and r.gradient_of(None) == r.gradient_of(Phase())
+
+
+def test_solvers_remember_as_much_as_they_are_told():
+    r = recipe(memory=4)
+    assert r.forward_solver.memory == 4 and r.gradient_of(None).solver.memory == 4
+    assert recipe().forward_solver == Anderson(tol=1e-3, max_steps=12) and recipe().gradient_of(None).solver.memory is None
+    assert isinstance(recipe(memory=4, solver="picard", backward_solver="gmres").gradient_of(None), Implicit)
+    with pytest.raises(UserError, match="Broyden: memory"):
+        recipe(memory=1)
+
+
+def test_a_reversible_iteration_is_both_trained_and_evaluated():
+    r = recipe(gradient="reversible")
+    assert r.gradient_of(Phase()) == r.gradient_of(None) == Reversible()
+    assert r.gradient_of(Phase(unrolled=True)) == Unroll(2)
 
 
 def test_the_jacobian_loss_comes_with_its_frequency_and_stops():
