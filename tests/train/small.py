@@ -1,8 +1,12 @@
-"""A language task small enough to train in a test, with everything on that could break a resume: dropout, jitter, phases."""
+"""A language task small enough to train in a test, with everything on that could break a resume: dropout, jitter, phases.
+
+Beside it what any run may be put through in a test, and what is compared afterwards.
+"""
 
 import numpy as np
 
 from deq_flax.tasks import make_task
+from deq_flax.train.checkpoint_step import read_record
 from deq_flax.train.loop import train
 
 
@@ -57,3 +61,22 @@ def explicit(config):
         "task": "explicit_language",
         "model": config["model"] | {"blocks": 2},
     }
+
+
+class Disturbed:
+    """A task whose batches are handed through `disturb(step, batch)`."""
+
+    def __init__(self, task, disturb):
+        self._task, self._disturb = task, disturb
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def train_batches(self, step, rows=None):
+        for number, batch in enumerate(self._task.train_batches(step, rows), step):
+            yield self._disturb(number, batch)
+
+
+def arrays(workdir, step):
+    """Every array of a checkpoint by name, as its checksum."""
+    return read_record(workdir / "checkpoints" / str(step))[0]["arrays"]

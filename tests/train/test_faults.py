@@ -1,6 +1,5 @@
 """What a run survives, done to real ones: the outcome is that of a run that nothing happened to."""
 
-import json
 import random
 import resource
 import shutil
@@ -10,6 +9,7 @@ import time
 import pytest
 
 from tests.train.commands import arguments, finish, metrics, one_process, read_until
+from tests.train.small import arrays
 
 pytestmark = pytest.mark.faults
 
@@ -48,8 +48,7 @@ def undisturbed(tmp_path_factory):
 def assert_same_outcome(workdir, other):
     """Bit for bit: every line of the metrics, once, and every array of the last checkpoint."""
     assert metrics(workdir) == metrics(other)
-    ours, theirs = (json.loads((w / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text()) for w in (workdir, other))
-    assert ours["arrays"] == theirs["arrays"]
+    assert arrays(workdir, STEPS) == arrays(other, STEPS)
 
 
 def steps_in(workdir):

@@ -9,11 +9,11 @@ from flax import nnx
 from PIL import Image
 
 from deq_flax.errors import UserError
-from deq_flax.train.checkpoint import Checkpoints, borrow_params
-from deq_flax.train.checkpoint_step import named_leaves, read_record
+from deq_flax.train.checkpoint import borrow_params
+from deq_flax.train.checkpoint_step import named_leaves
 from deq_flax.train.step import split_model
 from tests.tasks.images import classification, segmentation, write_labelled, write_scenes
-from tests.train.small import run
+from tests.train.small import Disturbed, arrays, run
 
 pytestmark = pytest.mark.slow
 
@@ -34,37 +34,20 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def stored(workdir, step):
-    """Every array of a checkpoint by name, as its checksum."""
-    folder = Checkpoints(workdir / "checkpoints", keep_latest=1, keep_best=0, read_only=True)
-    assert step in folder.steps()
-    return read_record(workdir / "checkpoints" / str(step))[0]["arrays"]
-
-
-class StopAfter:
-    """The task, until it is asked for a step too many."""
-
-    def __init__(self, task, steps):
-        self._task, self._steps = task, steps
-
-    def __getattr__(self, name):
-        return getattr(self._task, name)
-
-    def train_batches(self, step, rows=None):
-        for number, batch in enumerate(self._task.train_batches(step, rows), step):
-            if number == self._steps:
-                raise KeyboardInterrupt
-            yield batch
-
-
 def test_a_resumed_run_is_the_uninterrupted_one(images, whole, tmp_path):
     """Order, crops, dropout, running statistics: nothing depends on where a run was cut."""
+
+    def interrupt(number, batch):
+        if number == 5:
+            raise KeyboardInterrupt
+        return batch
+
     with pytest.raises(KeyboardInterrupt):
-        run(classification(images), tmp_path / "cut", wrap=lambda task: StopAfter(task, 5))
+        run(classification(images), tmp_path / "cut", wrap=lambda task: Disturbed(task, interrupt))
     resumed = run(classification(images), tmp_path / "cut")
     assert resumed.metrics == whole[1].metrics
-    assert stored(tmp_path / "cut", 6) == stored(whole[0], 6)
-    assert any(name.startswith("variables/") for name in stored(whole[0], 6)["rest"])
+    assert arrays(tmp_path / "cut", 6) == arrays(whole[0], 6)
+    assert any(name.startswith("variables/") for name in arrays(whole[0], 6)["rest"])
 
 
 def test_lines_carry_what_they_must(whole):
@@ -106,8 +89,8 @@ def test_segmentation_starts_from_a_classifier(whole, scenes, tmp_path, capsys):
     borrowed = borrow_params(whole[0], params, variables, "head")
     assert f"loaded: {len(borrowed.loaded)} arrays" in out and "fresh: " in out and "head/last" in out and "unused: " in out
     assert all(name.startswith(("head/", "variables/head/")) for name in borrowed.fresh + borrowed.unused)
-    source = stored(whole[0], best)
-    described = stored(tmp_path / "run", result.step)["params"]
+    source = arrays(whole[0], best)
+    described = arrays(tmp_path / "run", result.step)["params"]
     near = [name for name in described if not name.startswith("head/")]
     assert near and all(source["params"][name]["shape"] == described[name]["shape"] for name in near)
     for name, leaf in named_leaves(borrowed.params).items():

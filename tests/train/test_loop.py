@@ -16,9 +16,8 @@ from deq_flax.tasks import make_task
 from deq_flax.train import loop
 from deq_flax.train.checkpoint import Checkpoints
 from deq_flax.train.mesh import make_mesh
-from tests.train.small import config, explicit, run, write_tokens
-
-SPEED = ("steps_per_second", "tokens_per_second")
+from tests.train.commands import metrics
+from tests.train.small import Disturbed, arrays, config, explicit, run, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +33,6 @@ def uninterrupted(folder, tmp_path_factory):
     return workdir
 
 
-class Disturbed:
-    """A task whose batches are handed through `disturb(step, batch)`."""
-
-    def __init__(self, task, disturb):
-        self._task, self._disturb = task, disturb
-
-    def __getattr__(self, name):
-        return getattr(self._task, name)
-
-    def train_batches(self, step, rows=None):
-        for number, batch in enumerate(self._task.train_batches(step, rows), step):
-            yield self._disturb(number, batch)
-
-
 def crash_at(*steps):
     def disturb(number, batch):
         if number in steps:
@@ -55,18 +40,6 @@ def crash_at(*steps):
         return batch
 
     return lambda task: Disturbed(task, disturb)
-
-
-def metrics(workdir):
-    """The lines of metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
-
-
-def arrays(workdir, step):
-    """Every array of a checkpoint, by checksum."""
-    record = json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())
-    return record["arrays"]
 
 
 def test_a_run_crashed_twice_is_bit_identical_to_one_never_stopped(folder, uninterrupted, tmp_path):
