@@ -1,16 +1,18 @@
 """Solvers and gradients, side by side with other libraries.
 
     pip install -r requirements.txt -r requirements-bench.txt
-    python -m benchmarks.solvers [--rounds 9] [--write benchmarks/solvers.md]
+    python -m benchmarks.solvers [--rounds 9] [--write]
 
 Every library makes the same number of evaluations of the same layer (tolerance 0); their calls of f are
 counted, and overhead = time / (calls x time of f alone in a loop). A library that is not installed is left out.
+
+What a higher limit costs: f costs nothing, and nothing converges; so the time of an evaluation is the solver's own, and must
+not depend on the limit if the history is bounded (it does when XLA copies the history in every step).
 """
 
-import argparse
 from collections.abc import Callable
 
-from benchmarks import turns
+from benchmarks import tables, turns
 
 STEPS = 30
 LIBRARIES = {"deq_flax": "jax", "banax": "banax", "jaxopt": "jaxopt", "optimistix": "optimistix", "torchdeq": "torchdeq"}
@@ -18,6 +20,9 @@ LIBRARIES = {"deq_flax": "jax", "banax": "banax", "jaxopt": "jaxopt", "optimisti
 CASES = ("f", "vjp", "picard", "anderson", "broyden", "gradient", "idle anderson", "idle broyden")
 """'idle' is f(z) = a z + x with a diagonal a, which costs nothing: the solver's own time. 'gradient' is Anderson forward and
 Broyden adjoint."""
+LIMITS = (10, 20, 40, 80)
+BOUNDED = ("Picard", "Anderson(memory=6)", "Broyden(memory=10)", "Broyden()")
+"""Solvers of ours that run at all LIMITS; the last keeps as many pairs as steps."""
 
 
 def jax_cases(library: str) -> tuple[dict[str, Callable], dict[str, int]]:
@@ -191,58 +196,70 @@ def torch_cases() -> tuple[dict[str, Callable], dict[str, int]]:
     return programs, counts
 
 
+def cases_by_limit() -> dict[str, Callable]:
+    """Programs of our solvers on a free f of state (4, 16384)."""
+    import jax
+    import jax.numpy as jnp
+
+    from deq_flax import Anderson, Broyden, Picard, fixed_point
+
+    z0 = jnp.zeros((4, 64 * 256))
+    a = jnp.linspace(-0.99, 0.99, z0.shape[1])[None]
+
+    def program(name: str, limit: int) -> Callable:
+        solver = {"Picard": Picard, "Anderson(memory=6)": Anderson}.get(name, Broyden)(tol=0.0, max_steps=limit)
+        if name == "Broyden(memory=10)":
+            solver = Broyden(tol=0.0, max_steps=limit, memory=10)
+        return bind(jax.jit(lambda z: fixed_point(lambda z: a * z + 1, z, solver=solver).value), z0)
+
+    return {f"{name}, {limit}": program(name, limit) for name in BOUNDED for limit in LIMITS}
+
+
 def worker(library: str) -> None:
     programs, counts = torch_cases() if library == "torchdeq" else jax_cases(library)
+    if library == "deq_flax":
+        programs |= cases_by_limit()
     turns.work(programs, counts)
 
 
-def table(times: dict, calls: dict) -> str:
-    """The result as Markdown."""
+def table(times: turns.Times, calls: dict[tuple[str, str], int], on: str) -> str:
     names = [name for name in LIBRARIES if (name, "picard") in times]
-    lines = [
-        turns.machine(["jax", "numpy", *[LIBRARIES[n] for n in names if n != "deq_flax"]]),
-        "",
-        "Milliseconds of one call (calls of f in brackets; medians).",
-        "",
-        "| case | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+    rows = []
     for case in CASES:
-        cells = []
-        for name in names:
-            n = f" ({calls[name, case]})" if (name, case) in calls else ""
-            cells.append(f"{1e3 * times[name, case]:.1f}{n}" if (name, case) in times else "")
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    lines += ["", "Overhead: time / (calls x the library's own f in a loop), gradient: / (30 f + 30 vjp).", ""]
-    lines += ["| case | deq_flax | torchdeq |", "|---|---|---|"]
+        n = {name: f" ({calls[name, case]})" if calls.get((name, case)) else "" for name in names}
+        cells = [f"{1e3 * times[name, case]:.1f}{n[name]}" if (name, case) in times else "" for name in names]
+        rows.append([case, *cells])
+    text = f"{on}\n\nMilliseconds of one call (calls of f in brackets; medians).\n\n" + tables.markdown(["case", *names], rows)
+    with_f = [name for name in names if (name, "f") in times]
+    rows = []
     for case in ("picard", "anderson", "broyden", "gradient"):
         cells = []
-        for name in ("deq_flax", "torchdeq"):
-            if (name, case) not in times or (name, "f") not in times:
-                cells.append("")
-                continue
+        for name in with_f:
             limit = times[name, "f"] / STEPS * calls.get((name, case), STEPS)
             if case == "gradient":
                 limit = times[name, "f"] + times[name, "vjp"]
             cells.append(f"{times[name, case] / limit:.2f}")
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([case, *cells])
+    text += f"\nOverhead: time / (calls x the library's own f in a loop); gradient: / ({STEPS} f + {STEPS} vjp).\n\n"
+    text += tables.markdown(["case", *with_f], rows)
+    microseconds = {key: [1e6 * times["deq_flax", f"{key}, {limit}"] / limit for limit in LIMITS] for key in BOUNDED}
+    text += "\nMicroseconds of our solvers for one evaluation that costs nothing, state (4, 16384), by the limit:\n\n"
+    return text + tables.markdown(
+        ["solver", *map(str, LIMITS)], [[key, *(f"{value:.0f}" for value in values)] for key, values in microseconds.items()]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--write", help="also write the tables to this file")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser = tables.parser(__doc__, rounds=9)
+    parser.add_argument("--worker", help="used by the command itself")
     arguments = parser.parse_args()
     if arguments.worker:
         return worker(arguments.worker)
-    times, counts = turns.measure(__file__, LIBRARIES, CASES, arguments.rounds)
-    text = table(times, {(library, case): n for library, known in counts.items() for case, n in known.items()})
-    print(text)
-    if arguments.write:
-        with open(arguments.write, "w") as file:
-            file.write(text)
+    cases = (*CASES, *(f"{name}, {limit}" for name in BOUNDED for limit in LIMITS))
+    times, facts = turns.measure(__file__, LIBRARIES, cases, arguments.rounds)
+    calls = {(library, case): n for library, known in facts.items() for case, n in known.items() if isinstance(n, int)}
+    installed = [distribution for name, distribution in LIBRARIES.items() if name in facts]
+    tables.publish("solvers", table(times, calls, turns.machine([*installed, "numpy"], facts["deq_flax"])), arguments.write)
 
 
 if __name__ == "__main__":

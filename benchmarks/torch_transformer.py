@@ -12,6 +12,10 @@ import torchdeq
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.training import words
+
+WORDS, WIDTH, BATCH, LENGTH = 10_000, 256, 8, 64
+
 
 class AdaptiveEmbedding(nn.Module):
     def __init__(self, vocab, width, cutoffs, div):
@@ -93,13 +97,25 @@ class Model(nn.Module):
         self.deq = torchdeq.get_deq(f_solver="anderson", f_max_iter=steps, ift=True, **options)
 
     def equation(self, tokens, memory):
+        """f, and where a solve begins."""
         injection = self.injection(self.embedding(tokens))
         context = self.cell.context(injection, *memory)
-        return lambda z: self.cell(z, context), injection
+        return lambda z: self.cell(z, context), torch.zeros(*tokens.shape, self.cell.width)
 
-    def forward(self, tokens, targets, memory):
-        """The mean loss, and the memory for the next segment."""
-        f, injection = self.equation(tokens, memory)
-        z, _ = self.deq(f, torch.zeros(*tokens.shape, self.cell.width))
-        loss = self.softmax(z[-1].reshape(-1, self.cell.width), targets.reshape(-1)).loss
-        return loss, (z[-1].detach(), injection.detach())
+    def solve(self, tokens, memory):
+        return self.deq(*self.equation(tokens, memory))[0][-1]
+
+    def loss(self, z, targets):
+        return self.softmax(z.reshape(-1, self.cell.width), targets.reshape(-1)).loss
+
+    def forward(self, tokens, memory, targets):
+        return self.loss(self.solve(tokens, memory), targets)
+
+
+def timed(steps, n_memory=LENGTH):
+    """A model of the sizes that are compared, the inputs of its equation, and targets."""
+    torch.manual_seed(0)
+    model = Model(vocab=WORDS, width=WIDTH, heads=8, inner=1024, cutoffs=[2_000, 5_000], div=4, steps=steps)
+    stream = torch.tensor(words(WORDS, BATCH * LENGTH + 1)).long()
+    memory = torch.zeros(BATCH, n_memory, WIDTH), torch.zeros(BATCH, n_memory, 3 * WIDTH)
+    return model, (stream[:-1].view(BATCH, LENGTH), memory), stream[1:].view(BATCH, LENGTH)

@@ -24,7 +24,7 @@ def work(programs: Mapping[str, Callable[[], object]], facts: Mapping[str, objec
     """What a worker does: answer each line on stdin, a case, with the seconds that its program took."""
     for program in programs.values():
         program()
-    print(json.dumps({"cases": list(programs), "facts": facts or {}}), flush=True)
+    print(json.dumps({"cases": list(programs), "facts": {"device": _device()} | dict(facts or {})}), flush=True)
     for line in sys.stdin:
         program = programs[line.strip()]
         program()
@@ -44,6 +44,7 @@ def measure(
         "PYTHONPATH": os.getcwd(),
         "OMP_NUM_THREADS": str(THREADS),
         "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={THREADS}",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share an accelerator's memory
     }
     workers, times, facts = {}, {}, {}
     for library, distribution in libraries.items():
@@ -77,7 +78,18 @@ def measure(
     return {key: median(values[1:]) for key, values in times.items()}, facts
 
 
-def machine(distributions: list[str]) -> str:
-    """What a table was measured on."""
+def machine(distributions: list[str], facts: Mapping[str, object] | None = None) -> str:
+    """What a table was measured on; `facts` of a worker name its accelerator, if it has one."""
     versions = ", ".join(f"{name} {version(name)}" for name in distributions)
-    return f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} threads, Python {platform.python_version()}, {versions}"
+    on = f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} threads"
+    device = (facts or {}).get("device", "cpu")
+    return f"{on if device == 'cpu' else device}, Python {platform.python_version()}, {versions}"
+
+
+def _device() -> str:
+    """JAX's name of the device that this process uses."""
+    if "jax" not in sys.modules:
+        return "cpu"
+    import jax
+
+    return jax.devices()[0].device_kind

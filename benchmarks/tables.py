@@ -1,0 +1,39 @@
+"""README.md's tables, each written by the command that measures it, between two marks of its name."""
+
+import argparse
+from pathlib import Path
+
+README = Path(__file__).parent / "README.md"
+
+
+def parser(doc: str | None, rounds: int = 0) -> argparse.ArgumentParser:
+    """The options of every benchmark; more may be added. `rounds`: 0 where nothing is timed."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds:
+        parser.add_argument(
+            "--rounds", type=int, default=rounds, help=f"timings of each case, of which the median is told ({rounds})"
+        )
+    parser.add_argument(
+        "--write", nargs="?", const=str(README), help="put the tables in their place in benchmarks/README.md, or FILE"
+    )
+    return parser
+
+
+def publish(name: str, text: str, path: str | None) -> None:
+    """Print a benchmark's tables, and put them in their place in the file at `path`, or at its end if it has no such place."""
+    print(text, flush=True)
+    if path is None:
+        return
+    file = Path(path)
+    document = file.read_text(encoding="utf-8") if file.exists() else ""
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
+    if begin not in document:
+        document += f"\n## {name}\n\n{begin}{end}"
+    before, rest = document.split(begin)
+    file.write_text(before + begin + text.strip() + "\n" + end + rest.split(end)[1], encoding="utf-8")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,149 @@
+"""What benchmarks time and analyse of a config: evaluations of f, vector-Jacobian products, training steps, as programs.
+
+The limit of a step is what it cannot do without: its evaluations of f and its vector-Jacobian products, each alone in a loop,
+and the rest (embedding or stem, context, one vector-Jacobian product with the parameters, loss, optimizer), which is timed as a
+step with one unrolled evaluation, less that evaluation.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CASES = ("f", "vjp", "step of one evaluation", "step")
+
+
+def resolved(path: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config `FILE[:VARIANT]` with `changes` ('section.key': value), as plain data."""
+    file, *variant = path.split(":")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(*variant).unlock()
+    config.update_from_flattened_dict(dict(changes or {}))
+    return config.to_dict()
+
+
+def exactly(steps: int) -> dict[str, Any]:
+    """Changes to a config: so many evaluations each way, nothing random, no Jacobian loss."""
+    limits = {"tol": 0.0, "max_steps": steps, "backward_tol": 0.0, "backward_max_steps": steps, "max_steps_jitter": 0}
+    pretraining = {"pretrain_steps": 0, "pretrain_layers": 1, "jacobian_weight": 0.0, "jacobian_frequency": 0.0}
+    return {f"deq.{name}": value for name, value in (limits | pretraining).items()}
+
+
+def words(vocabulary: int, count: int) -> np.ndarray:
+    """(count,) int32, as rare as in a text: the r-th has a probability of about 1 / r."""
+    weights = 1 / np.arange(1, vocabulary + 1)
+    return np.random.default_rng(0).choice(vocabulary, count, p=weights / weights.sum()).astype(np.int32)
+
+
+def text(folder: str, vocabulary: int, count: int) -> dict[str, Any]:
+    """Changes to a config: a text of `count` tokens, made up and saved in `folder`."""
+    for split in ("train", "valid", "test"):
+        np.save(Path(folder) / f"{split}.npy", words(vocabulary, count))
+    return {"data.name": "tokens", "data.path": folder, "data.cache": "", "model.vocab_size": vocabulary}
+
+
+def images(folder: str, count: int) -> dict[str, Any]:
+    """Changes to a config: `count` images of CIFAR-10's shape in each of its files, of noise and saved in `folder`."""
+    random = np.random.default_rng(0)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        records = random.integers(0, 256, (count, 1 + 3072)).astype(np.uint8)
+        records[:, 0] %= 10
+        (Path(folder) / f"{name}.bin").write_bytes(records.tobytes())
+    return {"data.path": folder, "data.augment": "none", "data.pictures": 0}
+
+
+def timing_text(folder: str, steps: int) -> dict[str, Any]:
+    """Changes to `configs/wt103.py`: the sizes on which libraries are compared, 10,000 words, 256 features, 8 x 64 tokens."""
+    sizes = {"d_model": 256, "d_embed": 256, "n_head": 8, "d_head": 32, "d_inner": 1024, "mem_len": 64, "dropout": 0.0}
+    sizes |= {"cutoffs": (2_000, 5_000), "div_value": 4}
+    data = {"batch_size": 8, "seq_len": 64, "eval_batch_size": 8, "eval_seq_len": 64}
+    changes = {f"model.{name}": value for name, value in sizes.items()} | {
+        f"data.{name}": value for name, value in data.items()
+    }
+    return changes | text(folder, 10_000, 20 * 8 * 64 + 1) | exactly(steps) | {"optimizer.warmup_steps": 0}
+
+
+class Training:
+    """A run of a config on one device, at its first step."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        from deq_flax.tasks import make_task
+        from deq_flax.train.loop import Run, TrainOptions
+        from deq_flax.train.mesh import make_mesh
+
+        self.config, self.task = config, make_task(config)
+        self.batch = next(self.task.train_batches(0))
+        self.run = Run(self.task, TrainOptions(**config["train"]), make_mesh(data=1, fsdp=1, tensor=1), config["optimizer"])
+        self.arguments = (self.batch, self.task.controls(0), np.int32(0))
+
+    def stepping(self, *, unrolled: bool = False) -> Callable[[], None]:
+        """A step, as a program; `unrolled` through `deq.pretrain_layers` evaluations instead of a solve."""
+        import jax
+
+        from deq_flax.task import Phase
+
+        def step() -> None:
+            self.run.state, metrics = self.run.train_step(self.run.state, *self.arguments, phase=Phase(unrolled=unrolled))
+            jax.block_until_ready(metrics)
+
+        return step
+
+    def traced(self, *, unrolled: bool = False, jacobian_loss: bool = False) -> Any:
+        """The step as JAX traces it: `.jaxpr` to be looked at, `.lower().compile()` to be analysed."""
+        from deq_flax.task import Phase
+
+        phase = Phase(unrolled=unrolled, jacobian_loss=jacobian_loss)
+        return self.run.train_step.trace(self.run.state, *self.arguments, phase=phase)
+
+    def equation(self, model: Any) -> tuple[Callable, Any]:
+        """f and z0 of a model for the batch, memory full."""
+        import jax.numpy as jnp
+
+        if "images" in self.batch:
+            return model.equation(self.task.normalise(jnp.asarray(self.batch["images"])), train=False)
+        rows, memory = self.task.batch_size, model.fresh_memory(self.task.batch_size)
+        return model.equation(self.batch["inputs"], memory._replace(length_B=jnp.full((rows,), model.mem_len)))[:2]
+
+    def loops(self) -> tuple[Callable, Callable]:
+        """f and its vector-Jacobian product, each as often as a solve may evaluate, as functions of (params, variables)."""
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+
+        from deq_flax.train.step import split_model
+
+        graph, *_ = split_model(self.run.model)
+        steps = self.config["deq"]["max_steps"]
+
+        def f(params: Any, variables: Any) -> Any:
+            f, z0 = self.equation(nnx.merge(graph, params, variables, copy=True))
+            return jax.lax.fori_loop(0, steps, lambda _, z: f(z), z0)
+
+        def vjp(params: Any, variables: Any) -> Any:
+            f, z0 = self.equation(nnx.merge(graph, params, variables, copy=True))
+            _, pullback = jax.vjp(f, z0)
+            return jax.lax.fori_loop(0, steps, lambda _, v: pullback(v)[0], jax.tree.map(jnp.ones_like, z0))
+
+        return f, vjp
+
+    def programs(self) -> dict[str, Callable[[], None]]:
+        """By case."""
+        import jax
+
+        def of_the_weights(function: Callable) -> Callable[[], None]:
+            compiled, run = jax.jit(function), self.run  # whose arrays change with every step
+            return lambda: jax.block_until_ready(compiled(run.state.params, run.state.variables))
+
+        f, vjp = map(of_the_weights, self.loops())
+        return {"f": f, "vjp": vjp, "step of one evaluation": self.stepping(unrolled=True), "step": self.stepping()}
+
+
+def limit(seconds: Mapping[str, float], steps: int) -> float:
+    """The limit of a step, in seconds, from those of its parts by case."""
+    solve = seconds["f"] + seconds["vjp"]
+    return solve + seconds["step of one evaluation"] - solve / steps

@@ -1,0 +1,134 @@
+"""Full-size training steps on an accelerator: time, solver overhead, and how much of its arithmetic they use.
+
+    python -m benchmarks.utilisation [--config configs/wt103.py:base ...] [--mode float32 tf32 bfloat16] [--batch 56] [--write]
+
+A step's operations are those of the matrix products that it cannot do without, counted in its program: evaluations of f,
+vector-Jacobian products, and one unrolled evaluation with all around it; nothing that rematerialisation does again, and of the
+tail clusters of the softmax nothing. They are held against the rate of one large product in the same type, measured here.
+`--small` makes the models small, to try the command on a CPU.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import tables, training
+
+CONFIGS = ("configs/wt103.py:base", "configs/wt103.py:deq_lm")
+MODES = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
+"""What JAX calls the precision of float32 products; in the last mode operands are bfloat16."""
+SMALL = {
+    **{"model.d_model": 32, "model.d_embed": 32, "model.n_head": 2, "model.d_head": 16, "model.d_inner": 64},
+    **{"model.cutoffs": (500, 800), "model.mem_len": 8, "data.seq_len": 8},
+}
+
+
+def operations(jaxpr: Any) -> float:
+    """Floating-point operations of the matrix products in a program. Of the branches of a condition the cheapest counts."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, [_program(x) for x in jax.tree.leaves(equation.params, is_leaf=_is_program)]
+        inner = [program for program in inner if program is not None]
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        elif name == "while":
+            continue  # in an unrolled step: the residual that is reported
+        elif name == "scan":
+            total += equation.params["length"] * sum(map(operations, inner))
+        elif name == "cond":
+            total += min(map(operations, inner))
+        else:
+            total += sum(map(operations, inner))
+    return total
+
+
+def _program(x: Any) -> Any:
+    return getattr(x, "jaxpr", x) if _is_program(x) else None
+
+
+def _is_program(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+def needed(config: dict[str, Any]) -> float:
+    """Operations of a step: see above."""
+
+    def unrolled(layers: int) -> float:
+        it = training.Training(config | {"deq": config["deq"] | {"pretrain_layers": layers}})
+        return operations(it.traced(unrolled=True).jaxpr)
+
+    one, two, steps = unrolled(1), unrolled(2), config["deq"]["max_steps"]
+    if config["deq"]["gradient"] == "unroll":
+        return one + (steps - 1) * (two - one)
+    it = training.Training(config)
+    weights = it.run.state.params, it.run.state.variables
+    return one + sum(operations(jax.make_jaxpr(loop)(*weights).jaxpr) for loop in it.loops())
+
+
+def seconds(program: Callable[[], None], rounds: int) -> float:
+    program()
+    times = []
+    for _ in range(rounds):
+        start = perf_counter()
+        program()
+        times.append(perf_counter() - start)
+    return median(times)
+
+
+def peak_rate(mode: str, size: int, rounds: int) -> float:
+    """Operations a second of one product of square matrices."""
+    dtype = jnp.bfloat16 if mode == "bfloat16" else jnp.float32
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 / seconds(lambda: jax.block_until_ready(product(a, b)), rounds)
+
+
+def row(path: str, mode: str, peak: float, arguments: Any) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        words, length = (1000, 8) if arguments.small else (267_735, 150)
+        steps = training.resolved(path)["deq"]["max_steps"]
+        changes = training.exactly(steps) | training.text(folder, words, arguments.batch * (length + 1) * 2)
+        changes |= {"data.batch_size": arguments.batch, "model.dtype": "bfloat16" if mode == "bfloat16" else "float32"}
+        config = training.resolved(path, changes | (SMALL if arguments.small else {}))
+        solves = config["deq"]["gradient"] != "unroll"
+        programs = training.Training(config).programs()
+        time = {case: seconds(program, arguments.rounds) for case, program in programs.items() if solves or case == "step"}
+        rate = needed(config) / time["step"]
+    ratio = f"{time['step'] / training.limit(time, steps):.2f}" if solves else ""
+    tokens = arguments.batch * length / time["step"]
+    numbers = [f"{1e3 * time['step']:.0f}", ratio, f"{tokens:,.0f}", f"{rate / 1e12:.2f}", f"{rate / peak:.1%}"]
+    return [f"`{path}`, {steps} evaluations each way", mode, *numbers]
+
+
+def main() -> None:
+    parser = tables.parser(__doc__, rounds=5)
+    parser.add_argument("--config", nargs="+", default=CONFIGS)
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=tuple(MODES))
+    parser.add_argument("--batch", type=int, default=56, help="sequences a step (56)")
+    parser.add_argument("--small", action="store_true", help="models and products small enough for a CPU")
+    arguments = parser.parse_args()
+    rows, peaks = [], []
+    for mode in arguments.mode:
+        with jax.default_matmul_precision(MODES[mode]):
+            peak = peak_rate(mode, 512 if arguments.small else 8192, arguments.rounds)
+            peaks.append(f"{mode} {peak / 1e12:.2f}")
+            for path in arguments.config:
+                rows.append(row(path, mode, peak, arguments))
+                print(" | ".join(rows[-1]), flush=True)
+    on = f"{jax.devices()[0].device_kind}, jax {version('jax')}, batch {arguments.batch}."
+    on += f" A product's TFLOP/s: {', '.join(peaks)}."
+    head = ["config", "mode", "ms a step", "step / limit", "tokens/s", "TFLOP/s", "of the product's"]
+    tables.publish("utilisation", f"{on}\n\n{tables.markdown(head, rows)}", arguments.write)
+
+
+if __name__ == "__main__":
+    main()

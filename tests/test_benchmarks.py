@@ -1,0 +1,58 @@
+"""The benchmarks can be run, and their tables have a place to go to."""
+
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import tables, training, utilisation
+from tests.commands import ROOT
+
+MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("torch_"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_benchmark_can_be_imported(name):
+    importlib.import_module(f"benchmarks.{name}")
+
+
+def test_every_table_has_its_place():
+    published = {
+        name
+        for module in MODULES
+        for name in re.findall(r'tables\.publish\(\s*"([^"]+)"', (ROOT / "benchmarks" / f"{module}.py").read_text())
+    }
+    places = re.findall(r"<!-- begin (.+) -->", tables.README.read_text())
+    assert len(places) == len(set(places))
+    assert set(places) == published - {"utilisation"}  # an accelerator's
+
+
+def test_a_table_replaces_the_one_before_and_nothing_else(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("above\n<!-- begin a -->\nold\n<!-- end a -->\nbelow\n")
+    tables.publish("a", "new", str(file))
+    tables.publish("b", "other", str(file))
+    text = file.read_text()
+    assert text.startswith("above\n<!-- begin a -->\nnew\n<!-- end a -->\nbelow\n")
+    assert text.endswith("<!-- begin b -->\nother\n<!-- end b -->\n")
+    tables.publish("a", "newer", str(file))
+    assert file.read_text() == text.replace("new\n", "newer\n")
+
+
+def test_operations_are_those_of_the_products():
+    def program(a, b):
+        def step(z, _):
+            return jax.lax.cond(z.sum() > 0, lambda z: jnp.sin(z @ a), lambda z: z @ a @ a, z), None
+
+        return jax.lax.scan(step, b, None, length=5)[0]
+
+    jaxpr = jax.make_jaxpr(jax.jit(program))(jnp.ones((3, 3)), jnp.ones((2, 3))).jaxpr
+    assert utilisation.operations(jaxpr) == 5 * 2 * 2 * 3 * 3
+
+
+def test_a_run_of_made_up_text_evaluates_as_often_as_it_is_told(tmp_path):
+    it = training.Training(training.resolved("configs/wt103.py", training.timing_text(str(tmp_path), 3)))
+    _, metrics = it.run.train_step(it.run.state, *it.arguments, phase=it.task.phase(0))
+    assert metrics["forward_nfe"].total == 3 and metrics["backward_nfe"].total == 3
