@@ -51,7 +51,8 @@ def table(times: turns.Times, on: str) -> str:
     for model, steps in MODELS.items():
         for name in names:
             seconds = {case: times[name, f"{model}: {case}"] for case in CASES}
-            limit, peer = training.limit(seconds, steps), times.get(("torchdeq", f"{model}: step"))
+            limit = training.limit(seconds, steps, 2 if name == "deq_flax" else 1)
+            peer = times.get(("torchdeq", f"{model}: step"))
             numbers = [
                 *(f"{1e3 * seconds[case]:.0f}" for case in CASES),
                 f"{1e3 * limit:.0f}",

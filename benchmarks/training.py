@@ -16,14 +16,14 @@ CASES = ("f", "vjp", "step of one evaluation", "step")
 
 
 def resolved(path: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config `FILE[:VARIANT]` with `changes` ('section.key': value), as plain data."""
+    """The config `FILE[:VARIANT]` with `changes` ('section.key': value) of those sections that it has, as plain data."""
     file, *variant = path.split(":")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(*variant).unlock()
-    config.update_from_flattened_dict(dict(changes or {}))
+    config.update_from_flattened_dict({key: x for key, x in (changes or {}).items() if key.split(".")[0] in config})
     return config.to_dict()
 
 
@@ -143,7 +143,10 @@ class Training:
         return {"f": f, "vjp": vjp, "step of one evaluation": self.stepping(unrolled=True), "step": self.stepping()}
 
 
-def limit(seconds: Mapping[str, float], steps: int) -> float:
-    """The limit of a step, in seconds, from those of its parts by case."""
-    solve = seconds["f"] + seconds["vjp"]
-    return solve + seconds["step of one evaluation"] - solve / steps
+def limit(seconds: Mapping[str, float], steps: int, evaluations_of_one: int) -> float:
+    """The limit of a step, in seconds, from those of its parts by case.
+
+    `evaluations_of_one`: how often the step of one evaluation evaluates f: ours twice, once for the residual that it tells.
+    """
+    f, vjp = seconds["f"] / steps, seconds["vjp"] / steps
+    return seconds["f"] + seconds["vjp"] + seconds["step of one evaluation"] - evaluations_of_one * f - vjp

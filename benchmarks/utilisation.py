@@ -103,7 +103,7 @@ def row(path: str, mode: str, peak: float, arguments: Any) -> list[str]:
         programs = training.Training(config).programs()
         time = {case: seconds(program, arguments.rounds) for case, program in programs.items() if solves or case == "step"}
         rate = needed(config) / time["step"]
-    ratio = f"{time['step'] / training.limit(time, steps):.2f}" if solves else ""
+    ratio = f"{time['step'] / training.limit(time, steps, 2):.2f}" if solves else ""
     tokens = arguments.batch * length / time["step"]
     numbers = [f"{1e3 * time['step']:.0f}", ratio, f"{tokens:,.0f}", f"{rate / 1e12:.2f}", f"{rate / peak:.1%}"]
     return [f"`{path}`, {steps} evaluations each way", mode, *numbers]
