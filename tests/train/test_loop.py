@@ -1,7 +1,9 @@
 """The training run: resuming, stopping, skipping, and what evaluation may not do."""
 
 import json
+import logging
 import os
+import re
 import signal
 
 import jax
@@ -193,16 +195,17 @@ def test_the_host_reads_a_step_only_after_sending_the_next(folder, tmp_path, mon
         assert events.index(("read", step)) > events.index(("sent", step + 1))
 
 
-def test_each_phase_is_compiled_once(folder):
+def test_a_run_compiles_once_for_each_phase_and_once_to_evaluate(folder, tmp_path, caplog):
+    """Over a whole run, with jitter, changing weights, padded last batches and two splits."""
     c = config(folder)
-    it = loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=1, tensor=1), c["optimizer"])
-    phases = {it.task.phase(n) for n in range(8)}
+    phases = {make_task(c).phase(n) for n in range(8)}
     assert len(phases) == 3 and Phase(unrolled=True) in phases
-    batches = it.task.train_batches(0)
-    for number in range(8):
-        arguments = (jax.device_put(next(batches)), it.task.controls(number), np.int32(number))
-        it.state, _ = it.train_step(it.state, *arguments, phase=it.task.phase(number))
-    assert it.train_step._cache_size() == len(phases)
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run(c, tmp_path)
+    compiled = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Finished XLA compilation")]
+    steps = [message for message in compiled if re.search(r"jit\(step\)", message)]
+    assert len(steps) == len(phases) + 1, steps
 
 
 @pytest.mark.parametrize(
