@@ -8,7 +8,7 @@
 | ift | Broyden both ways, no regularisation, no pretraining | not trained here |
 | reversible | a reversible iteration instead of solver and adjoint | not trained here |
 | deq_lm | three blocks in f, 12 evaluations unrolled, no solve | not trained here |
-| explicit | no equilibrium: a Transformer-XL of 8 layers | not trained here |
+| explicit | no equilibrium: a Transformer-XL of 8 such blocks | not trained here |
 | short | 600 steps of a model of 1.6M, on two CPU cores | measured: see README |
 
 For comparison: DEQ-TrellisNet with 24M parameters 57.1, a heavily regularised Transformer-XL with 24M 54.5.
@@ -56,9 +56,10 @@ VARIANTS = {
     },
     "explicit": {
         "task": "explicit_language",
-        "model.d_inner": 1_292,
+        "model.d_inner": 1_285,
         "model.blocks": 8,
-        "model.weight_norm": False,
+        "model.pre_norm": True,
+        "model.affine_norm": True,
     },
     "short": {
         "data.batch_size": 16,

@@ -10,7 +10,7 @@
 | ift | Broyden both ways, no pretraining | 23.78 (150), 23.31 (480) | see README |
 | ift_jr | ift with Jacobian regularisation | 23.67 (150), 23.16 (480) | see README |
 | deq_lm | three blocks in f, 12 evaluations unrolled, no solve | 22.34 (150), 21.85 (480) | not trained here |
-| explicit | no equilibrium: a Transformer-XL of 12 layers and as many parameters | none | not trained here |
+| explicit | no equilibrium: a Transformer-XL of 12 such blocks and as many parameters | none | not trained here |
 | tiny | 4 heads of 24 on English that comes with Python, no download | none | see README |
 
 Cost: 300,000 steps of 56 x 150 tokens; the originals took 2.8 to 3.1 times a Transformer-XL's training time (1.5 with
@@ -70,9 +70,10 @@ VARIANTS = {
     },
     "explicit": {
         "task": "explicit_language",
-        "model.d_inner": 2_486,
+        "model.d_inner": 2_478,
         "model.blocks": 12,
-        "model.weight_norm": False,
+        "model.pre_norm": True,
+        "model.affine_norm": True,
     },
     "tiny": {
         "data.name": "pydoc",
