@@ -90,12 +90,13 @@ def measure(
     batches = task.eval_batches(split, own_rows(mesh, task.eval_batch_size))
     params = _gathered(params, mesh)
     carry = place(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
-    totals: Metrics | None = None
+    totals: Metrics = {}
+    pending: Metrics = {}
     bar = tqdm(range(len(batches)), desc=split, unit="batch", leave=False, disable=not (is_first() and sys.stderr.isatty()))
     for i in bar:
         carry, metrics = step(params, variables, put_batch(mesh, batches[i], task.eval_batch_size), carry, controls)
-        totals = metrics if totals is None else merge(totals, metrics)
-    return divide(totals or {})
+        totals, pending = merge(totals, fetch(pending)), metrics
+    return divide(merge(totals, fetch(pending)))
 
 
 def evaluate_checkpoint(
@@ -158,6 +159,15 @@ def _gathered(params: Any, mesh: Mesh) -> Any:
     return jax.device_put(params, shardings(whole(param_specs(params, mesh)), mesh))
 
 
+def fetch(metrics: Metrics) -> Metrics:
+    """On the host, where they are summed in float64: in float32, a count of pixels would stop at 2^24.
+
+    To be called one batch behind the last that was dispatched. A host that never waits fills the device's queue, and several
+    processes on CPUs do not get out of full ones: each waits for room, with a program not started that another waits for.
+    """
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
+
+
 def merge(a: Metrics, b: Metrics) -> Metrics:
     """Sums and counts of both."""
     return {name: a[name].merge(b[name]) if name in a and name in b else (a | b)[name] for name in a | b}
@@ -165,6 +175,5 @@ def merge(a: Metrics, b: Metrics) -> Metrics:
 
 def divide(metrics: Mapping[str, clu_metrics.Average]) -> dict[str, Any]:
     """Sums over counts; what was never counted is left out. A metric that is an array, a table of counts, stays one."""
-    host = jax.device_get(dict(metrics))
-    means = {name: np.asarray(m.total) / float(m.count) for name, m in host.items() if m.count > 0}
+    means = {name: np.asarray(m.total) / float(m.count) for name, m in metrics.items() if m.count > 0}
     return {name: float(mean) if mean.ndim == 0 else mean for name, mean in means.items()}

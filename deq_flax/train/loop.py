@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from deq_flax.errors import UserError
 from deq_flax.task import HasHead, HasWords, Metrics, Phase, Task
 from deq_flax.train.checkpoint import Checkpoints, borrow_params, load_params
-from deq_flax.train.evaluate import SPLITS, divide, evaluate, merge
+from deq_flax.train.evaluate import SPLITS, divide, evaluate, fetch, merge
 from deq_flax.train.mesh import by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
 from deq_flax.train.optimizer import make_optimizer
 from deq_flax.train.pictures import make_pictures
@@ -265,7 +265,7 @@ class Log:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        metrics = jax.device_get(metrics)
+        metrics = fetch(metrics)
         self._stop_if_hopeless(step, metrics)
         self._totals = merge(self._totals, metrics)
         options = self._run.options
