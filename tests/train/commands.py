@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -53,6 +54,7 @@ def start(program, *arguments, devices=1, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # so that `finish` can end all of it
     )
 
 
@@ -65,8 +67,12 @@ def several(count, *arguments, **options):
 
 
 def finish(process, timeout=240):
-    """(exit code, what it printed)."""
-    out, _ = process.communicate(timeout=timeout)
+    """(exit code, what it printed). What hangs is killed, with all that it started."""
+    try:
+        out, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"still running after {timeout} seconds:\n" + process.communicate()[0]) from None
     return process.returncode, out
 
 
