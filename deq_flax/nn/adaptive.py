@@ -17,6 +17,9 @@ from jax import lax
 from deq_flax.nn.linear import normal_param, zeros_param
 from deq_flax.nn.precision import compute_dtype, contract, wide
 
+TOO_FEW_TO_SKIP = 2**17
+"""Logits of a tail cluster that are computed for all tokens rather than for those of the cluster."""
+
 
 def cluster_bounds(vocab_size, d_embed, cutoffs, div_value):
     """[(first word, end word, features)] of every cluster.
@@ -160,10 +163,13 @@ class AdaptiveSoftmax(nnx.Module):
         """(T,) log sum exp of the logits of cluster i; in chunks, those that hold no wanted token are left 0."""
         table_NE, bias_N = self._words(i)
         n_tokens, n_words = x_TE.shape[0], table_NE.shape[0]
-        if n_tokens * n_words <= self.max_logits:
+        most = self.max_logits
+        if wanted_T is not None:  # few tokens are: an eighth at a time, most of which are skipped
+            most = min(most, max(n_tokens * n_words // 8, TOO_FEW_TO_SKIP))
+        if n_tokens * n_words <= most:
             return _logsumexp(_logits(x_TE, table_NE, bias_N, self.dtype))
         total = jax.checkpoint(lambda x_RE: _logsumexp(_logits(x_RE, table_NE, bias_N, self.dtype)))
-        rows = max(1, self.max_logits // n_words)
+        rows = max(1, most // n_words)
         if wanted_T is None:
             return _in_chunks(total, x_TE, rows, n_tokens)
         order_T = jnp.argsort(~wanted_T, stable=True)

@@ -68,6 +68,20 @@ def test_chunks_never_hold_more_logits_than_allowed():
     assert "tensor<60x10xf32>" not in hlo
 
 
+def test_a_large_tail_is_computed_for_few_tokens_at_a_time():
+    """512 tokens, of which a sixteenth are in the tail; its logits at once would be 512 x 3000."""
+    embedding = AdaptiveEmbedding(3050, 4, 4, cutoffs=(50,), rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(AdaptiveSoftmax(embedding, rngs=nnx.Rngs(1)))
+    hidden_BLD = jax.random.normal(jax.random.key(0), (8, 64, 4))
+    targets_BL = jnp.arange(512).reshape(8, 64) % 50 + 100 * (jnp.arange(64)[None] % 16 == 3)
+    nll = jax.jit(lambda s: nnx.merge(graphdef, s).nll(hidden_BLD, targets_BL))
+    hlo = nll.lower(state).as_text()
+    assert "tensor<64x3000xf32>" in hlo
+    assert "tensor<512x3000xf32>" not in hlo
+    log_p = nnx.merge(graphdef, state).log_probabilities(hidden_BLD)
+    np.testing.assert_allclose(nll(state), -jnp.take_along_axis(log_p, targets_BL[..., None], axis=-1)[..., 0], rtol=1e-5)
+
+
 def test_embedding_looks_each_token_up_in_its_cluster():
     embedding, _ = build("clusters")
     for token, cluster, row in [(0, 0, 0), (9, 0, 9), (10, 1, 0), (29, 2, 9)]:
