@@ -1,7 +1,7 @@
 """Evaluation of the DEQ-Transformer with longer and longer memory, beside the same in PyTorch.
 
     pip install -r requirements.txt -r requirements-bench.txt
-    python -m benchmarks.evaluate [--rounds 9] [--write]
+    python -m benchmarks.evaluate [--rounds 9] [--mode bfloat16] [--write]
 
 Sizes as in train_step.py: 8 x 64 tokens a segment, 12 evaluations at tolerance 0; memory full. The limit is 12 times f in a
 loop at that memory, and what is outside of the solve: a segment with one evaluation, less that evaluation.
@@ -9,6 +9,7 @@ loop at that memory, and what is outside of the solve: a segment with one evalua
 
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks import tables, training, turns
 
@@ -18,7 +19,7 @@ BATCH, LENGTH, STEPS = 8, 64, 12
 CASES = tuple(f"{part} {memory}" for memory in MEMORIES for part in ("f", "segment of one evaluation", "segment"))
 
 
-def ours() -> dict[str, Callable]:
+def ours(dtype: str) -> dict[str, Callable]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -26,7 +27,7 @@ def ours() -> dict[str, Callable]:
     programs = {}
     for memory in MEMORIES:
         with tempfile.TemporaryDirectory() as folder:
-            changes = training.timing_text(folder, STEPS) | {"model.mem_len": memory}
+            changes = training.timing_text(folder, STEPS) | {"model.mem_len": memory, "model.dtype": dtype}
             it = training.Training(training.resolved("configs/wt103.py", changes))
         full = it.task.fresh_carry(it.run.model, BATCH)._replace(length_B=jnp.full((BATCH,), memory, jnp.int32))
         controls = it.task.controls(0)
@@ -74,28 +75,21 @@ def torch_peer() -> dict[str, Callable]:
     return programs
 
 
-def table(times: turns.Times) -> str:
-    names = [name for name in LIBRARIES if (name, CASES[0]) in times]
+def programs(library: str, dtype: str) -> tuple[dict[str, Callable], dict[str, Any]]:
+    return torch_peer() if library == "torchdeq" else ours(dtype), {}
+
+
+def table(times: turns.Times, facts: turns.Facts) -> str:
     rows = []
     for memory in MEMORIES:
-        for name in names:
+        for name in facts:
             f, one, segment = (times[name, f"{part} {memory}"] for part in ("f", "segment of one evaluation", "segment"))
             limit = f + one - f / STEPS
             numbers = [f"{1e3 * f:.0f}", f"{1e3 * segment:.0f}", f"{segment / limit:.2f}", f"{BATCH * LENGTH / segment:,.0f}"]
             rows.append([str(memory), name, *numbers])
-    return tables.markdown(["memory", "library", f"{STEPS} x f, ms", "segment, ms", "segment / limit", "tokens/s"], rows)
-
-
-def main() -> None:
-    parser = tables.parser(__doc__, rounds=9)
-    parser.add_argument("--worker", help="used by the command itself")
-    arguments = parser.parse_args()
-    if arguments.worker:
-        return turns.work(torch_peer() if arguments.worker == "torchdeq" else ours())
-    times, facts = turns.measure(__file__, LIBRARIES, CASES, arguments.rounds)
-    on = turns.machine([LIBRARIES[name] for name in facts], facts["deq_flax"])
-    tables.publish("evaluate", f"{on}. Medians.\n\n{table(times)}", arguments.write)
+    head = ["memory", "library", f"{STEPS} x f, ms", "segment, ms", "segment / limit", "tokens/s"]
+    return "Medians.\n\n" + tables.markdown(head, rows)
 
 
 if __name__ == "__main__":
-    main()
+    turns.command("evaluate", __file__, __doc__, libraries=LIBRARIES, cases=CASES, programs=programs, table=table)

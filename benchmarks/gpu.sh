@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The tables of this folder on one accelerator, within ten minutes.
+# The tables of this folder on one accelerator, or a model trained there, in ten minutes.
 #
 #   benchmarks/gpu.sh OUT [WHEELS] [PTB]
 #
-# Writes OUT/tables.md, and logs beside it. WHEELS is a folder of wheels to install first, where nothing can be downloaded; PTB one of
-# Penn Treebank's three files, on which a model is trained in the time that is left. SMALL=1 makes everything small enough to try the
-# script on a CPU. What fails or takes too long is said at the end, and keeps nothing else from running.
+# Writes OUT/tables.md, and logs beside it. WHEELS is a folder of wheels to install first, where nothing can be downloaded. With PTB,
+# one of Penn Treebank's three files, a model is trained on it instead, in OUT/ptb; a further call goes on with it. SMALL=1 makes
+# everything small enough to try the script on a CPU. What fails or takes too long is said at the end, and keeps nothing else from
+# running.
 set -u
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -23,32 +24,35 @@ measure() {
   local name=$1 limit=$2
   shift 2
   if [ $((end - SECONDS)) -lt "$limit" ]; then limit=$((end - SECONDS)); fi
-  if [ "$limit" -lt 10 ]; then failed+=("$name: no time was left"); return; fi
-  echo "$name: at most $limit s"
-  timeout "$limit" "$python" -m "benchmarks.$name" "$@" --write "$out/tables.md" > "$out/$name.log" 2>&1 ||
-    failed+=("$name: exit status $? after at most $limit s, see $name.log")
+  if [ "$limit" -lt 10 ]; then failed+=("$name $*: no time was left"); return; fi
+  echo "$name $*: at most $limit s"
+  timeout "$limit" "$python" -m "benchmarks.$name" "$@" --write "$out/tables.md" >> "$out/$name.log" 2>&1 ||
+    failed+=("$name $*: exit status $? after at most $limit s, see $name.log")
 }
 
-if [ -n "${SMALL:-}" ]; then
-  measure utilisation 200 --small --batch 4 --rounds 2
-  measure solvers 200 --rounds 1
-  measure evaluate 200 --rounds 1
-  measure memory 100 --only layer
-else
-  measure utilisation 240 --rounds 5
-  measure solvers 60 --rounds 5
-  measure train_step 90 --rounds 5
-  measure evaluate 45 --rounds 5
-  measure memory 60 --only wt103
-  measure compile_time 60 --config configs/wt103.py:base
-  measure data 45 --rounds 5
-fi
-if [ -n "$ptb" ] && [ $((end - SECONDS)) -gt 60 ]; then
+small=(--config.model.d_inner=64 --config.train.steps=20)
+if [ -n "$ptb" ]; then
+  train=("$python" -m deq_flax.main --config configs/ptb.py --workdir "$out/ptb" --config.data.path="$ptb" ${SMALL:+"${small[@]}"})
   # Ended by a signal, a run saves what it has; --mode eval then tells its best perplexity.
-  timeout --signal=TERM $((end - SECONDS - 40)) "$python" -m deq_flax.main --config configs/ptb.py --workdir "$out/ptb" \
-    --config.data.path="$ptb" ${SMALL:+--config.model.d_inner=64 --config.train.steps=20} > "$out/ptb.log" 2>&1
-  timeout 40 "$python" -m deq_flax.main --config configs/ptb.py --workdir "$out/ptb" --mode eval \
-    --config.data.path="$ptb" ${SMALL:+--config.model.d_inner=64 --config.train.steps=20} 2>&1 | tee "$out/ptb_eval.log" | tail -1
-  rm -rf "$out/ptb/checkpoints"
+  timeout --signal=TERM $((end - SECONDS - 60)) "${train[@]}" >> "$out/ptb.log" 2>&1
+  "${train[@]}" --mode eval 2>&1 | tee "$out/ptb_eval.log" | tail -1
+elif [ -n "${SMALL:-}" ]; then
+  measure utilisation 200 --small --batch 4 --rounds 2
+  measure memory 100 --only layer
+  for mode in float32 tf32 bfloat16; do
+    measure solvers 100 --rounds 1 --mode $mode
+    measure train_step 200 --rounds 1 --mode $mode
+    measure evaluate 100 --rounds 1 --mode $mode
+  done
+else
+  measure utilisation 200 --rounds 5
+  for mode in float32 tf32 bfloat16; do
+    measure solvers 45 --rounds 5 --mode $mode
+    measure train_step 60 --rounds 5 --mode $mode
+    measure evaluate 30 --rounds 5 --mode $mode
+  done
+  measure compile_time 60 --config configs/wt103.py:base
+  measure memory 60 --only wt103
+  measure data 30 --rounds 5
 fi
 [ ${#failed[@]} -eq 0 ] || printf 'failed: %s\n' "${failed[@]}"

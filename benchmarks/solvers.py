@@ -1,7 +1,7 @@
 """Solvers and gradients, side by side with other libraries.
 
     pip install -r requirements.txt -r requirements-bench.txt
-    python -m benchmarks.solvers [--rounds 9] [--write]
+    python -m benchmarks.solvers [--rounds 9] [--mode bfloat16] [--write]
 
 Every library makes the same number of evaluations of the same layer (tolerance 0); their calls of f are
 counted, and overhead = time / (calls x time of f alone in a loop). A library that is not installed is left out.
@@ -25,15 +25,15 @@ BOUNDED = ("Picard", "Anderson(memory=6)", "Broyden(memory=10)", "Broyden()")
 """Solvers of ours that run at all LIMITS; the last keeps as many pairs as steps."""
 
 
-def jax_cases(library: str) -> tuple[dict[str, Callable], dict[str, int]]:
+def jax_cases(library: str, dtype: str) -> tuple[dict[str, Callable], dict[str, int]]:
     """Compiled programs by case, and how often each calls f (the gradient: f, and separately its adjoint)."""
     import jax
     import jax.numpy as jnp
 
     from benchmarks.layer import jax_layer, weights
 
-    w = {name: jnp.asarray(value) for name, value in weights().items()}
-    z0 = jnp.zeros((*w["x"].shape[:2], w["out"].shape[0]))
+    w = {name: jnp.asarray(value, dtype) for name, value in weights().items()}
+    z0 = jnp.zeros((*w["x"].shape[:2], w["out"].shape[0]), dtype)
     calls = {"n": 0}
 
     def counted(f):
@@ -44,7 +44,7 @@ def jax_cases(library: str) -> tuple[dict[str, Callable], dict[str, int]]:
         return g
 
     def idle(w, z):
-        return jnp.linspace(-0.9, 0.9, z.shape[-1])[None, None] * z + w["x"][..., : z.shape[-1]]
+        return jnp.linspace(-0.9, 0.9, z.shape[-1], dtype=dtype)[None, None] * z + w["x"][..., : z.shape[-1]]
 
     solve = JAX_SOLVES[library]
     programs, counts = {}, {}
@@ -196,15 +196,15 @@ def torch_cases() -> tuple[dict[str, Callable], dict[str, int]]:
     return programs, counts
 
 
-def cases_by_limit() -> dict[str, Callable]:
+def cases_by_limit(dtype: str) -> dict[str, Callable]:
     """Programs of our solvers on a free f of state (4, 16384)."""
     import jax
     import jax.numpy as jnp
 
     from deq_flax import Anderson, Broyden, Picard, fixed_point
 
-    z0 = jnp.zeros((4, 64 * 256))
-    a = jnp.linspace(-0.99, 0.99, z0.shape[1])[None]
+    z0 = jnp.zeros((4, 64 * 256), dtype)
+    a = jnp.linspace(-0.99, 0.99, z0.shape[1], dtype=dtype)[None]
 
     def program(name: str, limit: int) -> Callable:
         solver = {"Picard": Picard, "Anderson(memory=6)": Anderson}.get(name, Broyden)(tol=0.0, max_steps=limit)
@@ -215,27 +215,24 @@ def cases_by_limit() -> dict[str, Callable]:
     return {f"{name}, {limit}": program(name, limit) for name in BOUNDED for limit in LIMITS}
 
 
-def worker(library: str) -> None:
-    programs, counts = torch_cases() if library == "torchdeq" else jax_cases(library)
-    if library == "deq_flax":
-        programs |= cases_by_limit()
-    turns.work(programs, counts)
+def programs(library: str, dtype: str) -> tuple[dict[str, Callable], dict[str, int]]:
+    programs, counts = torch_cases() if library == "torchdeq" else jax_cases(library, dtype)
+    return programs | (cases_by_limit(dtype) if library == "deq_flax" else {}), counts
 
 
-def table(times: turns.Times, calls: dict[tuple[str, str], int], on: str) -> str:
-    names = [name for name in LIBRARIES if (name, "picard") in times]
+def table(times: turns.Times, facts: turns.Facts) -> str:
     rows = []
     for case in CASES:
-        n = {name: f" ({calls[name, case]})" if calls.get((name, case)) else "" for name in names}
-        cells = [f"{1e3 * times[name, case]:.1f}{n[name]}" if (name, case) in times else "" for name in names]
+        n = {name: f" ({told[case]})" if told.get(case) else "" for name, told in facts.items()}
+        cells = [f"{1e3 * times[name, case]:.1f}{n[name]}" if (name, case) in times else "" for name in facts]
         rows.append([case, *cells])
-    text = f"{on}\n\nMilliseconds of one call (calls of f in brackets; medians).\n\n" + tables.markdown(["case", *names], rows)
-    with_f = [name for name in names if (name, "f") in times]
+    text = "Milliseconds of one call (calls of f in brackets; medians).\n\n" + tables.markdown(["case", *facts], rows)
+    with_f = [name for name in facts if (name, "f") in times]
     rows = []
     for case in ("picard", "anderson", "broyden", "gradient"):
         cells = []
         for name in with_f:
-            limit = times[name, "f"] / STEPS * calls.get((name, case), STEPS)
+            limit = times[name, "f"] / STEPS * facts[name].get(case, STEPS)
             if case == "gradient":
                 limit = times[name, "f"] + times[name, "vjp"]
             cells.append(f"{times[name, case] / limit:.2f}")
@@ -249,18 +246,6 @@ def table(times: turns.Times, calls: dict[tuple[str, str], int], on: str) -> str
     )
 
 
-def main() -> None:
-    parser = tables.parser(__doc__, rounds=9)
-    parser.add_argument("--worker", help="used by the command itself")
-    arguments = parser.parse_args()
-    if arguments.worker:
-        return worker(arguments.worker)
-    cases = (*CASES, *(f"{name}, {limit}" for name in BOUNDED for limit in LIMITS))
-    times, facts = turns.measure(__file__, LIBRARIES, cases, arguments.rounds)
-    calls = {(library, case): n for library, known in facts.items() for case, n in known.items() if isinstance(n, int)}
-    installed = [distribution for name, distribution in LIBRARIES.items() if name in facts]
-    tables.publish("solvers", table(times, calls, turns.machine([*installed, "numpy"], facts["deq_flax"])), arguments.write)
-
-
 if __name__ == "__main__":
-    main()
+    cases = (*CASES, *(f"{name}, {limit}" for name in BOUNDED for limit in LIMITS))
+    turns.command("solvers", __file__, __doc__, libraries=LIBRARIES, cases=cases, programs=programs, table=table)

@@ -1,15 +1,16 @@
 """A training step of each model, beside the same in PyTorch, and beside the evaluations of f that it cannot do without.
 
     pip install -r requirements.txt -r requirements-bench.txt
-    python -m benchmarks.train_step [--rounds 9] [--write]
+    python -m benchmarks.train_step [--rounds 9] [--mode bfloat16] [--write]
 
 Transformer: 10,000 words, cutoffs 2000 and 5000, 256 features, 8 heads, 1024 inner features, sequence and memory 64, batch 8;
 12 evaluations each way, Anderson forward and Broyden adjoint, Adam, clipping. Multiscale DEQ: CIFAR-10's `tiny` and `large`,
-batch 8, 8 evaluations each way with Broyden's method. Float32, tolerance 0. The limit is explained in `training.py`.
+batch 8, 8 evaluations each way with Broyden's method. Tolerance 0. The limit is explained in `training.py`.
 """
 
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks import tables, training, turns
 from benchmarks.training import CASES
@@ -19,12 +20,13 @@ MODELS = {"transformer": 12, "mdeq tiny": 8, "mdeq large": 8}
 """Evaluations each way."""
 
 
-def ours(model: str) -> dict[str, Callable]:
+def ours(model: str, dtype: str) -> dict[str, Callable]:
+    own = {"model.dtype": dtype}
     with tempfile.TemporaryDirectory() as folder:
         if model == "transformer":
-            config = training.resolved("configs/wt103.py", training.timing_text(folder, MODELS[model]))
+            config = training.resolved("configs/wt103.py", own | training.timing_text(folder, MODELS[model]))
         else:
-            changes = {"data.batch_size": 8, "data.eval_batch_size": 8} | training.images(folder, 32)
+            changes = own | {"data.batch_size": 8, "data.eval_batch_size": 8} | training.images(folder, 32)
             config = training.resolved(f"configs/cifar10.py:{model.split()[1]}", changes | training.exactly(MODELS[model]))
         return training.Training(config).programs()
 
@@ -40,16 +42,17 @@ def torch_peer(model: str) -> dict[str, Callable]:
     return torch_programs.programs(*timed, steps)
 
 
-def worker(library: str) -> None:
-    make = torch_peer if library == "torchdeq" else ours
-    turns.work({f"{model}: {case}": program for model in MODELS for case, program in make(model).items()})
+def programs(library: str, dtype: str) -> tuple[dict[str, Callable], dict[str, Any]]:
+    def make(model: str) -> dict[str, Callable]:
+        return torch_peer(model) if library == "torchdeq" else ours(model, dtype)
+
+    return {f"{model}: {case}": program for model in MODELS for case, program in make(model).items()}, {}
 
 
-def table(times: turns.Times, on: str) -> str:
-    names = [name for name in LIBRARIES if (name, f"transformer: {CASES[0]}") in times]
+def table(times: turns.Times, facts: turns.Facts) -> str:
     rows = []
     for model, steps in MODELS.items():
-        for name in names:
+        for name in facts:
             seconds = {case: times[name, f"{model}: {case}"] for case in CASES}
             limit = training.limit(seconds, steps, 2 if name == "deq_flax" else 1)
             peer = times.get(("torchdeq", f"{model}: step"))
@@ -60,20 +63,16 @@ def table(times: turns.Times, on: str) -> str:
             ]
             rows.append([f"{model}, n = {steps}", name, *numbers, f"{seconds['step'] / peer:.2f}" if peer else ""])
     head = ["model", "library", "n x f", "n x vjp", *CASES[2:], "the limit", "step / limit", "step / torchdeq's"]
-    return f"{on}. Milliseconds (medians).\n\n" + tables.markdown(head, rows)
-
-
-def main() -> None:
-    parser = tables.parser(__doc__, rounds=9)
-    parser.add_argument("--worker", help="used by the command itself")
-    arguments = parser.parse_args()
-    if arguments.worker:
-        return worker(arguments.worker)
-    cases = tuple(f"{model}: {case}" for model in MODELS for case in CASES)
-    times, facts = turns.measure(__file__, LIBRARIES, cases, arguments.rounds)
-    on = turns.machine([LIBRARIES[name] for name in facts], facts["deq_flax"])
-    tables.publish("train_step", table(times, on), arguments.write)
+    return "Milliseconds (medians).\n\n" + tables.markdown(head, rows)
 
 
 if __name__ == "__main__":
-    main()
+    turns.command(
+        "train_step",
+        __file__,
+        __doc__,
+        libraries=LIBRARIES,
+        cases=tuple(f"{model}: {case}" for model in MODELS for case in CASES),
+        programs=programs,
+        table=table,
+    )

@@ -9,22 +9,68 @@ import os
 import platform
 import subprocess
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from time import perf_counter, sleep
+from typing import Any
+
+from benchmarks import tables
 
 THREADS = 2
+
+MODES = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
+"""What JAX calls the precision of float32 products; in the last mode operands are bfloat16."""
 
 Times = dict[tuple[str, str], float]
 """Median seconds by (library, case)."""
 
+Facts = dict[str, dict[str, Any]]
+"""What each library's worker told, by library."""
 
-def work(programs: Mapping[str, Callable[[], object]], facts: Mapping[str, object] | None = None) -> None:
+Programs = Mapping[str, Callable[[], object]]
+"""By case."""
+
+
+def command(
+    name: str,
+    script: str,
+    doc: str | None,
+    *,
+    libraries: Mapping[str, str],
+    cases: tuple[str, ...],
+    programs: Callable[[str, str], tuple[Programs, Mapping[str, Any]]],
+    table: Callable[[Times, Facts], str],
+) -> None:
+    """The command line of a benchmark: `script`, with the table `name`.
+
+    Args:
+      libraries: name -> the distribution that must be installed; the first is ours.
+      programs: (library, dtype of the model) -> what to time, and facts to tell beside it.
+      table: of what was measured.
+    """
+    parser = tables.parser(doc, rounds=9)
+    parser.add_argument("--mode", choices=MODES, default="float32", help="of matrix products; PyTorch takes part in float32")
+    parser.add_argument("--worker", help=SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return work(*programs(arguments.worker, "bfloat16" if arguments.mode == "bfloat16" else "float32"))
+    if arguments.mode != "float32":
+        libraries = {library: distribution for library, distribution in libraries.items() if library != "torchdeq"}
+        name = f"{name}, {arguments.mode}"
+    times, facts = measure(script, libraries, cases, arguments.rounds, arguments.mode)
+    if not facts:
+        sys.exit(1)
+    on = machine([libraries[library] for library in facts], next(iter(facts.values())))
+    tables.publish(name, f"{on}. {table(times, facts)}", arguments.write)
+
+
+def work(programs: Programs, facts: Mapping[str, Any]) -> None:
     """What a worker does: answer each line on stdin, a case, with the seconds that its program took."""
     for program in programs.values():
         program()
-    print(json.dumps({"cases": list(programs), "facts": {"device": _device()} | dict(facts or {})}), flush=True)
+    print(json.dumps({"cases": list(programs), "facts": {"device": _device()} | dict(facts)}), flush=True)
     for line in sys.stdin:
         program = programs[line.strip()]
         program()
@@ -33,18 +79,14 @@ def work(programs: Mapping[str, Callable[[], object]], facts: Mapping[str, objec
         print(perf_counter() - start, flush=True)
 
 
-def measure(
-    script: str, libraries: Mapping[str, str], cases: tuple[str, ...], rounds: int
-) -> tuple[Times, dict[str, dict[str, object]]]:
-    """Times, and the facts that each worker told. `libraries`: name -> the distribution that must be installed.
-
-    `script --worker NAME` must call `work`. A library that is not installed is left out, and said to be.
-    """
+def measure(script: str, libraries: Mapping[str, str], cases: tuple[str, ...], rounds: int, mode: str) -> tuple[Times, Facts]:
+    """Times and facts. A library that is not installed or does not run in this mode is left out, and said to be."""
     environment = os.environ | {
         "PYTHONPATH": os.getcwd(),
         "OMP_NUM_THREADS": str(THREADS),
         "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={THREADS}",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share an accelerator's memory
+        "JAX_DEFAULT_MATMUL_PRECISION": MODES[mode],
     }
     workers, times, facts = {}, {}, {}
     for library, distribution in libraries.items():
@@ -54,13 +96,17 @@ def measure(
             print(f"{library}: not installed, left out", file=sys.stderr)
             continue
         process = subprocess.Popen(
-            [sys.executable, script, "--worker", library],
+            [sys.executable, script, "--worker", library, "--mode", mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
         )
-        ready = json.loads(process.stdout.readline())
+        line = process.stdout.readline()
+        if not line:
+            print(f"{library}: fails, left out", file=sys.stderr)
+            continue
+        ready = json.loads(line)
         workers[library], facts[library] = (process, ready["cases"]), ready["facts"]
         print(f"{library}: ready", file=sys.stderr)
     for number in range(rounds + 1):  # the first round warms up
@@ -78,7 +124,7 @@ def measure(
     return {key: median(values[1:]) for key, values in times.items()}, facts
 
 
-def machine(distributions: list[str], facts: Mapping[str, object] | None = None) -> str:
+def machine(distributions: list[str], facts: Mapping[str, Any] | None = None) -> str:
     """What a table was measured on; `facts` of a worker name its accelerator, if it has one."""
     versions = ", ".join(f"{name} {version(name)}" for name in distributions)
     on = f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} threads"

@@ -19,11 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import tables, training
+from benchmarks import tables, training, turns
 
 CONFIGS = ("configs/wt103.py:base", "configs/wt103.py:deq_lm")
-MODES = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
-"""What JAX calls the precision of float32 products; in the last mode operands are bfloat16."""
 SMALL = {
     **{"model.d_model": 32, "model.d_embed": 32, "model.n_head": 2, "model.d_head": 16, "model.d_inner": 64},
     **{"model.cutoffs": (500, 800), "model.mem_len": 8, "data.seq_len": 8},
@@ -112,13 +110,13 @@ def row(path: str, mode: str, peak: float, arguments: Any) -> list[str]:
 def main() -> None:
     parser = tables.parser(__doc__, rounds=5)
     parser.add_argument("--config", nargs="+", default=CONFIGS)
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=tuple(MODES))
+    parser.add_argument("--mode", nargs="+", choices=turns.MODES, default=tuple(turns.MODES))
     parser.add_argument("--batch", type=int, default=56, help="sequences a step (56)")
     parser.add_argument("--small", action="store_true", help="models and products small enough for a CPU")
     arguments = parser.parse_args()
     rows, peaks = [], []
     for mode in arguments.mode:
-        with jax.default_matmul_precision(MODES[mode]):
+        with jax.default_matmul_precision(turns.MODES[mode]):
             peak = peak_rate(mode, 512 if arguments.small else 8192, arguments.rounds)
             peaks.append(f"{mode} {peak / 1e12:.2f}")
             for path in arguments.config:

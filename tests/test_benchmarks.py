@@ -22,7 +22,9 @@ def test_every_table_has_its_place():
     published = {
         name
         for module in MODULES
-        for name in re.findall(r'tables\.publish\(\s*"([^"]+)"', (ROOT / "benchmarks" / f"{module}.py").read_text())
+        for name in re.findall(
+            r'(?:tables\.publish|turns\.command)\(\s*"([^"]+)"', (ROOT / "benchmarks" / f"{module}.py").read_text()
+        )
     }
     places = re.findall(r"<!-- begin (.+) -->", tables.README.read_text())
     assert len(places) == len(set(places))
