@@ -107,6 +107,7 @@ def host(blocks: int, rounds: int) -> list[str]:
     """
     import jax
 
+    from deq_flax.train.evaluate import fetch
     from deq_flax.train.mesh import put_batch
 
     def add_one(state: Any, batch: Any, controls: Any, number: Any) -> Any:
@@ -132,7 +133,7 @@ def host(blocks: int, rounds: int) -> list[str]:
             jax.block_until_ready(state)
             fresh = jax.block_until_ready(jax.tree.map(lambda x: x + 0, metrics))  # an array keeps what was read
             before = perf_counter()
-            jax.device_get(fresh)
+            fetch(fresh)
             laps.append([*np.diff(lap), perf_counter() - before])
     spent = 1e3 * np.median(laps[5:], axis=0)
     counts = [len(jax.tree.leaves(tree)) for tree in (state.params, state)]

@@ -82,7 +82,7 @@ class AdaptiveSoftmax(nnx.Module):
       embedding: the AdaptiveEmbedding to tie to.
       dtype: 'float32' or 'bfloat16', for the contractions; normalisers are always float32 or wider.
       max_logits: the most logits (tokens times words) held at once; beyond that, tokens are taken in chunks whose logits are
-        computed again on the way back.
+        computed again on the way back. Those of a tail cluster are in smaller chunks, to skip tokens that are not in it.
     """
 
     def __init__(self, embedding, *, dtype="float32", max_logits=2**25, rngs):
