@@ -107,8 +107,8 @@ def host(blocks: int, rounds: int) -> list[str]:
     """
     import jax
 
+    from deq_flax.devices.mesh import put_batch
     from deq_flax.train.evaluate import fetch
-    from deq_flax.train.mesh import put_batch
 
     def add_one(state: Any, batch: Any, controls: Any, number: Any) -> Any:
         return jax.tree.map(lambda x: x + 1, state), batch["mask"].sum() + controls.max_steps + number

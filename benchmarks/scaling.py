@@ -21,10 +21,10 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.collectives import collectives, table
+from deq_flax.devices.mesh import make_mesh
 from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.tasks import make_task
 from deq_flax.train import loop
-from deq_flax.train.mesh import make_mesh
 
 MESHES = ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4))
 LIMITS = (4, 16)

@@ -72,9 +72,9 @@ class Training:
     """A run of a config on one device, at its first step."""
 
     def __init__(self, config: Mapping[str, Any]):
+        from deq_flax.devices.mesh import make_mesh
         from deq_flax.tasks import make_task
         from deq_flax.train.loop import Run, TrainOptions
-        from deq_flax.train.mesh import make_mesh
 
         self.config, self.task = config, make_task(config)
         self.batch = next(self.task.train_batches(0))

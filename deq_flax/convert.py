@@ -66,10 +66,10 @@ def convert(
     Raises:
       UserError: the file cannot be read or does not fit the config, or the directory is in use. Nothing has been written then.
     """
+    from deq_flax.checkpoints.checkpoints import Checkpoints
+    from deq_flax.checkpoints.stored_step import named_leaves
     from deq_flax.pretrained import abstract_model
     from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, family_of, match, open_tensors
-    from deq_flax.train.checkpoint import Checkpoints
-    from deq_flax.train.checkpoint_step import named_leaves
     from deq_flax.train.step import split_model
 
     _require_unused(directory)
@@ -110,10 +110,10 @@ def to_torch(checkpoint: str | Path, path: Path) -> tuple[int, int]:
     Raises:
       UserError: there is no checkpoint, there is no name for its weights, or the file cannot be written.
     """
+    from deq_flax.checkpoints.checkpoints import load_meta, load_params
+    from deq_flax.checkpoints.stored_step import named_leaves
     from deq_flax.pretrained import abstract_model, stored_config
     from deq_flax.torch_checkpoint import FAMILIES, export_tensors, family_of, write_state_dict
-    from deq_flax.train.checkpoint import load_meta, load_params
-    from deq_flax.train.checkpoint_step import named_leaves
     from deq_flax.train.step import split_model
 
     meta = load_meta(checkpoint)

@@ -16,9 +16,9 @@ from typing import Any
 from absl import flags
 
 from deq_flax import cli
-from deq_flax.data.pydoc_text import tokenize
-from deq_flax.data.text import load_text
-from deq_flax.data.vocabulary import EOS, UNK, Vocabulary
+from deq_flax.data.text.corpus import load_text
+from deq_flax.data.text.pydoc import tokenize
+from deq_flax.data.text.vocabulary import EOS, UNK, Vocabulary
 from deq_flax.errors import UserError
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands

@@ -57,16 +57,16 @@ def main() -> int:
     if _MODE.value == "train":
         _refuse_another_config(config, workdir)
     # Imported late: a mistake in the command line should not have to wait for the libraries.
-    from deq_flax.train.processes import joined
+    from deq_flax.devices.processes import joined
 
     with joined(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
         return _evaluate(config, workdir, _CHECKPOINT.value) if _MODE.value == "eval" else _train(config, workdir)
 
 
 def _train(config: Mapping[str, Any], workdir: Path) -> int:
+    from deq_flax.devices.processes import say
     from deq_flax.tasks import make_task
     from deq_flax.train.loop import train
-    from deq_flax.train.processes import say
 
     result = train(
         make_task(config),
@@ -86,9 +86,9 @@ def _train(config: Mapping[str, Any], workdir: Path) -> int:
 
 
 def _evaluate(config: Mapping[str, Any], workdir: Path, checkpoint: str | None) -> int:
+    from deq_flax.devices.processes import is_first, say
     from deq_flax.tasks import make_task
     from deq_flax.train.evaluate import evaluate_checkpoint
-    from deq_flax.train.processes import is_first, say
 
     options = config["eval"]
     for steps in options["max_steps_sweep"]:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deq_flax.devices.mesh import make_mesh
 from deq_flax.equilibrium import fixed_point
+from deq_flax.run_log.pictures import make_pictures
 from deq_flax.train.evaluate import load, measure
-from deq_flax.train.mesh import make_mesh
-from deq_flax.train.pictures import make_pictures
 from deq_flax.train.step import make_eval_step
 
 SHOWN_CLASSES = 40

@@ -8,11 +8,11 @@ from typing import Any
 
 from flax import nnx
 
+from deq_flax.checkpoints.checkpoints import load_meta, load_params
 from deq_flax.errors import UserError
 from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.models.mdeq import MDEQ
 from deq_flax.models.transformer_xl import TransformerXL
-from deq_flax.train.checkpoint import load_meta, load_params
 from deq_flax.train.step import split_model
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from deq_flax.models.mdeq import MDEQ
-from deq_flax.tasks.recipe import EquilibriumRecipe
+from deq_flax.train.phases import EquilibriumRecipe
 from tests.test_configs import KEYS, load
 
 IMAGES = {name: load(name) for name in ("digits", "mnist", "cifar10", "imagenet", "camvid", "cityscapes")}

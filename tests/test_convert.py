@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.checkpoints.checkpoints import load_meta, load_params
 from deq_flax.convert import convert, to_torch
 from deq_flax.equilibrium import Picard
 from deq_flax.errors import UserError
 from deq_flax.pretrained import abstract_model, load_model
 from deq_flax.tasks import make_task
 from deq_flax.torch_checkpoint import FAMILIES, open_tensors
-from deq_flax.train.checkpoint import load_meta, load_params
 from deq_flax.train.evaluate import evaluate_checkpoint
 from deq_flax.train.step import split_model
 from tests import reference

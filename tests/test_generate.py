@@ -3,8 +3,8 @@
 import pytest
 
 from deq_flax.convert import convert
-from deq_flax.data.text import load_text
-from deq_flax.data.vocabulary import Vocabulary
+from deq_flax.data.text.corpus import load_text
+from deq_flax.data.text.vocabulary import Vocabulary
 from deq_flax.errors import UserError
 from deq_flax.generate import default_memory, encode_prompt, find_vocabulary, make_solver
 from tests import reference

@@ -9,13 +9,17 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "deq_flax"
 MAY = {
+    "errors": set(),
     "equilibrium": set(),
     "nn": set(),
-    "models": {"equilibrium", "nn"},
+    "models": {"equilibrium", "nn", "errors"},
     "data": {"errors"},
-    "task": set(),
-    "tasks": {"task", "models", "data", "equilibrium", "errors"},
-    "train": {"task", "equilibrium", "errors"},
+    "task": {"equilibrium"},
+    "tasks": {"task", "models", "data", "equilibrium", "errors", "train"},
+    "devices": {"errors"},
+    "run_log": {"task", "devices", "errors"},
+    "checkpoints": {"devices", "errors", "run_log", "train"},
+    "train": {"task", "equilibrium", "devices", "checkpoints", "run_log", "errors"},
     "torch_checkpoint": {"nn", "errors"},
 }
 LIBRARIES = {

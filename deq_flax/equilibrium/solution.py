@@ -1,5 +1,6 @@
 """What a solve returns, and what a solver is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -44,6 +45,10 @@ class Solution:
     stats: SolverStats
     trajectory: Any = None
     """A pytree like the initial guess with a leading axis for the iterates `Solver.sample_steps`; None unless asked for."""
+
+
+Solve = Callable[[Callable[[Any], Any], Any], tuple[Solution, jax.Array | None]]
+"""(f, z0) -> the solution of z = f(z) from z0, and the Jacobian loss there if one is wanted: how a model is told to solve."""
 
 
 @dataclass(frozen=True)

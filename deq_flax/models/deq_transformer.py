@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deq_flax.models.language_model import WordModel
 from deq_flax.models.solve import solve
-from deq_flax.models.words import WordModel
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.transformer import Memory, TransformerCell, TransformerStack

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from deq_flax.models.words import WordModel
+from deq_flax.models.language_model import WordModel
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.transformer import Memory, TransformerCell
 

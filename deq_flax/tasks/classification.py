@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_flax.data.images import ImageOptions, load_images
+from deq_flax.data.images.labeled_datasets import ImageOptions, load_images
 from deq_flax.models.mdeq import MDEQ
 from deq_flax.task import Batch, Controls, LossOutput, Metrics, Phase, average
+from deq_flax.tasks.drawing import labelled_grid
 from deq_flax.tasks.images import ImageTask, confusion
-from deq_flax.tasks.recipe import add_solver, ordered
-from deq_flax.tasks.show import labelled_grid
+from deq_flax.train.phases import add_solver, ordered
 
 CONFUSION_CLASSES = 100
 """With more classes, no confusion matrix is counted: nobody could read it."""

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deq_flax.data.batches import EvalBatches, Examples, TrainBatches
-from deq_flax.data.image_files import Damaged
-from deq_flax.data.segments import iterate, segment_dataset
+from deq_flax.data.images.files import Damaged
+from deq_flax.data.loading import EvalBatches, Examples, TrainBatches
+from deq_flax.data.text.segments import iterate, segment_dataset
 from deq_flax.errors import UserError
 from deq_flax.models.mdeq import MDEQ, MDEQOutput
 from deq_flax.task import Batch, Batches, Controls, Phase
 from deq_flax.tasks.checks import check_least, check_model
-from deq_flax.tasks.recipe import EquilibriumRecipe
+from deq_flax.train.phases import EquilibriumRecipe
 
 
 class Data(Protocol):

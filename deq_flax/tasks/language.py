@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deq_flax.data.segments import EvalSegments, TrainSegments, iterate, segment_dataset
-from deq_flax.data.text import load_text
+from deq_flax.data.text.corpus import load_text
+from deq_flax.data.text.segments import EvalSegments, TrainSegments, iterate, segment_dataset
 from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.task import Batch, Batches, Controls, LossOutput, Metrics, Phase, average
 from deq_flax.tasks.checks import check_least, check_model
-from deq_flax.tasks.recipe import EquilibriumRecipe, add_solver, ordered
+from deq_flax.train.phases import EquilibriumRecipe, add_solver, ordered
 
 
 class _TextTask:

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_flax.data.scenes import IGNORE
-from deq_flax.data.segmentation import SceneOptions, load_scenes
+from deq_flax.data.images.scene_datasets import SceneOptions, load_scenes
+from deq_flax.data.images.scenes import IGNORE
 from deq_flax.models.mdeq import MDEQ
 from deq_flax.task import Batch, Controls, LossOutput, Metrics, Phase, average
+from deq_flax.tasks.drawing import overlays
 from deq_flax.tasks.images import ImageTask, confusion
+from deq_flax.tasks.multiscale_inference import Views
 from deq_flax.tasks.pixel_loss import PixelLoss
-from deq_flax.tasks.recipe import add_solver, ordered
-from deq_flax.tasks.show import overlays
-from deq_flax.tasks.views import Views
+from deq_flax.train.phases import add_solver, ordered
 
 
 class SegmentationTask(ImageTask):

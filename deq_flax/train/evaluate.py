@@ -14,12 +14,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from deq_flax.checkpoints.checkpoints import load_params
+from deq_flax.devices.mesh import FSDP, by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
+from deq_flax.devices.processes import is_first
+from deq_flax.devices.sharding import param_specs, shardings, whole
 from deq_flax.errors import UserError
 from deq_flax.task import Controls, HasSpectralRadius, Metrics, Task
-from deq_flax.train.checkpoint import load_params
-from deq_flax.train.mesh import FSDP, by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
-from deq_flax.train.processes import is_first
-from deq_flax.train.sharding import param_specs, shardings, whole
 from deq_flax.train.step import EvalStep, make_eval_step, split_model
 
 SPLITS = ("valid", "test")

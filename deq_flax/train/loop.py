@@ -16,17 +16,17 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from deq_flax.checkpoints.checkpoints import Checkpoints, borrow_params, load_params
+from deq_flax.checkpoints.saver import REST, Saver
+from deq_flax.devices.mesh import by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
+from deq_flax.devices.processes import is_first, say
+from deq_flax.devices.sharding import opt_shardings, param_specs, shardings
 from deq_flax.errors import UserError
+from deq_flax.run_log.pictures import make_pictures
+from deq_flax.run_log.run_log import Clock, NoReport, Report
 from deq_flax.task import HasHead, HasWords, Metrics, Phase, Task
-from deq_flax.train.checkpoint import Checkpoints, borrow_params, load_params
 from deq_flax.train.evaluate import SPLITS, divide, evaluate, fetch, merge
-from deq_flax.train.mesh import by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
 from deq_flax.train.optimizer import make_optimizer
-from deq_flax.train.pictures import make_pictures
-from deq_flax.train.processes import is_first, say
-from deq_flax.train.report import Clock, NoReport, Report
-from deq_flax.train.saving import REST, Saver
-from deq_flax.train.sharding import opt_shardings, param_specs, shardings
 from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model
 
 

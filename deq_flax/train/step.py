@@ -16,10 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deq_flax.devices.mesh import BATCH, TENSOR
+from deq_flax.devices.sharding import batch_axes, gather, manual, reduce_scatter
 from deq_flax.equilibrium import backward_probe
 from deq_flax.task import Batch, Carry, Controls, Metrics, Phase, Task, average
-from deq_flax.train.mesh import BATCH, TENSOR
-from deq_flax.train.sharding import batch_axes, gather, manual, reduce_scatter
 
 
 class TrainState(NamedTuple):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.devices.mesh import make_mesh
 from deq_flax.errors import UserError
 from deq_flax.tasks import make_task
 from deq_flax.train.evaluate import evaluate, measure
-from deq_flax.train.mesh import make_mesh
 from deq_flax.train.step import make_eval_step, split_model
 from tests.tasks.images import classification, write_labelled
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.devices.mesh import make_mesh
 from deq_flax.errors import UserError
 from deq_flax.tasks import make_task
 from deq_flax.tasks.images import confusion
+from deq_flax.tasks.multiscale_inference import Views, starts
 from deq_flax.tasks.pixel_loss import PixelLoss
 from deq_flax.tasks.segmentation import intersection_over_union
-from deq_flax.tasks.views import Views, starts
 from deq_flax.train.evaluate import measure
-from deq_flax.train.mesh import make_mesh
 from deq_flax.train.step import make_eval_step, split_model
 from tests.tasks.images import segmentation, write_scenes
 

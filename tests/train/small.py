@@ -5,8 +5,8 @@ Beside it what any run may be put through in a test, and what is compared afterw
 
 import numpy as np
 
+from deq_flax.checkpoints.stored_step import read_record
 from deq_flax.tasks import make_task
-from deq_flax.train.checkpoint_step import read_record
 from deq_flax.train.loop import train
 
 

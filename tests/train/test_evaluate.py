@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 
+from deq_flax.devices.mesh import make_mesh
 from deq_flax.task import average
 from deq_flax.train.evaluate import measure
-from deq_flax.train.mesh import make_mesh
 
 
 class Task:

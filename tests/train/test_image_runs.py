@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from deq_flax.checkpoints.checkpoints import borrow_params
+from deq_flax.checkpoints.stored_step import named_leaves
 from deq_flax.errors import UserError
-from deq_flax.train.checkpoint import borrow_params
-from deq_flax.train.checkpoint_step import named_leaves
 from deq_flax.train.step import split_model
 from tests.tasks.images import classification, segmentation, write_labelled, write_scenes
 from tests.train.small import Disturbed, arrays, run

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from deq_flax.checkpoints.checkpoints import Checkpoints
+from deq_flax.devices.mesh import make_mesh
 from deq_flax.errors import UserError
 from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.pretrained import load_model
 from deq_flax.task import Phase
 from deq_flax.tasks import make_task
 from deq_flax.train import loop
-from deq_flax.train.checkpoint import Checkpoints
-from deq_flax.train.mesh import make_mesh
 from tests.train.commands import metrics
 from tests.train.small import Disturbed, arrays, config, explicit, run, write_tokens
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.checkpoints.checkpoints import Checkpoints, load_params
 from deq_flax.nn.image_norm import BatchNorm
 from deq_flax.task import Controls, LossOutput, Phase, average
-from deq_flax.train.checkpoint import Checkpoints, load_params
 from deq_flax.train.evaluate import evaluate_checkpoint
 from deq_flax.train.loop import train
 from deq_flax.train.step import split_model

@@ -1,0 +1,184 @@
+"""CIFAR-10 in the forms it comes in: pickled batches, binary batches, and image files by class.
+
+Axes: N examples, H height, W width, C channels.
+"""
+
+import codecs
+import io
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from deq_flax.data.images.files import Damaged, FileTree, decode_all, is_image, open_image, to_array
+from deq_flax.data.text.files import readable
+from deq_flax.errors import UserError
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIDE = 32
+_CHUNK = 1000
+_BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+_WANTED = (
+    "set data.path to the folder of data_batch_{1..5} and test_batch (the python or the binary version), or to a folder or zip "
+    "file of {train,test}/CLASS/*.png; published as cifar-10-{python,binary}.tar.gz by Krizhevsky, 'The CIFAR-10 dataset'"
+)
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+def load_cifar10(path: str, damaged: Damaged) -> dict[str, Arrays]:
+    """Images (N, 32, 32, 3) uint8 and labels (N,) of 'train' and 'test'.
+
+    Args:
+        path: a folder with the batches, or one with a folder `cifar-10-batches-py` or `cifar-10-batches-bin` of them; or a
+            folder or zip file of images.
+        damaged: notes images that cannot be read, which are left out.
+
+    Raises:
+        UserError: there is no such data at `path`, or a file of it is damaged.
+    """
+    if not path:
+        raise UserError(f"data.path is not set: {_WANTED}")
+    place = Path(os.path.expanduser(path))
+    if not place.exists():
+        raise UserError(f"data.path {place} does not exist: {_WANTED}")
+    for folder in (place, place / "cifar-10-batches-py", place / "cifar-10-batches-bin"):
+        for suffix, read in (("", read_pickled), (".bin", read_binary)):
+            if (folder / f"test_batch{suffix}").is_file():
+                return {
+                    split: _joined([folder / f"{name}{suffix}" for name in names], read) for split, names in _BATCHES.items()
+                }
+    return _from_images(FileTree(place), damaged)
+
+
+def read_binary(path: Path) -> Arrays:
+    """A batch of records of one label byte and 3072 bytes of image. UserError: it is not that."""
+    with readable(path):
+        content = path.read_bytes()
+    record = 1 + 3 * SIDE * SIDE
+    if not content or len(content) % record:
+        raise UserError(f"{path} is damaged: its {len(content)} bytes are no multiple of {record}; get it again")
+    table = np.frombuffer(content, np.uint8).reshape(-1, record)
+    return _images(table[:, 1:]), _checked(table[:, 0].astype(np.int32), path)
+
+
+def read_pickled(path: Path) -> Arrays:
+    """A batch of the python version. Nothing in the file is executed, whatever it holds. UserError: it is no such batch."""
+    with readable(path):
+        content = path.read_bytes()
+    try:
+        batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
+        pixels = batch[b"data"].array()
+        labels = np.asarray(batch[b"labels"], np.int32)
+        if pixels.shape != (len(labels), 3 * SIDE * SIDE):
+            raise ValueError(f"its images are {pixels.shape}, its labels {len(labels)}")
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path} is no batch of CIFAR-10 ({' '.join(str(error).split())}): get it again") from error
+    return _images(pixels), _checked(labels, path)
+
+
+class _Array:
+    """Stands for a pickled NumPy array: keeps its bytes and shape, and builds nothing until it is asked."""
+
+    def __init__(self, *_: Any):
+        self._state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._state = state
+
+    def array(self) -> np.ndarray:
+        _, shape, dtype, fortran, content = self._state
+        if getattr(dtype, "name", None) not in (b"u1", "u1") or fortran:
+            raise ValueError("its images are not bytes in rows")
+        return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+class _DType:
+    """Stands for a pickled NumPy dtype: keeps its name."""
+
+    def __init__(self, name: Any = None, *_: Any):
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and the like, which bytes have none of."""
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 pickles bytes for Python 2."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"unexpected encoding {encoding!r}")
+    return codecs.encode(text, "latin1")
+
+
+_ALLOWED = {
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy._core.multiarray._reconstruct": _Array,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _DType,
+    "_codecs.encode": _encode,
+}
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Reads dictionaries, lists, strings, numbers and byte arrays; a file that names anything else is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[f"{module}.{name}"]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
+
+
+def _images(rows: np.ndarray) -> np.ndarray:
+    """(N, 3072), colour after colour, as (N, 32, 32, 3)."""
+    return np.ascontiguousarray(rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+
+
+def _checked(labels: np.ndarray, path: Path) -> np.ndarray:
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(CLASSES):
+        raise UserError(f"{path} holds labels from {labels.min()} to {labels.max()}, not 0 to 9: get it again")
+    return labels
+
+
+def _joined(paths: list[Path], read: Callable[[Path], Arrays]) -> Arrays:
+    missing = ", ".join(path.name for path in paths if not path.is_file())
+    if missing:
+        raise UserError(f"{paths[0].parent} lacks {missing}: {_WANTED}")
+    images, labels = zip(*map(read, paths), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def _from_images(tree: FileTree, damaged: Damaged) -> dict[str, Arrays]:
+    """Image files of 32 x 32 below .../{train,test}/CLASS/, all of them decoded now: they are small."""
+    files: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
+    for name in filter(is_image, tree.names()):
+        *_, split, kind, _ = ("", "", *name.split("/"))
+        if split in files and kind in CLASSES:
+            files[split].append((name, CLASSES.index(kind)))
+    if not all(files.values()):
+        raise UserError(f"{tree.path} holds no CIFAR-10: {_WANTED}")
+    return {split: _decoded(tree, named, damaged, split) for split, named in files.items()}
+
+
+def _decoded(tree: FileTree, named: list[tuple[str, int]], damaged: Damaged, split: str) -> Arrays:
+    def decode(_: int, name: str) -> np.ndarray:
+        image = open_image(tree.read(name))
+        if image.size != (SIDE, SIDE):
+            raise ValueError(f"its size is {image.size[0]} x {image.size[1]}, not 32 x 32")
+        return to_array(image)
+
+    images, labels = [], []
+    with tqdm(total=len(named), desc=f"decoding {split}", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(named), _CHUNK):
+            part = named[start : start + _CHUNK]
+            decoded = decode_all([name for name, _ in part], decode, damaged, tree.label)
+            kept = [(image, label) for image, (_, label) in zip(decoded, part, strict=True) if image is not None]
+            images += [image for image, _ in kept]
+            labels += [label for _, label in kept]
+            bar.update(len(part))
+    return np.stack(images), np.array(labels, np.int32)

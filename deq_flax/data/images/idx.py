@@ -1,0 +1,59 @@
+"""MNIST and the data sets in its form: four idx files, gzipped or not."""
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from deq_flax.data.text.files import readable
+from deq_flax.errors import UserError
+
+_PARTS = {"train": "train", "test": "t10k"}
+
+
+def load_idx(path: str, published: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images (N, H, W, 1) uint8 and labels (N,) uint8 of 'train' and 'test', from {train,t10k}-{images-idx3,labels-idx1}-ubyte.
+
+    Raises:
+        UserError: a file is not there, damaged, or does not fit its partner; `published` says where they are to be had.
+    """
+    wanted = f"set data.path to the folder of {{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte[.gz]; published as {published}"
+    if not path:
+        raise UserError(f"data.path is not set: {wanted}")
+    folder = Path(os.path.expanduser(path))
+    splits = {}
+    for split, part in _PARTS.items():
+        images = read_idx(_find(folder, f"{part}-images-idx3-ubyte", wanted), rank=3)
+        labels = read_idx(_find(folder, f"{part}-labels-idx1-ubyte", wanted), rank=1)
+        if len(images) != len(labels):
+            raise UserError(f"{folder} has {len(images)} images but {len(labels)} labels in its {part} files: get them again")
+        splits[split] = images[..., None], labels
+    return splits
+
+
+def read_idx(path: Path, rank: int) -> np.ndarray:
+    """The array of unsigned bytes in an idx file. UserError: it cannot be read or is no such file."""
+    with readable(path):
+        content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is damaged ({error}): get it again") from error
+    header = 4 + 4 * rank
+    if content[:4] != bytes((0, 0, 8, rank)) or len(content) < header:
+        raise UserError(f"{path} is no idx file of {rank} dimension(s) of bytes: get it again")
+    shape = tuple(np.frombuffer(content, ">u4", rank, offset=4).astype(int))
+    if len(content) - header != np.prod(shape, dtype=np.int64):
+        raise UserError(f"{path} is damaged: it holds {len(content) - header} bytes for an array of {shape}; get it again")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _find(folder: Path, name: str, wanted: str) -> Path:
+    # The published names have a '-' before 'idx'; some copies a '.'.
+    for candidate in (name, f"{name}.gz", name.replace("-idx", ".idx"), f"{name.replace('-idx', '.idx')}.gz"):
+        if (folder / candidate).is_file():
+            return folder / candidate
+    raise UserError(f"{folder} has no {name}[.gz]: {wanted}")

@@ -1,0 +1,154 @@
+"""A text encoded once: `{split}.npy`, `vocabulary.txt` and `meta.json` in a folder named by what they were made from."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from deq_flax.data.text.files import TextFile
+from deq_flax.data.text.vocabulary import Vocabulary, count_words
+from deq_flax.errors import UserError
+
+FORMAT = 1
+QUIET_BYTES = 1 << 25
+"""Smaller texts are encoded without a progress bar."""
+
+Encoded = tuple[dict[str, np.ndarray], Vocabulary]
+
+
+def cache_root(cache: str) -> Path:
+    """The folder that holds the caches: `cache`, or deq_flax in the user's cache folder when it is ''.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    try:
+        if cache:
+            return Path(cache).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deq_flax"
+    except RuntimeError as error:
+        raise UserError(f"no folder for the token cache ({error}): set data.cache to one that can be written") from error
+
+
+def load_or_encode(
+    name: str, texts: Mapping[str, TextFile], *, lower_case: bool, counted: Sequence[str], cache: str = ""
+) -> Encoded:
+    """The tokens of each split, memory-mapped int32 (N,), and the vocabulary: from the cache, or encoded into it.
+
+    Args:
+        name: of the dataset, the first part of the folder's name.
+        texts: by split.
+        lower_case: whether words are lower-cased.
+        counted: the splits whose words make the vocabulary.
+        cache: the folder to hold the caches; '': `$XDG_CACHE_HOME/deq_flax` or `~/.cache/deq_flax`.
+
+    Raises:
+        UserError: a text cannot be read or holds an unknown word, or the cache cannot be written.
+    """
+    recipe = [FORMAT, lower_case, list(counted), {split: text.stamp() for split, text in texts.items()}]
+    fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    folder = cache_root(cache) / f"{name}-{fingerprint}"
+    found = _open(folder)
+    if found is not None:
+        return found
+    sizes = {split: text.size() for split, text in texts.items()}
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        scratch.mkdir(parents=True)
+        _encode(name, texts, sizes, scratch, lower_case=lower_case, counted=counted)
+        return _publish(scratch, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the token cache {folder} ({error.strerror or error}): set data.cache to a folder "
+            "that can be written and has room"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _encode(
+    name: str,
+    texts: Mapping[str, TextFile],
+    sizes: Mapping[str, int],
+    folder: Path,
+    *,
+    lower_case: bool,
+    counted: Sequence[str],
+) -> None:
+    """Fill the folder. The texts are read twice: to count their words, and to encode them."""
+    total = sum(sizes.values()) + sum(sizes[split] for split in counted)
+    with tqdm(
+        total=total, desc=f"encoding {name}", unit="B", unit_scale=True, file=sys.stderr, disable=total < QUIET_BYTES
+    ) as bar:
+        words = (piece for split in counted for piece in texts[split].pieces(bar.update))
+        vocabulary = Vocabulary.from_counts(count_words(words, lower_case=lower_case), lower_case=lower_case)
+        lengths = {}
+        for split, text in texts.items():
+            with open(folder / f"{split}.npy", "wb") as out:
+                lengths[split] = _write_tokens(out, text, vocabulary, bar.update)
+    vocabulary.save(folder / "vocabulary.txt")
+    meta = {"format": FORMAT, "lower_case": lower_case, "vocab_size": len(vocabulary), "tokens": lengths}
+    meta["sources"] = {split: str(text) for split, text in texts.items()}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _write_tokens(out: BinaryIO, text: TextFile, vocabulary: Vocabulary, progress: Callable[[int], object]) -> int:
+    """Append the tokens piece by piece behind a header that is written again once their number is known."""
+    n_tokens = 0
+    _write_header(out, n_tokens)
+    start = out.tell()
+    for piece in text.pieces(progress):
+        try:
+            ids = vocabulary.encode(piece)
+        except UserError as error:
+            raise UserError(f"{text}: {error}") from error
+        out.write(ids.astype("<i4", copy=False).data)
+        n_tokens += len(ids)
+    out.seek(0)
+    _write_header(out, n_tokens)
+    assert out.tell() == start, "numpy pads the header for any length"
+    return n_tokens
+
+
+def _write_header(out: BinaryIO, n_tokens: int) -> None:
+    np.lib.format.write_array_header_1_0(out, {"descr": "<i4", "fortran_order": False, "shape": (n_tokens,)})
+
+
+def _publish(scratch: Path, folder: Path) -> Encoded:
+    """Give the finished folder its name. Another process may have been faster: then its folder is as good."""
+    try:
+        scratch.rename(folder)
+    except OSError:
+        found = _open(folder)
+        if found is not None:
+            return found
+        damaged = folder.with_name(f"{scratch.name}.damaged")
+        folder.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+        scratch.rename(folder)
+    found = _open(folder)
+    if found is None:
+        raise UserError(f"the token cache {folder} was written but cannot be read back: delete it and try again")
+    return found
+
+
+def _open(folder: Path) -> Encoded | None:
+    """What the folder holds; None if it is absent, half there or damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in meta["tokens"]}
+        vocabulary = Vocabulary.load(folder / "vocabulary.txt", lower_case=meta["lower_case"])
+        whole = len(vocabulary) == meta["vocab_size"] and all(
+            tokens[split].shape == (length,) and tokens[split].dtype == np.int32 for split, length in meta["tokens"].items()
+        )
+    except (OSError, ValueError, EOFError, KeyError, TypeError, UserError):
+        return None
+    return (tokens, vocabulary) if whole else None
