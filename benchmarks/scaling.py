@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.collectives import collectives, table
+from deq_flax.devices.collectives import collectives, table
 from deq_flax.devices.mesh import make_mesh
 from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.tasks import make_task

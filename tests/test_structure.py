@@ -1,72 +1,119 @@
 """Who may import whom. The library stays usable without the models, the trainer without any task."""
 
 import ast
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "deq_flax"
+from tests.commands import ROOT
+
+PACKAGE = ROOT / "deq_flax"
 MAY = {
     "errors": set(),
+    "options": {"errors"},
     "equilibrium": set(),
     "nn": set(),
     "models": {"equilibrium", "nn", "errors"},
     "data": {"errors"},
     "task": {"equilibrium"},
-    "tasks": {"task", "models", "data", "equilibrium", "errors", "train"},
+    "tasks": {"task", "models", "data", "equilibrium", "nn", "errors"},
     "devices": {"errors"},
     "run_log": {"task", "devices", "errors"},
-    "checkpoints": {"devices", "errors", "run_log", "train"},
-    "train": {"task", "equilibrium", "devices", "checkpoints", "run_log", "errors"},
+    "checkpoints": {"devices", "errors"},
+    "train": {"task", "equilibrium", "devices", "checkpoints", "run_log", "options", "errors"},
     "torch_checkpoint": {"nn", "errors"},
+    "config": {"options", "errors", "models", "task", "tasks", "devices", "checkpoints", "train"},
+    "cli": {"options", "config", "errors"},
+    "pretrained": {"config", "checkpoints", "models", "train", "errors"},
 }
+"""Room -> the rooms it may import. Not listed: the commands, which may import everything but each other."""
+
+COMMANDS = {"main", "convert", "generate", "plot"}
+PARTS = {"plot": {"plot_model"}}
+"""Files that only one command uses."""
+
 LIBRARIES = {
+    "errors": set(),
+    "options": set(),
     "equilibrium": {"jax"},
+    "nn": {"jax", "flax", "numpy"},
+    "models": {"jax", "flax", "numpy"},
     "data": {"numpy", "grain", "tqdm", "PIL", "sklearn", "array_record"},
-    "torch_checkpoint": {"numpy", "ml_dtypes", "flax"},
+    "torch_checkpoint": {"numpy", "ml_dtypes", "flax", "safetensors"},
 }
 """Third-party packages a room may import; the rooms not listed are free."""
 
 
-def imports(room):
-    """(file, module) for every import below a room, wherever in the file it stands."""
-    root = PACKAGE / room
-    for file in sorted(root.rglob("*.py")) if root.is_dir() else [root.with_suffix(".py")]:
+def imports(path):
+    """(file, module) for every import in a file or below a folder, wherever in the file it stands."""
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 yield from ((file, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{file}: imports are absolute"
-                yield file, node.module
+                yield from ((file, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-@pytest.mark.parametrize("room", MAY)
+def room_of(name):
+    return PACKAGE / name if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
+
+
+def test_every_room_has_its_place():
+    parts = {part for some in PARTS.values() for part in some}
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))}
+    assert found - {"__init__"} == {*MAY, *COMMANDS, *parts}
+
+
+@pytest.mark.parametrize("room", [*MAY, *COMMANDS])
 def test_rooms_import_only_what_they_may(room):
-    for file, module in imports(room):
-        if module.startswith("deq_flax"):
-            other = module.split(".")[1] if "." in module else ""
-            assert other == room or other in MAY[room], f"{file} imports {module}"
+    allowed = MAY.get(room, {*MAY, *PARTS.get(room, ())})
+    for file, module in imports(room_of(room)):
+        if module.startswith("deq_flax."):
+            other = module.split(".")[1]
+            assert other == room or other in allowed, f"{file} imports {module}"
+
+
+def test_text_and_images_do_not_import_each_other():
+    for room, other in (("text", "images"), ("images", "text")):
+        for file, module in imports(PACKAGE / "data" / room):
+            assert not module.startswith(f"deq_flax.data.{other}"), f"{file} imports {module}"
 
 
 @pytest.mark.parametrize("room", LIBRARIES)
 def test_rooms_use_only_their_libraries(room):
-    for file, module in imports(room):
+    for file, module in imports(room_of(room)):
         top = module.split(".")[0]
         allowed = top in LIBRARIES[room] or top in sys.stdlib_module_names or top == "deq_flax"
         assert allowed or (top == "flax" and file.name == "layer.py"), f"{file} imports {module}"
 
 
-def test_configs_import_only_ml_collections():
-    for file in (PACKAGE.parent / "configs").glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                assert getattr(node, "module", None) == "ml_collections", file
+def test_the_trainer_names_no_layer():
+    """Sharding and states are read from what a model says of its Params, never from names of its layers."""
+    layers = {"qkv", "softmax", "injection", "embedding", "stem", "post_fuse", "tables_NE", "v_IO", "g_O", "weight_IO"}
+    for room in ("train", "devices", "checkpoints", "run_log"):
+        for file in sorted((PACKAGE / room).rglob("*.py")):
+            tree = ast.parse(file.read_text())
+            strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            assert not strings & layers, file
+
+
+def test_configs_import_only_ml_collections_and_the_config():
+    for file, module in imports(ROOT / "configs"):
+        assert module in ("ml_collections.ConfigDict", "deq_flax.config.recipe"), f"{file} imports {module}"
+
+
+def test_tests_and_benchmarks_do_not_import_each_other():
+    for room, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
+        for file, module in imports(ROOT / room):
+            assert module.split(".")[0] != other, f"{file} imports {module}"
 
 
 def test_the_library_does_not_import_what_only_training_needs():
     program = "import flax.nnx, sys; before = set(sys.modules); import deq_flax; print(*set(sys.modules) - before)"
-    result = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     added = {module.split(".")[0] for module in result.stdout.split()}
     assert added - set(sys.stdlib_module_names) == {"deq_flax"}
+    rooms = {module.split(".")[1] for module in result.stdout.split() if module.startswith("deq_flax.")}
+    assert rooms == {"equilibrium"}

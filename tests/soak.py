@@ -1,6 +1,6 @@
 """A run of 2,000 steps that is killed, stopped, refused by its disk and damaged at random, and its outcome compared.
 
-    python -m benchmarks.soak [--steps 2000] [--seed 0] [--folder DIR]
+    python -m tests.soak [--steps 2000] [--seed 0] [--folder DIR]
 
 Each life of the run ends by a fault drawn at random, at a random moment:
 

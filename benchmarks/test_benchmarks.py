@@ -2,15 +2,17 @@
 
 import importlib
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import tables, training, utilisation
-from tests.commands import ROOT
 
-MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("torch_"))
+ROOT = Path(__file__).parent.parent
+
+MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith(("torch_", "test_")))
 
 
 @pytest.mark.parametrize("name", MODULES)
