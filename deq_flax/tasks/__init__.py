@@ -1,26 +1,21 @@
-"""Tasks by name. A new one is a class with the methods of `task.Task`, and a line in this table."""
+"""Tasks by name. A new one is a class with the methods of `task.Task`, the four attributes below, and a line in this table.
 
-from collections.abc import Mapping
+| attribute | meaning |
+|---|---|
+| `Data` | the dataclass of its section `data` |
+| `Loss` | the dataclass of its section `loss`, or None: no such section |
+| `kind` | the `kind` of the models it can train |
+| `__init__(data, model, *, loss, seed)` | sections as these dataclasses; `loss` only where there is such a section |
+"""
+
 from typing import Any
 
-from deq_flax.errors import UserError
-from deq_flax.task import Task
 from deq_flax.tasks.classification import ClassificationTask
-from deq_flax.tasks.language import ExplicitLanguageTask, LanguageTask
+from deq_flax.tasks.language import LanguageTask
 from deq_flax.tasks.segmentation import SegmentationTask
 
-TASKS: dict[str, type] = {
+TASKS: dict[str, Any] = {
     "language": LanguageTask,
-    "explicit_language": ExplicitLanguageTask,
     "classification": ClassificationTask,
     "segmentation": SegmentationTask,
 }
-
-
-def make_task(config: Mapping[str, Any]) -> Task:
-    """The task that a config, as plain nested dictionaries, describes. UserError: there is no such task, or it cannot be."""
-    name = config["task"]
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-    sections = {section: config[section] for section in ("data", "model", "deq", "loss") if section in config}
-    return TASKS[name](**sections, seed=config["train"]["seed"])

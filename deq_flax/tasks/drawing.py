@@ -12,42 +12,42 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP = 4
 TILE = 96
-"""The least side that a small image is enlarged to, so that a text fits below."""
+"""Least side in pixels that a small image is enlarged to, so that a caption fits below."""
 TEXT = 12
 RIGHT, WRONG, INK, PAPER = (40, 140, 60), (205, 45, 40), (30, 30, 30), (255, 255, 255)
 OVERLAY = 0.6
-"""How much of an overlay is the class's colour."""
+"""Share of the class color in an overlay."""
 
 
-def colours(count: int) -> np.ndarray:
-    """(K, 3) uint8: hues around the circle by the golden ratio, so that neighbours differ, in three brightnesses."""
+def colors(count: int) -> np.ndarray:
+    """(K, 3) uint8: hues around the circle by the golden ratio, so that neighbors differ, in three brightnesses."""
     hues = [(i * 0.61803398875) % 1.0 for i in range(count)]
     levels = ((0.95, 0.75), (0.65, 0.85), (0.9, 0.45))  # (value, saturation)
     rgb = [colorsys.hsv_to_rgb(hue, levels[i % 3][1], levels[i % 3][0]) for i, hue in enumerate(hues)]
     return np.rint(np.array(rgb) * 255).astype(np.uint8)
 
 
-def labelled_grid(
+def labeled_grid(
     images_BHWC: np.ndarray, labels_B: np.ndarray, probabilities_BK: np.ndarray, class_names: Sequence[str]
 ) -> np.ndarray:
     """Images in a square grid, each above its label and the predicted one."""
     tiles = []
     for image, label, probabilities in zip(_rgb(images_BHWC), labels_B, probabilities_BK, strict=True):
         predicted = int(probabilities.argmax())
-        colour = RIGHT if predicted == label else WRONG
+        color = RIGHT if predicted == label else WRONG
         lines = [class_names[label], f"{class_names[predicted]} {probabilities[predicted]:.0%}"]
-        tiles.append(_captioned(_enlarged(image), lines, (INK, colour), colour))
+        tiles.append(_captioned(_enlarged(image), lines, (INK, color), color))
     return _grid(tiles, math.ceil(math.sqrt(len(tiles))))
 
 
 def overlays(
     images_BHWC: np.ndarray, labels_BHW: np.ndarray, predicted_BHW: np.ndarray, class_names: Sequence[str], ignore: int
 ) -> np.ndarray:
-    """A row for each example: image, truth over it, prediction over it; below, the colours of the classes.
+    """A row for each example: image, truth over it, prediction over it; below, the colors of the classes.
 
     Where the truth is to be ignored, the image shows through in both.
     """
-    table = colours(len(class_names))
+    table = colors(len(class_names))
     rows = []
     for image, truth, predicted in zip(_rgb(images_BHWC), labels_BHW, predicted_BHW, strict=True):
         counts = truth != ignore
@@ -57,8 +57,8 @@ def overlays(
 
 
 def _blend(image: np.ndarray, classes: np.ndarray, counts: np.ndarray, table: np.ndarray) -> np.ndarray:
-    colour = table[np.where(counts, classes, 0)]
-    blended = np.rint((1 - OVERLAY) * image + OVERLAY * colour).astype(np.uint8)
+    color = table[np.where(counts, classes, 0)]
+    blended = np.rint((1 - OVERLAY) * image + OVERLAY * color).astype(np.uint8)
     return np.where(counts[..., None], blended, image // 2)
 
 

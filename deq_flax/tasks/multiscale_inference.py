@@ -1,4 +1,4 @@
-"""How an image is looked at in evaluation: whole or through a sliding window, at several sizes, mirrored too.
+"""Inference at several scales, mirrored, whole or through a sliding window, the probabilities averaged.
 
 B batch, H height, W width, C channels, K classes.
 """
@@ -20,15 +20,15 @@ Predict = Callable[[jax.Array], tuple[jax.Array, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Views:
-    """The views whose probabilities are averaged."""
+class MultiscaleInference:
+    """The inputs made from one image whose probabilities are averaged."""
 
     scales: Sequence[float]
     """Sizes relative to the image."""
     flip: bool
-    """Look at the mirrored image too."""
+    """Whether the mirrored image is an input too."""
     window: tuple[int, int]
-    """Height and width of the window that slides over the (scaled) image by two thirds of itself; (0, 0): the whole at once."""
+    """Height and width of a window that slides over the (scaled) image by two thirds of its size; (0, 0): the whole image."""
     size: tuple[int, int]
     """Height and width of the images."""
 
@@ -59,7 +59,7 @@ class Views:
         return jnp.log(jnp.maximum(total / count, 1e-30)), first
 
     def _probabilities(self, predict: Predict, images_BHWC: jax.Array) -> tuple[jax.Array, Any]:
-        """Of one image size: overlapping windows are averaged. One program for all windows, which are taken in turn."""
+        """Probabilities at one image size; overlapping windows are averaged. One program runs for all windows in turn."""
         height, width = images_BHWC.shape[1:3]
         if not self.window[0] or tuple(self.window) == (height, width):
             logits, stats = predict(images_BHWC)
@@ -69,23 +69,23 @@ class Views:
         for y, x in places:
             seen[:, y : y + self.window[0], x : x + self.window[1]] += 1
 
-        def look(place: jax.Array) -> tuple[jax.Array, Any]:
+        def window_at(place: jax.Array) -> tuple[jax.Array, Any]:
             view = lax.dynamic_slice(images_BHWC, (0, place[0], place[1], 0), _sized(images_BHWC, self.window))
             logits, stats = predict(view)
             return jax.nn.softmax(logits.astype(jnp.float32)), stats
 
         def add(total: jax.Array, place: jax.Array) -> tuple[jax.Array, Any]:
-            p, stats = look(place)
+            p, stats = window_at(place)
             at = (0, place[0], place[1], 0)
             return lax.dynamic_update_slice(total, lax.dynamic_slice(total, at, p.shape) + p, at), stats
 
-        classes = jax.eval_shape(look, places[0])[0].shape[-1]
+        classes = jax.eval_shape(window_at, places[0])[0].shape[-1]
         total, stats = lax.scan(add, jnp.zeros((len(images_BHWC), height, width, classes)), jnp.asarray(places))
         return total / seen, jax.tree.map(lambda x: x[0], stats)
 
 
 def starts(length: int, window: int) -> list[int]:
-    """Where windows begin that cover a length, two thirds of a window apart, the last one at the end."""
+    """The offsets of windows that cover a length, two thirds of a window apart, the last one at the end."""
     step = max(1, window * 2 // 3)
     return [*range(0, length - window, step), length - window]
 

@@ -1,9 +1,8 @@
-"""Cross entropy over pixels: weighted by class, over all of them or the hard ones.
+"""Cross entropy over pixels: weighted by class, over all pixels or the hard ones.
 
 B batch, H height, W width, K classes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,15 +14,15 @@ from deq_flax.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class PixelLoss:
-    """The section `loss` of a config."""
+    """Section `loss` of a segmentation config."""
 
-    class_weights: Sequence[float]
-    """One for each class; () is 1 for all."""
-    hard_threshold: float
-    """Online hard example mining (Shrivastava et al. 2016): train on pixels whose right class has a lower probability than
-    this; 0: on all of them."""
-    hard_pixels: int
-    """At least this many of a device's pixels are kept, the hardest ones."""
+    class_weights: tuple[float, ...] = ()
+    """Weight of each class in the loss; (): 1 for all."""
+    hard_threshold: float = 0.0
+    """Online hard example mining (Shrivastava et al. 2016): train on pixels whose right class has a lower probability than this;
+    0: on all pixels."""
+    hard_pixels: int = 131_072
+    """Least number of pixels of a device that hard example mining keeps, the hardest ones."""
 
     def __post_init__(self):
         if not 0 <= self.hard_threshold <= 1:
@@ -34,7 +33,7 @@ class PixelLoss:
             raise UserError(f"loss.class_weights must not be negative, but are {self.class_weights}")
 
     def check(self, classes: int) -> None:
-        """UserError unless there is a weight for each class, or none at all."""
+        """Raise UserError unless there is a weight for each class, or none at all."""
         if len(self.class_weights) not in (0, classes):
             raise UserError(
                 f"loss.class_weights holds {len(self.class_weights)} numbers for {classes} classes: one for each, or ()"
@@ -47,7 +46,7 @@ class PixelLoss:
         return jnp.asarray(np.asarray(self.class_weights, np.float32))[labels]
 
     def keep(self, nll_BHW: jax.Array, counts_BHW: jax.Array) -> jax.Array:
-        """(B, H, W) bool: those of the pixels that count which are hard enough to train on."""
+        """(B, H, W) bool: the pixels that count and are hard enough to train on."""
         counts_BHW = counts_BHW.astype(bool)
         if not self.hard_threshold:
             return counts_BHW

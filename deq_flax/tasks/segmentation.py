@@ -12,66 +12,52 @@ import numpy as np
 
 from deq_flax.data.images.scene_datasets import SceneOptions, load_scenes
 from deq_flax.data.images.scenes import IGNORE
-from deq_flax.models.mdeq import MDEQ
-from deq_flax.task import Batch, Controls, LossOutput, Metrics, Phase, average
+from deq_flax.equilibrium.solution import Solve
+from deq_flax.task import Batch, LossOutput, Metrics, average
 from deq_flax.tasks.drawing import overlays
 from deq_flax.tasks.images import ImageTask, confusion
-from deq_flax.tasks.multiscale_inference import Views
+from deq_flax.tasks.multiscale_inference import MultiscaleInference
 from deq_flax.tasks.pixel_loss import PixelLoss
-from deq_flax.train.phases import add_solver, ordered
 
 
 class SegmentationTask(ImageTask):
-    """An MDEQ on images with a class for each pixel.
+    """An image model on images with a class for each pixel.
 
     Args:
-      data, model, deq, loss: these sections of the config.
-      seed: decides order, augmentation, which steps add the Jacobian loss, and their step limits.
+      data, model, loss: these sections of the config.
+      seed: decides order and augmentation.
 
     Raises:
       UserError: the images cannot be had, or a value makes no sense.
     """
 
-    def __init__(
-        self,
-        *,
-        data: Mapping[str, Any],
-        model: Mapping[str, Any],
-        deq: Mapping[str, Any],
-        loss: Mapping[str, Any],
-        seed: int,
-    ):
-        options = SceneOptions(**{name: data[name] for name in SceneOptions.__dataclass_fields__})
-        scenes = load_scenes(data["name"], data["path"], options, num_classes=model["num_classes"])
-        super().__init__(scenes, data=data, model=model, deq=deq, kind="segmentation", seed=seed)
-        self._loss = PixelLoss(**loss)
+    Data, Loss = SceneOptions, PixelLoss
+
+    def __init__(self, data: SceneOptions, model: Any, *, loss: PixelLoss | None = None, seed: int = 0):
+        scenes = load_scenes(data, model.num_classes)
+        super().__init__(scenes, data=data, model=model, head="segmentation", seed=seed)
+        self._loss = loss or PixelLoss()
         self._loss.check(len(self.class_names))
-        self._views = Views(**{name: data[f"eval_{name}"] for name in Views.__dataclass_fields__})
+        self._inference = MultiscaleInference(
+            scales=data.eval_scales, flip=data.eval_flip, window=data.eval_window, size=data.eval_size
+        )
 
     def loss(
-        self,
-        model: MDEQ,
-        batch: Batch,
-        carry: tuple[()],
-        *,
-        phase: Phase | None = None,
-        controls: Controls | None = None,
-        key: Any = None,
-        probe: jax.Array | None = None,
+        self, model: Any, batch: Batch, carry: tuple[()], *, solve: Solve | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, LossOutput]:
-        """Mean cross entropy, weighted by class, of the pixels that count (in training, the hard ones), plus the Jacobian loss.
+        """Mean cross entropy, weighted by class, of the pixels that count (in training, the hard ones).
 
-        In evaluation, of the probabilities averaged over the views of an image.
+        In evaluation, of the probabilities averaged over the scales, flips and windows of an image.
         """
-        images = self.normalise(batch["images"])
+        images = self.normalize(batch["images"])
         labels = batch["labels"].astype(jnp.int32)
         counts = (labels != IGNORE) & (batch["mask"][:, None, None] > 0)
         labels = jnp.where(counts, labels, 0)
         jacobian_loss = None
         if key is None:
-            log_p, stats = self._views.predict(lambda x: self._logits(model, x, controls), images)
+            log_p, stats = self._inference.predict(lambda x: _logits(model, x, solve), images)
         else:
-            output = self.run_model(model, images, phase=phase, controls=controls, key=key, probe=probe)
+            output = model(images, solve=solve, key=key)
             log_p, stats = jax.nn.log_softmax(output.logits.astype(jnp.float32)), output.stats
             jacobian_loss = output.jacobian_loss
         classes = log_p.shape[-1]
@@ -82,36 +68,35 @@ class SegmentationTask(ImageTask):
         value = total / jnp.maximum(count, 1e-6)
         table = confusion(labels, jnp.argmax(log_p, axis=3), counts.astype(jnp.float32), classes)
         metrics: Metrics = {"loss": average(total, count), "confusion": average(table)}
-        value, metrics = add_solver(value, metrics, stats, jacobian_loss, controls)
-        return value, LossOutput(carry, metrics)
-
-    def _logits(self, model: MDEQ, images: jax.Array, controls: Controls | None) -> tuple[jax.Array, Any]:
-        output = self.run_model(model, images, phase=None, controls=controls, key=None, probe=None)
-        return output.logits, output.stats
+        return value, LossOutput(carry, metrics, stats, jacobian_loss)
 
     def summary(self, split: str, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Intersection over union, mean of the classes that occur or are predicted, pixel accuracy; in evaluation, by class."""
-        numbers = ordered(metrics, "loss")
+        numbers = {"loss": metrics["loss"]} if "loss" in metrics else {}
         if "confusion" not in metrics:
             return numbers
         table = np.asarray(metrics["confusion"], np.float64)
         iou_K = intersection_over_union(table)
-        head = {"loss": numbers.pop("loss")} if "loss" in numbers else {}
-        head["miou"] = float(np.nanmean(iou_K)) if np.isfinite(iou_K).any() else 0.0
-        head["accuracy"] = float(np.trace(table) / max(table.sum(), 1e-9))
+        numbers["miou"] = float(np.nanmean(iou_K)) if np.isfinite(iou_K).any() else 0.0
+        numbers["accuracy"] = float(np.trace(table) / max(table.sum(), 1e-9))
         if split == "train":
-            return head | numbers
+            return numbers
         by_class = {f"iou/{name}": float(iou) for name, iou in zip(self.class_names, iou_K, strict=True) if np.isfinite(iou)}
-        return self.with_damage(split, head | numbers | by_class)
+        return numbers | by_class | self.skipped_images(split)
 
-    def picture_arrays(self, model: MDEQ, batch: Batch) -> jax.Array:
-        """(B, H, W) predicted classes."""
-        log_p, _ = self._views.predict(lambda x: self._logits(model, x, None), self.normalise(batch["images"]))
+    def picture_arrays(self, model: Any, batch: Batch, *, solve: Solve | None) -> jax.Array:
+        """Predicted classes (B, H, W)."""
+        log_p, _ = self._inference.predict(lambda x: _logits(model, x, solve), self.normalize(batch["images"]))
         return jnp.argmax(log_p, axis=3)
 
     def pictures(self, batch: Batch, arrays: Any) -> dict[str, np.ndarray]:
         """Image, truth and prediction side by side."""
         return {"predictions": overlays(batch["images"], batch["labels"], np.asarray(arrays), self.class_names, IGNORE)}
+
+
+def _logits(model: Any, images: jax.Array, solve: Solve | None) -> tuple[jax.Array, Any]:
+    output = model(images, solve=solve)
+    return output.logits, output.stats
 
 
 def intersection_over_union(confusion_KK: np.ndarray) -> np.ndarray:

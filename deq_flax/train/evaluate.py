@@ -1,7 +1,7 @@
-"""Evaluation: a whole split, every example once, with a carry of its own."""
+"""Evaluation: every example of a split once, with a carry of its own."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,45 +15,58 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from deq_flax.checkpoints.checkpoints import load_params
-from deq_flax.devices.mesh import FSDP, by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
+from deq_flax.devices.mesh import FSDP, MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
 from deq_flax.devices.processes import is_first
 from deq_flax.devices.sharding import param_specs, shardings, whole
+from deq_flax.equilibrium import Solver, fixed_point, spectral_radius
 from deq_flax.errors import UserError
-from deq_flax.task import Controls, HasSpectralRadius, Metrics, Task
-from deq_flax.train.step import EvalStep, make_eval_step, split_model
+from deq_flax.task import HasEquation, Metrics, Task
+from deq_flax.train.phases import Phases, StepScalars
+from deq_flax.train.step import STEP_METRICS, EvalStep, make_eval_step, split_model
 
 SPLITS = ("valid", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Section `eval` of a config: additions to an evaluation of a checkpoint (`--mode eval`)."""
+
+    spectral_radius: bool = False
+    """Report the spectral radius of the Jacobian of f at the equilibria of the first validation batch; below 1, plain iteration
+    converges."""
+    max_steps_sweep: tuple[int, ...] = ()
+    """Limits on the evaluations of f to evaluate with as well, for a table of score against evaluations; none above deq.max_steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What there is to say of a checkpoint."""
+    """The results of a checkpoint."""
 
     step: int
     metrics: dict[str, dict[str, float]]
-    """By split."""
+    """Numbers by split."""
     anytime: list[dict[str, Any]]
-    """Metrics by split and limit on the evaluations, one row each with these as `split` and `max_steps`."""
+    """The sweep: one row for each split and limit on the evaluations, which it holds as `split` and `max_steps`."""
 
 
 class Loaded(NamedTuple):
     """A checkpoint on a mesh."""
 
     model: nnx.Module
-    """Of its arrays, only the shapes are the checkpoint's."""
-    graph: Any
+    """The model; of its arrays, only the shapes are the checkpoint's."""
+    graphdef: Any
     weights: tuple[Any, Any]
     """Parameters and variables, whole on every device but for what `tensor` splits."""
     step: int
 
 
 def load(task: Task, path: Path, mesh: Mesh, *, seed: int = 0) -> Loaded:
-    """The checkpoint that `path` means; arguments and errors as of `evaluate_checkpoint`."""
+    """The checkpoint at `path` on a mesh; arguments and errors as of `evaluate_checkpoint`."""
     model = task.build_model(nnx.Rngs(seed))
-    graph, params, variables = split_model(model)
+    graphdef, params, variables = split_model(model)
     restored = load_params(path, params, variables)
     params = place(restored.weights, shardings(whole(param_specs(params, mesh)), mesh))
-    return Loaded(model, graph, (params, place(restored.variables, replicated(mesh))), restored.step)
+    return Loaded(model, graphdef, (params, place(restored.variables, replicated(mesh))), restored.step)
 
 
 def evaluate(
@@ -67,8 +80,8 @@ def evaluate(
     *,
     max_steps: int | None = None,
 ) -> dict[str, float]:
-    """The task's summary of what `measure` gives, with the same arguments."""
-    return task.summary(split, measure(task, model, step, mesh, params, variables, split, max_steps=max_steps))
+    """The numbers of a whole split, in the order of the log; arguments as of `measure`."""
+    return summarize(task, split, measure(task, model, step, mesh, params, variables, split, max_steps=max_steps))
 
 
 def measure(
@@ -82,70 +95,80 @@ def measure(
     *,
     max_steps: int | None = None,
 ) -> dict[str, Any]:
-    """The task's metrics over a whole split, under the given weights. Leaves everything it is given as it was.
+    """The metrics of a whole split under the given weights. All arguments stay as they are.
 
     `max_steps`: a tighter limit on the evaluations of a solve than the task's own; traced, so that it never recompiles.
     """
-    controls = None if max_steps is None else Controls(max_steps=np.int32(max_steps), jacobian_weight=np.float32(0))
-    batches = task.eval_batches(split, own_rows(mesh, task.eval_batch_size))
+    scalars = StepScalars(max_steps=None if max_steps is None else np.int32(max_steps))
+    batches = task.eval_batches(split, local_rows(mesh, task.eval_batch_size))
     params = _gathered(params, mesh)
     carry = place(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
     totals: Metrics = {}
     pending: Metrics = {}
     bar = tqdm(range(len(batches)), desc=split, unit="batch", leave=False, disable=not (is_first() and sys.stderr.isatty()))
     for i in bar:
-        carry, metrics = step(params, variables, put_batch(mesh, batches[i], task.eval_batch_size), carry, controls)
+        carry, metrics = step(params, variables, put_batch(mesh, batches[i], task.eval_batch_size), carry, scalars)
         totals, pending = merge(totals, fetch(pending)), metrics
     return divide(merge(totals, fetch(pending)))
 
 
 def evaluate_checkpoint(
-    task: Task,
-    path: Path,
-    *,
-    mesh: Mapping[str, Any],
-    seed: int,
-    spectral_radius: bool = False,
-    max_steps_sweep: Sequence[int] = (),
+    task: Task, path: Path, *, phases: Phases, mesh: MeshOptions, options: EvalOptions, seed: int
 ) -> Evaluation:
-    """A checkpoint on valid and test.
+    """Evaluate a checkpoint on valid and test.
 
     Args:
-      task: its model must have the checkpoint's shapes; whatever else differs is evaluated as the task has it.
+      task: its model must have the checkpoint's shapes; everything else may differ, and is evaluated as the task has it.
       path: a run's workdir (the best checkpoint is taken), its checkpoints folder, or the folder of one step.
+      phases: of the task's model.
       mesh: the section of the config.
+      options: section `eval`.
       seed: of the model that the weights replace.
-      spectral_radius: add mean and maximum, over the first batch, of the spectral radius at the equilibria.
-      max_steps_sweep: limits on the evaluations of a solve to evaluate with besides, none above the task's own.
 
     Raises:
-      UserError: there is no checkpoint, it does not fit, or the task has no spectral radius.
+      UserError: there is no checkpoint, it does not fit, or an option needs an equilibrium that the model does not have.
     """
-    devices = make_mesh(**mesh)
+    solver = phases.evaluation.solver
+    _check_sweep(options, solver)
+    devices = make_mesh(mesh)
     check_batch(devices, batch_size=task.batch_size, accumulate=1, eval_batch_size=task.eval_batch_size)
-    model, graph, weights, number = load(task, path, devices, seed=seed)
-    step = make_eval_step(task, graph, devices)
+    model, graphdef, weights, number = load(task, path, devices, seed=seed)
+    step = make_eval_step(task, graphdef, devices, phases.evaluation)
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}
-    if spectral_radius:
-        results["valid"] |= _spectral_radius(task, model, graph, devices, *weights)
+    if options.spectral_radius:
+        results["valid"] |= _spectral_radius(task, model, graphdef, devices, solver, *weights)
     anytime = [
         {"split": split, "max_steps": limit} | evaluate(task, model, step, devices, *weights, split, max_steps=limit)
-        for limit in max_steps_sweep
+        for limit in options.max_steps_sweep
         for split in SPLITS
     ]
     return Evaluation(step=number, metrics=results, anytime=anytime)
 
 
-def _spectral_radius(task: Task, model: nnx.Module, graph: Any, mesh: Mesh, params: Any, variables: Any) -> dict[str, float]:
-    """Of the first batch of the validation split."""
-    if not isinstance(task, HasSpectralRadius):
-        raise UserError("eval.spectral_radius: this task has none; set it to False")
+def _check_sweep(options: EvalOptions, solver: Solver | None) -> None:
+    for steps in options.max_steps_sweep:
+        if solver is None:
+            raise UserError("eval.max_steps_sweep: there is no equilibrium to limit; set it to ()")
+        if not 1 <= steps <= solver.max_steps:
+            raise UserError(
+                f"eval.max_steps_sweep holds {steps}: whole numbers from 1 to deq.max_steps ({solver.max_steps}) are possible"
+            )
+
+
+def _spectral_radius(
+    task: Task, model: nnx.Module, graphdef: Any, mesh: Mesh, solver: Solver | None, params: Any, variables: Any
+) -> dict[str, float]:
+    """Mean and maximum of the spectral radius over the first batch of the validation split."""
+    if not isinstance(task, HasEquation) or solver is None:
+        raise UserError("eval.spectral_radius: this model has no equilibrium; set it to False")
+    equation = task.equation
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def radii(params: Any, variables: Any, batch: Any, carry: Any) -> jax.Array:
-        return task.spectral_radius(nnx.merge(graph, params, variables, copy=True), batch, carry, jax.random.key(0))
+        f, z0 = equation(nnx.merge(graphdef, params, variables, copy=True), batch, carry)
+        return spectral_radius(f, fixed_point(f, z0, solver=solver).value, jax.random.key(0))
 
-    batches = task.eval_batches("valid", own_rows(mesh, task.eval_batch_size))
+    batches = task.eval_batches("valid", local_rows(mesh, task.eval_batch_size))
     batch = put_batch(mesh, batches[0], task.eval_batch_size)
     carry = place(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
     radii_B = np.asarray(radii(params, variables, batch, carry))
@@ -159,21 +182,28 @@ def _gathered(params: Any, mesh: Mesh) -> Any:
     return jax.device_put(params, shardings(whole(param_specs(params, mesh)), mesh))
 
 
-def fetch(metrics: Metrics) -> Metrics:
-    """On the host, where they are summed in float64: in float32, a count of pixels would stop at 2^24.
+def summarize(task: Task, split: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The task's numbers from divided metrics, then those that the steps add; `forward_unsolved` only where there were some."""
+    own = task.summary(split, {name: value for name, value in metrics.items() if name not in STEP_METRICS})
+    added = {name: metrics[name] for name in STEP_METRICS if name in metrics}
+    return own | {name: value for name, value in added.items() if name != "forward_unsolved" or value > 0}
 
-    To be called one batch behind the last that was dispatched. A host that never waits fills the device's queue, and several
-    processes on CPUs do not get out of full ones: each waits for room, with a program not started that another waits for.
+
+def fetch(metrics: Metrics) -> Metrics:
+    """Metrics on the host, in float64: in float32, a sum that counts pixels would stop at 2^24.
+
+    Call it one batch behind the last one dispatched. A host that never waits fills the device's queue, and several processes on
+    CPUs deadlock with full queues: each waits for room, with a program not started that another process waits for.
     """
     return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
 
 
 def merge(a: Metrics, b: Metrics) -> Metrics:
-    """Sums and counts of both."""
+    """Add the sums and counts of both."""
     return {name: a[name].merge(b[name]) if name in a and name in b else (a | b)[name] for name in a | b}
 
 
 def divide(metrics: Mapping[str, clu_metrics.Average]) -> dict[str, Any]:
-    """Sums over counts; what was never counted is left out. A metric that is an array, a table of counts, stays one."""
+    """Sums over counts; a metric that was never counted is left out. An array, such as a table of counts, stays an array."""
     means = {name: np.asarray(m.total) / float(m.count) for name, m in metrics.items() if m.count > 0}
     return {name: float(mean) if mean.ndim == 0 else mean for name, mean in means.items()}

@@ -1,4 +1,4 @@
-"""The training run: the owner of time. Steps, evaluations, checkpoints and reports happen here and nowhere else."""
+"""The training run: steps, evaluations, checkpoints and log lines over time."""
 
 import signal
 import sys
@@ -16,35 +16,41 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from deq_flax.checkpoints.checkpoints import Checkpoints, borrow_params, load_params
-from deq_flax.checkpoints.saver import REST, Saver
-from deq_flax.devices.mesh import by_batch, check_batch, make_mesh, own_rows, place, put_batch, replicated
+from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints, borrow_params, load_params
+from deq_flax.checkpoints.saver import Saver
+from deq_flax.devices.mesh import MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
 from deq_flax.devices.processes import is_first, say
 from deq_flax.devices.sharding import opt_shardings, param_specs, shardings
 from deq_flax.errors import UserError
 from deq_flax.run_log.pictures import make_pictures
 from deq_flax.run_log.run_log import Clock, NoReport, Report
-from deq_flax.task import HasHead, HasWords, Metrics, Phase, Task
-from deq_flax.train.evaluate import SPLITS, divide, evaluate, fetch, merge
-from deq_flax.train.optimizer import make_optimizer
+from deq_flax.task import HasHead, HasVocabulary, Metrics, Task
+from deq_flax.train.evaluate import SPLITS, divide, evaluate, fetch, merge, summarize
+from deq_flax.train.optimizer import OptimizerOptions, make_optimizer
+from deq_flax.train.phases import Phase, Phases
 from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """The section `train` of a config."""
+    """Section `train` of a config."""
 
     steps: int
-    seed: int
-    log_every: int
-    eval_every: int
-    """0: only at the end."""
-    checkpoint_every: int
-    accumulate: int
-    ema_decay: float
-    """0: no average is kept."""
-    max_skipped: int
-    """Updates in a row that may be skipped because something was not finite."""
+    """Training steps."""
+    seed: int = 0
+    """Seed of the initial parameters, the order of examples, augmentation, dropout and the phases."""
+    log_every: int = 100
+    """Steps between log lines."""
+    eval_every: int = 1000
+    """Steps between evaluations; 0: only at the end."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    accumulate: int = 1
+    """Micro-batches of a step, taken one after the other; data.batch_size counts all of them."""
+    ema_decay: float = 0.0
+    """Decay of a running average of the parameters, which is evaluated instead of them; 0: none."""
+    max_skipped: int = 10
+    """Updates in a row that are skipped because something was not finite before the run gives up."""
 
     def __post_init__(self):
         for name in ("steps", "log_every", "checkpoint_every", "max_skipped"):
@@ -58,11 +64,11 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """How a run ended."""
+    """The end of a run."""
 
     step: int
     metrics: Mapping[str, Mapping[str, float]]
-    """By split, of the best checkpoint; empty when interrupted."""
+    """Numbers of the best checkpoint by split; empty when interrupted."""
     interrupted: bool = False
     resumed: bool = False
 
@@ -72,10 +78,11 @@ def train(
     *,
     workdir: str | Path,
     config: Mapping[str, Any],
-    optimizer: Mapping[str, Any],
-    train: Mapping[str, Any],
-    mesh: Mapping[str, Any],
-    checkpoint: Mapping[str, Any],
+    phases: Phases,
+    optimizer: OptimizerOptions,
+    train: TrainOptions,
+    mesh: MeshOptions,
+    checkpoint: CheckpointOptions,
 ) -> RunResult:
     """Train from where `workdir` stands to `train.steps`, then evaluate the best checkpoint.
 
@@ -83,47 +90,44 @@ def train(
     and SIGINT end it at the next step with a checkpoint.
 
     Args:
-      task: what to train.
+      task: the task.
       workdir: holds checkpoints, metrics.jsonl, config.json, vocabulary.txt and TensorBoard events.
       config: the whole resolved config, as plain data, for the record.
-      optimizer, train, mesh, checkpoint: these sections of it.
+      phases: how each step solves, from section `deq`.
+      optimizer, train, mesh, checkpoint: these sections of the config.
 
     Raises:
       UserError: an option is out of range, the workdir is not usable, or too many updates in a row were not finite.
     """
-    options = TrainOptions(**train)
-    devices = make_mesh(**mesh)
-    check_batch(devices, batch_size=task.batch_size, accumulate=options.accumulate, eval_batch_size=task.eval_batch_size)
-    run = Run(task, options, devices, optimizer)
-    init_from = checkpoint["init_from"]
+    devices = make_mesh(mesh)
+    check_batch(devices, batch_size=task.batch_size, accumulate=train.accumulate, eval_batch_size=task.eval_batch_size)
+    run = Run(task, phases, train, devices, optimizer)
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            Checkpoints(Path(workdir) / "checkpoints", keep_latest=checkpoint["keep_latest"], keep_best=checkpoint["keep_best"])
-        )
-        start = run.restore(checkpoints, init_from)
-        report = stack.enter_context(Report(workdir, start or None) if is_first() else NoReport())
-        report.write_config(config, start)
-        if isinstance(task, HasWords) and task.words is not None:
-            report.write_words(task.words)
+        checkpoints = stack.enter_context(Checkpoints(Path(workdir) / "checkpoints", checkpoint))
+        start = run.restore(checkpoints, checkpoint.init_from)
+        log = stack.enter_context(Report(workdir, start or None) if is_first() else NoReport())
+        log.write_config(config, start)
+        if isinstance(task, HasVocabulary) and task.words is not None:
+            log.write_words(task.words)
         interrupted = False
-        if start < options.steps:
-            interrupted = run.run(start, Saver(checkpoints, report, config), report)
+        if start < train.steps:
+            interrupted = run.run(start, Saver(checkpoints, log, config), log)
         if interrupted:
             return RunResult(step=run.step, metrics={}, interrupted=True)
-        results, best = run.final(checkpoints, report)
-        return RunResult(step=best, metrics=results, resumed=start >= options.steps)
+        results, best = run.final(checkpoints)
+        return RunResult(step=best, metrics=results, resumed=start >= train.steps)
 
 
 class Run:
     """The model, its state and its compiled steps."""
 
-    def __init__(self, task: Task, options: TrainOptions, devices: Mesh, optimizer: Mapping[str, Any]):
-        self.task, self.options, self.devices = task, options, devices
-        transformation, schedule = make_optimizer(**optimizer, steps=options.steps)
+    def __init__(self, task: Task, phases: Phases, options: TrainOptions, devices: Mesh, optimizer: OptimizerOptions):
+        self.task, self.phases, self.options, self.devices = task, phases, options, devices
+        transformation, schedule = make_optimizer(optimizer, options.steps)
         built = task.build_model(nnx.Rngs(options.seed))
-        graph, params, variables = split_model(built)
-        # The state is what holds arrays; of the model, its shapes are enough from here on.
-        self.model = nnx.merge(graph, *jax.eval_shape(lambda: (params, variables)))
+        graphdef, params, variables = split_model(built)
+        # The state holds the arrays; of the model, its shapes are enough from here on.
+        self.model = nnx.merge(graphdef, *jax.eval_shape(lambda: (params, variables)))
         everywhere, split = replicated(devices), by_batch(devices)
         by_param = shardings(param_specs(params, devices), devices)
         by_opt = opt_shardings(transformation, params, by_param, devices)
@@ -135,14 +139,12 @@ class Run:
             carry=place(task.fresh_carry(self.model, task.batch_size), split),
             ema=jax.tree.map(jnp.copy, params) if options.ema_decay else None,
             skipped=place(np.zeros((), np.int32), everywhere),
-            skipped_in_all=place(np.zeros((), np.int32), everywhere),
         )
         self.step = 0
         self.clock = Clock()
-        self.last_loss: dict[str, float] | None = None
         self.train_step = make_train_step(
             task,
-            graph,
+            graphdef,
             transformation,
             schedule,
             devices,
@@ -151,12 +153,12 @@ class Run:
             accumulate=options.accumulate,
             ema_decay=options.ema_decay,
         )
-        self.eval_step = make_eval_step(task, graph, devices)
-        self._draw = make_pictures(task, graph, devices)
+        self.eval_step = make_eval_step(task, graphdef, devices, phases.evaluation)
+        self._draw = make_pictures(task, graphdef, devices, phases.evaluation.solve())
         self._compiled: set[Phase] = set()
 
     def restore(self, checkpoints: Checkpoints, init_from: str) -> int:
-        """Take up the newest whole checkpoint, or the weights of another run. Returns the steps done."""
+        """Continue from the newest whole checkpoint, or start from the weights of another run. Returns the steps done."""
         rest = {name: getattr(self.state, name) for name in REST}
         restored = checkpoints.restore_latest(self.state.params, rest, self.state.ema)
         if restored is not None:
@@ -165,14 +167,14 @@ class Run:
             self.step = restored.step
             say(f"continuing from the checkpoint of step {restored.step}")
         elif init_from:
-            weights, variables = self._borrowed(init_from)
+            weights, variables = self._pretrained(init_from)
             self.state = self.state._replace(params=weights, variables=variables)
             if self.state.ema is not None:
                 self.state = self.state._replace(ema=jax.tree.map(jnp.copy, weights))
         return self.step
 
-    def _borrowed(self, path: str) -> tuple[Any, Any]:
-        """Parameters and variables of another run, which may have another head if the task says what that is."""
+    def _pretrained(self, path: str) -> tuple[Any, Any]:
+        """Parameters and variables of another run, whose model may have another head if the task names its own."""
         say(f"starting from the weights in {path}")
         if not isinstance(self.task, HasHead):
             loaded = load_params(path, self.state.params, self.state.variables)
@@ -185,9 +187,9 @@ class Run:
         return borrowed.params, borrowed.variables
 
     def run(self, start: int, saver: Saver, report: Report) -> bool:
-        """Steps `start` to the last. Returns whether a signal ended it early."""
+        """Run steps `start` to the last. Returns whether a signal ended it early."""
         options = self.options
-        batches = self.task.train_batches(start, own_rows(self.devices, self.task.batch_size))
+        batches = self.task.train_batches(start, local_rows(self.devices, self.task.batch_size))
         log = Log(self, report, start)
         self.clock.lap()
         with _stop_signal() as stop:
@@ -210,8 +212,9 @@ class Run:
         return False
 
     def dispatch(self, number: int, batch: Any, log: "Log") -> None:
-        phase, controls = self.task.phase(number), self.task.controls(number)
-        arguments = (put_batch(self.devices, batch, self.task.batch_size), controls, np.int32(number))
+        """Start step `number` on the devices."""
+        phase, scalars = self.phases.phase(number), self.phases.scalars(number)
+        arguments = (put_batch(self.devices, batch, self.task.batch_size), scalars, np.int32(number))
         if phase in self._compiled:
             self.state, metrics = self.train_step(self.state, *arguments, phase=phase)
         else:
@@ -225,7 +228,7 @@ class Run:
         log.add(self.step, metrics)
 
     def evaluate(self, split: str, report: Report | None = None) -> dict[str, float]:
-        """Evaluate the running average if there is one, else the parameters as they are."""
+        """Evaluate the running average if there is one, else the parameters."""
         params = self.state.params if self.state.ema is None else self.state.ema
         metrics = self.evaluate_weights(params, self.state.variables, split)
         if report is not None:
@@ -236,10 +239,11 @@ class Run:
         return metrics
 
     def evaluate_weights(self, params: Any, variables: Any, split: str) -> dict[str, float]:
+        """Evaluate the given weights."""
         return evaluate(self.task, self.model, self.eval_step, self.devices, params, variables, split)
 
-    def final(self, checkpoints: Checkpoints, report: Report) -> tuple[dict[str, dict[str, float]], int]:
-        """Metrics of the best checkpoint by split, and its step."""
+    def final(self, checkpoints: Checkpoints) -> tuple[dict[str, dict[str, float]], int]:
+        """The numbers of the best checkpoint by split, and its step."""
         checkpoints.wait()
         best = checkpoints.restore_best(self.state.params, self.state.variables)
         results = {split: self.evaluate_weights(best.weights, best.variables, split) for split in SPLITS}
@@ -256,12 +260,12 @@ class Log:
         self._since = start
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Take the metrics of a step that has just been dispatched; read those of the one before."""
+        """Add the metrics of a step that has just been dispatched; read those of the step before."""
         self.flush()
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Read what is pending, waiting for the device if need be."""
+        """Read the pending metrics, waiting for the device if need be."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
@@ -276,7 +280,8 @@ class Log:
         seconds = self._run.clock.lap() / (step - self._since)
         averages = divide(self._totals)
         skipped = averages.pop("skipped", 0.0)
-        summary = self._run.task.summary("train", averages) | {"steps_per_second": 1.0 / seconds} | self._run.task.work(seconds)
+        summary = summarize(self._run.task, "train", averages) | {"steps_per_second": 1.0 / seconds}
+        summary |= self._run.task.throughput(seconds)
         if skipped:
             summary["skipped"] = skipped
         self._report.write(step, "train", summary)
@@ -293,12 +298,15 @@ class Log:
 
 
 class _Stop:
-    """Whether a signal asks the run to end."""
+    """A request of a signal to end the run."""
 
     received: str = ""
 
     def requested(self, step: int) -> bool:
-        """Asked after every step. Several processes stop after the same one, though the signal reaches each at its own time."""
+        """Whether to stop after `step`; ask after every step.
+
+        Several processes stop after the same step, though the signal reaches each at its own time.
+        """
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.received = signal.SIGTERM.name
         return bool(self.received)
@@ -306,14 +314,14 @@ class _Stop:
 
 @contextmanager
 def _stop_signal() -> Generator[_Stop]:
-    """Turns SIGTERM and the first SIGINT into a request to stop after the current step. A second SIGINT interrupts at once."""
+    """Turn SIGTERM and the first SIGINT into a request to stop after the current step. A second SIGINT interrupts at once."""
     stop = _Stop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print(f"{signal.Signals(number).name}: finishing the step and saving", file=sys.stderr, flush=True)
         if jax.process_count() > 1:
-            signal.raise_signal(signal.SIGTERM)  # the processes' own notice, which all of them hear of
+            signal.raise_signal(signal.SIGTERM)  # JAX's preemption notice, which reaches all processes
         else:
             stop.received = signal.Signals(number).name
 
@@ -321,7 +329,7 @@ def _stop_signal() -> Generator[_Stop]:
     numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
     try:
         before = {number: signal.signal(number, on_signal) for number in numbers}
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # outside of the main thread Python takes no signal handlers
         before = {}
     try:
         yield stop

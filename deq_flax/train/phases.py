@@ -1,190 +1,253 @@
-"""How an equilibrium model is solved and trained over time: the section `deq` of a config, shared by all tasks."""
+"""Phases of training: how each step solves and differentiates an equilibrium (section `deq` of a config).
 
+The phase of a step, and the scalars that change from step to step, are functions of the seed and the step's number alone, so that
+a resumed run repeats them exactly.
+"""
+
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_flax.equilibrium import (
-    ADJOINT_SOLVERS,
-    SOLVERS,
-    Gradient,
-    Implicit,
-    PhantomGradient,
-    Reversible,
-    Solver,
-    Unroll,
-    fixed_point,
-    spectral_radius,
-)
-from deq_flax.equilibrium.solution import SolverStats, StopMode
+from deq_flax.equilibrium import GRADIENTS, SOLVERS, Gradient, Solution, Solver, fixed_point, jacobian_loss
+from deq_flax.equilibrium.solution import SolverStats
 from deq_flax.errors import UserError
-from deq_flax.task import Controls, Metrics, Phase, average
-
-GRADIENTS = ("implicit", "phantom", "reversible", "unroll")
-"""Those with options in a config."""
+from deq_flax.options import choose, make
+from deq_flax.task import Metrics, average
 
 UNSOLVED = 0.1
-"""The relative residual above which a member counts as unsolved: it diverged, f gave something that is not finite, or the limit
-on evaluations is far too low."""
+"""The relative residual above which a sample counts as unsolved: it diverged, f is not finite there, or the limit on evaluations is
+far too low."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EquilibriumRecipe:
-    """Solvers, and what happens at which training step. Everything is a function of (seed, step): runs resume exactly."""
+class DEQOptions:
+    """Section `deq` of a config: the equilibrium's solver and gradient, and how training approaches it."""
 
-    solver: str
-    tol: float
-    max_steps: int
-    """Evaluations of f in a forward solve."""
-    stop: StopMode
-    backward_solver: str
-    """Any of the adjoint solvers."""
-    backward_tol: float
-    backward_max_steps: int
-    jacobian_weight: float
-    jacobian_frequency: float
-    """Probability that a step adds the Jacobian loss."""
-    jacobian_increment: float
-    """Added to the weight ..."""
-    jacobian_increment_every: int
-    """... after each so many steps past pretraining; 0 is never."""
-    jacobian_stop: int
-    """The step from which on there is no Jacobian loss; 0 is never."""
-    jacobian_through_equilibrium: bool
-    max_steps_jitter: int
-    """A step's limit is drawn from max_steps - jitter ... max_steps."""
-    pretrain_steps: int
-    """Steps of unrolled pretraining."""
-    pretrain_layers: int
-    """Evaluations of f in it."""
-    seed: int
+    solver: str = "broyden"
+    """Forward solver: picard, anderson or broyden."""
+    tol: float = 1e-3
+    """Residual at which a sample's forward solve stops."""
+    max_steps: int = 30
+    """Most evaluations of f in a forward solve."""
+    stop: Literal["relative", "absolute"] = "relative"
+    """Residual that tolerances are compared with: relative, ||f(z) - z|| / ||f(z)||, or absolute, ||f(z) - z||."""
+    solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Options that only the forward solver has, such as memory=10 of anderson and broyden."""
     gradient: str = "implicit"
-    """How an equilibrium is differentiated: 'implicit', by the adjoint solver; 'phantom', through a few damped steps;
-    'reversible': of an iteration that is run backward again, which takes the place of the solver's; 'unroll': there is no solve
-    in training, but `max_steps` evaluations, differentiated with rematerialisation."""
-    phantom_steps: int = 5
-    phantom_damping: float = 0.5
+    """Differentiation of the equilibrium: implicit, neumann, jacobian_free, phantom, shine, reversible or unroll."""
+    gradient_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Options that only the gradient has, such as steps=5 and relaxation=0.5 of phantom; unroll takes max_steps steps by default."""
+    backward_solver: str = "broyden"
+    """Solver of the adjoint equation of the implicit gradient: picard, anderson, broyden or gmres."""
+    backward_tol: float = 1e-3
+    """Residual at which a sample's adjoint solve stops."""
+    backward_max_steps: int = 30
+    """Most vector-Jacobian products in an adjoint solve."""
+    backward_solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Options that only the adjoint solver has."""
+    jacobian_weight: float = 0.0
+    """Weight of the Jacobian loss, the regularizer of the Jacobian at the equilibrium; 0: none."""
+    jacobian_frequency: float = 0.0
+    """Probability that a step adds the Jacobian loss."""
+    jacobian_increment: float = 0.1
+    """Increase of jacobian_weight after every jacobian_increment_every steps."""
+    jacobian_increment_every: int = 0
+    """Steps after pretraining between increases of jacobian_weight; 0: it never increases."""
+    jacobian_stop: int = 0
+    """First step without a Jacobian loss; 0: it never stops."""
+    jacobian_through_equilibrium: bool = False
+    """Whether the gradient of the Jacobian loss also flows through the equilibrium, which otherwise is held constant."""
+    max_steps_jitter: int = 0
+    """Each training step draws its limit on evaluations from max_steps - max_steps_jitter to max_steps."""
+    pretrain_steps: int = 0
+    """First training steps in which f is unrolled instead of solved for."""
+    pretrain_layers: int = 2
+    """Evaluations of f in an unrolled pretraining step."""
     pretrain_jacobian_weight: float = 0.0
-    """Weight of a Jacobian loss in pretraining, with the same frequency; 0 is none."""
-    memory: int = 0
-    """Iterates that Anderson's method combines, and steps that Broyden's keeps, both ways; 0: 6 and all."""
+    """Weight of the Jacobian loss in pretraining, with the same frequency; 0: none."""
 
     def __post_init__(self):
-        for name, known in ((self.solver, SOLVERS), (self.backward_solver, ADJOINT_SOLVERS)):
-            if name not in known:
-                raise UserError(f"unknown solver {name!r} in section deq; known: {', '.join(known)}")
         if not 0 <= self.jacobian_frequency <= 1:
             raise UserError(f"deq.jacobian_frequency is a probability, not {self.jacobian_frequency}")
         if not 0 <= self.max_steps_jitter < self.max_steps:
             raise UserError(f"deq.max_steps_jitter must be at least 0 and below max_steps, not {self.max_steps_jitter}")
-        if self.gradient not in GRADIENTS:
-            raise UserError(f"unknown deq.gradient {self.gradient!r}; known: {', '.join(GRADIENTS)}")
-        not_negative = "jacobian_weight jacobian_increment_every jacobian_stop pretrain_steps pretrain_jacobian_weight memory"
-        for name in not_negative.split():
+        for name in ["jacobian_weight", "jacobian_increment_every", "jacobian_stop", "pretrain_steps", "pretrain_jacobian_weight"]:
             if getattr(self, name) < 0:
                 raise UserError(f"deq.{name} must not be negative, but is {getattr(self, name)}")
-        try:
-            _ = self.forward_solver, self.gradient_of(Phase()), self.gradient_of(Phase(unrolled=True))
-        except ValueError as error:
-            raise UserError(f"section deq: {error}") from error
+        _ = self.forward_solver(), self.training_gradient(), self.pretraining_gradient()  # their options are checked now
 
-    @property
     def forward_solver(self) -> Solver:
-        return self._solver(self.solver, self.tol, self.max_steps)
+        """The solver of the forward pass. UserError: there is no such solver, or an option of it is wrong."""
+        options = {"tol": self.tol, "max_steps": self.max_steps, "stop": self.stop}
+        solver = _solver(self.solver, options, self.solver_options, "deq.solver_options")
+        if not isinstance(solver, Solver):
+            raise UserError(f"deq.solver {self.solver!r} solves linear equations only: use it as deq.backward_solver")
+        return solver
 
-    def gradient_of(self, phase: Phase | None) -> Gradient:
-        """How a phase differentiates; evaluation, None, solves."""
-        if phase is not None and phase.unrolled:
-            return Unroll(self.pretrain_layers)
-        if phase is not None and self.gradient == "unroll":
-            return Unroll(self.max_steps, remat=True)
-        if self.gradient == "phantom":
-            return PhantomGradient(steps=self.phantom_steps, damping=self.phantom_damping)
-        if self.gradient == "reversible":
-            return Reversible()
-        return Implicit(solver=self._solver(self.backward_solver, self.backward_tol, self.backward_max_steps))
+    def training_gradient(self) -> Gradient:
+        """The gradient of an equilibrium training step. UserError as of `forward_solver`."""
+        return self._gradient(self.gradient, self.gradient_options)
 
-    def _solver(self, name: str, tol: float, max_steps: int) -> Any:
-        if name not in SOLVERS:
-            return ADJOINT_SOLVERS[name](tol=tol, max_steps=max_steps)  # it stops by the relative residual alone
-        kept: dict[str, Any] = {"memory": self.memory} if self.memory and name != "picard" else {}
-        return SOLVERS[name](tol=tol, max_steps=max_steps, stop=self.stop, **kept)
+    def pretraining_gradient(self) -> Gradient:
+        """The gradient of an unrolled pretraining step."""
+        return self._gradient("unroll", {"steps": self.pretrain_layers, "remat": False})
 
-    def model_options(
-        self, phase: Phase | None, controls: Controls | None, key: Any, probe: jax.Array | None
-    ) -> dict[str, Any]:
-        """How a model is to be called, but for its data; arguments as of `Task.loss`."""
-        return dict(
-            solver=self.forward_solver,
-            gradient=self.gradient_of(phase),
-            key=key,
-            max_steps=None if controls is None else controls.max_steps,
-            probe=probe,
-            jacobian_key=jax.random.fold_in(key, 1) if phase is not None and phase.jacobian_loss else None,
-            jacobian_through_equilibrium=self.jacobian_through_equilibrium,
-        )
+    def _gradient(self, name: str, options: Mapping[str, Any]) -> Gradient:
+        cls = choose(GRADIENTS, name, "deq.gradient")
+        given = {"solver": self._backward_solver()} if name == "implicit" else {}
+        usual = {"steps": self.max_steps, "remat": True} if name == "unroll" else {}
+        return make(cls, usual | dict(options), "deq.gradient_options", **given)
 
-    def spectral_radius(self, f: Callable[[Any], Any], z0: Any, key: Any) -> jax.Array:
-        """(B,) at the equilibria of z = f(z) that the forward solver finds from z0."""
-        return spectral_radius(f, fixed_point(f, z0, solver=self.forward_solver).value, key)
+    def _backward_solver(self) -> Any:
+        options = {"tol": self.backward_tol, "max_steps": self.backward_max_steps, "stop": self.stop}
+        return _solver(self.backward_solver, options, self.backward_solver_options, "deq.backward_solver_options")
+
+
+def _solver(name: str, options: Mapping[str, Any], own: Mapping[str, Any], where: str) -> Any:
+    cls = choose(SOLVERS, name, where.removesuffix("_options"))
+    known = {field.name for field in dataclasses.fields(cls)}
+    return make(cls, own, where, **{key: value for key, value in options.items() if key in known})
+
+
+class StepScalars(NamedTuple):
+    """Scalars that change from step to step within a phase. They are traced: a new value never recompiles. None: not used."""
+
+    max_steps: Any = None
+    """int32: limit on the evaluations of this step's forward solve."""
+    jacobian_weight: Any = None
+    """float32: weight of the Jacobian loss."""
+
+
+_NO_SCALARS = StepScalars()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of step. Static and hashable: each distinct phase is compiled once."""
+
+    name: str
+    """For the progress lines."""
+    solver: Solver | None = None
+    """None: the model has no equilibrium."""
+    gradient: Gradient | None = None
+    jacobian_loss: bool = False
+    """Whether the Jacobian loss is added."""
+    jacobian_through_equilibrium: bool = False
+
+    def __str__(self) -> str:
+        return self.name + " with Jacobian loss" * self.jacobian_loss
+
+    def solve(
+        self, scalars: StepScalars = _NO_SCALARS, *, key: jax.Array | None = None, probe: jax.Array | None = None
+    ) -> "PhaseSolve | None":
+        """The argument `solve` of a model's call in this phase. `key` draws the vectors of the Jacobian loss."""
+        if self.solver is None or self.gradient is None:
+            return None
+        jacobian_key = jax.random.fold_in(key, 1) if self.jacobian_loss and key is not None else None
+        return PhaseSolve(self.solver, self.gradient, scalars.max_steps, probe, jacobian_key, self.jacobian_through_equilibrium)
+
+
+@dataclass(frozen=True, eq=False)
+class PhaseSolve:
+    """Solve z = f(z) as a phase does: `equilibrium.solution.Solve`."""
+
+    solver: Solver
+    gradient: Gradient
+    max_steps: jax.Array | int | None = None
+    probe: jax.Array | None = None
+    jacobian_key: jax.Array | None = None
+    """None: no Jacobian loss."""
+    jacobian_through_equilibrium: bool = False
+
+    def __call__(self, f: Callable[[Any], Any], z0: Any) -> tuple[Solution, jax.Array | None]:
+        """The solution from the initial guess z0, and the Jacobian loss there, a scalar, or None."""
+        solution = fixed_point(f, z0, solver=self.solver, gradient=self.gradient, max_steps=self.max_steps, probe=self.probe)
+        if self.jacobian_key is None:
+            return solution, None
+        z = solution.value if self.jacobian_through_equilibrium else jax.lax.stop_gradient(solution.value)
+        return solution, jacobian_loss(f, z, self.jacobian_key)
+
+
+class Phases:
+    """The phases of a model without an equilibrium: all training steps are alike."""
+
+    evaluation = Phase("evaluation")
 
     def phase(self, step: int) -> Phase:
-        unrolled = step < self.pretrain_steps
-        weight = self.pretrain_jacobian_weight if unrolled else self.jacobian_weight
-        wanted = weight > 0 and not (self.jacobian_stop and step >= self.jacobian_stop)
-        return Phase(unrolled=unrolled, jacobian_loss=wanted and self._random(step).random() < self.jacobian_frequency)
+        """The phase of training step `step`, counted from 0."""
+        return Phase("explicit layers")
 
-    def controls(self, step: int) -> Controls:
-        random = self._random(step)
-        random.random()  # the phase's draw
-        jitter = random.integers(0, self.max_steps_jitter + 1)
-        past = max(0, step - self.pretrain_steps)
-        increments = past // self.jacobian_increment_every if self.jacobian_increment_every else 0
-        weight = self.jacobian_weight + self.jacobian_increment * increments
-        if step < self.pretrain_steps and self.pretrain_jacobian_weight:
-            weight = self.pretrain_jacobian_weight
-        return Controls(
-            max_steps=np.int32(self.max_steps - jitter),
-            jacobian_weight=np.float32(weight),
+    def scalars(self, step: int) -> StepScalars:
+        """The scalars of training step `step`."""
+        return StepScalars()
+
+
+class EquilibriumPhases(Phases):
+    """The phases of an equilibrium model: unrolled pretraining, then the equilibrium, some steps with a Jacobian loss.
+
+    Evaluation always solves: for `unroll`, whose training does not, with the implicit gradient that nobody asks for.
+    """
+
+    def __init__(self, deq: DEQOptions, seed: int):
+        self._deq, self._seed = deq, seed
+        solver, through = deq.forward_solver(), deq.jacobian_through_equilibrium
+        self._training = Phase("equilibrium", solver, deq.training_gradient(), jacobian_through_equilibrium=through)
+        self._pretraining = dataclasses.replace(
+            self._training, name="unrolled pretraining", gradient=deq.pretraining_gradient()
         )
+        solving = deq if deq.gradient != "unroll" else dataclasses.replace(deq, gradient="implicit", gradient_options={})
+        self.evaluation = Phase("evaluation", solver, solving.training_gradient())
+
+    def phase(self, step: int) -> Phase:
+        deq, pretraining = self._deq, step < self._deq.pretrain_steps
+        weight = deq.pretrain_jacobian_weight if pretraining else deq.jacobian_weight
+        wanted = weight > 0 and not (deq.jacobian_stop and step >= deq.jacobian_stop)
+        phase = self._pretraining if pretraining else self._training
+        return dataclasses.replace(phase, jacobian_loss=wanted and self._random(step).random() < deq.jacobian_frequency)
+
+    def scalars(self, step: int) -> StepScalars:
+        deq, random = self._deq, self._random(step)
+        random.random()  # the phase's draw
+        jitter = random.integers(0, deq.max_steps_jitter + 1)
+        past = max(0, step - deq.pretrain_steps)
+        increments = past // deq.jacobian_increment_every if deq.jacobian_increment_every else 0
+        weight = deq.jacobian_weight + deq.jacobian_increment * increments
+        if step < deq.pretrain_steps and deq.pretrain_jacobian_weight:
+            weight = deq.pretrain_jacobian_weight
+        return StepScalars(max_steps=np.int32(deq.max_steps - jitter), jacobian_weight=np.float32(weight))
 
     def _random(self, step: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, step))
+        return np.random.default_rng((self._seed, step))
 
 
-def solver_metrics(stats: SolverStats) -> Metrics:
-    """Evaluations of f, the residual of the member that is worst off, and the share of members that ended above UNSOLVED."""
-    unsolved_B = ~(stats.relative_residual < UNSOLVED)  # nor is NaN less
-    return {
-        "forward_nfe": average(stats.nfe),
-        "forward_residual": average(jnp.max(stats.relative_residual)),
-        "forward_unsolved": average(jnp.sum(unsolved_B, dtype=jnp.float32), unsolved_B.size),
-    }
+def make_phases(deq: DEQOptions | None, *, seed: int = 0) -> Phases:
+    """The phases of section `deq`; None: the model has no equilibrium.
+
+    `seed` decides which steps add the Jacobian loss, and their limits on evaluations.
+    """
+    return Phases() if deq is None else EquilibriumPhases(deq, seed)
 
 
-def add_solver(
-    loss: jax.Array, metrics: Metrics, stats: SolverStats, jacobian_loss: jax.Array | None, controls: Controls | None
-) -> tuple[jax.Array, Metrics]:
-    """The loss with the Jacobian loss of phases that have it, and the metrics with what the solver tells."""
-    metrics = metrics | solver_metrics(stats)
-    if jacobian_loss is not None and controls is not None:
-        loss = loss + controls.jacobian_weight * jacobian_loss
+def regularized(loss: jax.Array, jacobian_loss: jax.Array | None, scalars: StepScalars) -> jax.Array:
+    """The loss plus the weighted Jacobian loss, in the steps that have one."""
+    return loss if jacobian_loss is None else loss + scalars.jacobian_weight * jacobian_loss
+
+
+def solver_metrics(stats: SolverStats | None, jacobian_loss: jax.Array | None) -> Metrics:
+    """Evaluations of f, the largest residual in the batch, the share of samples that ended above UNSOLVED, and the Jacobian loss."""
+    metrics: Metrics = {}
+    if stats is not None:
+        unsolved_B = ~(stats.relative_residual < UNSOLVED)  # NaN counts as unsolved
+        metrics |= {
+            "forward_nfe": average(stats.nfe),
+            "forward_residual": average(jnp.max(stats.relative_residual)),
+            "forward_unsolved": average(jnp.sum(unsolved_B, dtype=jnp.float32), unsolved_B.size),
+        }
+    if jacobian_loss is not None:
         metrics["jacobian_loss"] = average(jacobian_loss)
-    return loss, metrics
-
-
-def ordered(metrics: Mapping[str, Any], *first: str) -> dict[str, float]:
-    """The metrics that are numbers, those named first, without what did not happen."""
-    names = [*first, *(name for name in metrics if name not in first)]
-    return without_what_did_not_happen(
-        {name: metrics[name] for name in names if name in metrics and not np.ndim(metrics[name])}
-    )
-
-
-def without_what_did_not_happen(summary: dict[str, float]) -> dict[str, float]:
-    """`forward_unsolved` is told only where there were such members."""
-    return {name: value for name, value in summary.items() if name != "forward_unsolved" or value > 0}
+    return metrics

@@ -1,8 +1,8 @@
 """One update, and one evaluation batch, as compiled functions of pure state.
 
-What solves is a `shard_map` over the batch: every device solves its own part with its own number of steps, and only gradients
-and metrics are summed over devices, once, after the solves. What updates is not: it sees whole gradients and parameters, of
-which each device happens to hold a part, so that norms over parameters and layers are right by themselves.
+The loss and its gradient run in a `shard_map` over the batch: every device solves its own part with its own number of steps, and
+only gradients and metrics are summed over devices, once, after the solves. The update runs outside of it: it sees whole gradients
+and parameters, of which each device happens to hold a part, so that norms over parameters and layers are right by themselves.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,12 @@ from jax.sharding import PartitionSpec as P
 from deq_flax.devices.mesh import BATCH, TENSOR
 from deq_flax.devices.sharding import batch_axes, gather, manual, reduce_scatter
 from deq_flax.equilibrium import backward_probe
-from deq_flax.task import Batch, Carry, Controls, Metrics, Phase, Task, average
+from deq_flax.task import Batch, Carry, Metrics, Task, average
+from deq_flax.train.phases import Phase, StepScalars, regularized, solver_metrics
 
 
 class TrainState(NamedTuple):
-    """Everything that changes from step to step. All of it is checkpointed, so a resumed run cannot differ from one."""
+    """Everything that changes from step to step. All of it is checkpointed, so that a resumed run equals an uninterrupted one."""
 
     params: Any
     """Nested dictionary of arrays."""
@@ -35,26 +36,36 @@ class TrainState(NamedTuple):
     """Running average of params, or None."""
     skipped: Any
     """int32: updates skipped in a row because something was not finite."""
-    skipped_in_all: Any
-    """int32."""
 
 
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 EvalStep = Callable[..., tuple[Carry, Metrics]]
 
+STEP_METRICS = (
+    "forward_nfe",
+    "forward_residual",
+    "forward_unsolved",
+    "backward_nfe",
+    "backward_residual",
+    "jacobian_loss",
+    "grad_norm",
+    "learning_rate",
+)
+"""Metrics that the steps add to the task's, in the order of the log."""
+
 
 def split_model(model: nnx.Module) -> tuple[Any, Any, Any]:
-    """The model's graph, its parameters and its other variables; the latter two as nested dictionaries of arrays.
+    """The model's graphdef, its parameters and its other variables; the latter two as nested dictionaries of arrays.
 
-    Plain dictionaries, because dispatching a step with thousands of them costs a third of what NNX states do.
+    Plain dictionaries, because dispatching a step with thousands of arrays costs a third of what NNX states do.
     """
-    graph, params, variables = nnx.split(model, nnx.Param, ...)
-    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(variables)
+    graphdef, params, variables = nnx.split(model, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(variables)
 
 
 def make_train_step(
     task: Task,
-    graph: Any,
+    graphdef: Any,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
     mesh: Mesh,
@@ -64,35 +75,43 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
 ) -> TrainStep:
-    """`step(state, batch, controls, number, phase=)` -> (next state, metrics). `state` is donated; `phase` is static.
+    """`step(state, batch, scalars, number, phase=)` -> (next state, metrics). `state` is donated; `phase` is static.
 
-    `shardings`: where each array of the state lies, before and after. Randomness depends on the seed, the step's number and
-    the part of the batch alone. With `accumulate` > 1 the batch is taken in that many micro-batches, one after the other, and
-    their gradients averaged. An update whose loss or gradient is not finite leaves everything, the carry too, as it was, and
-    is counted.
+    Randomness depends on the seed, the step's number and the part of the batch alone. An update whose loss or gradient is not
+    finite leaves everything, the carry too, as it was, and is counted.
+
+    Args:
+      shardings: of each array of the state, before and after.
+      seed: of dropout and of the Jacobian loss's vectors.
+      accumulate: micro-batches, taken one after the other; their gradients are averaged.
+      ema_decay: of the running average of the parameters.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
 
-    def gradients(params: Any, batch: Batch, carry: Carry, variables: Any, key: jax.Array, phase: Phase, controls: Controls):
+    def gradients(
+        params: Any, batch: Batch, carry: Carry, variables: Any, key: jax.Array, phase: Phase, scalars: StepScalars
+    ) -> tuple:
         def loss(params: Any, probe: jax.Array) -> tuple[jax.Array, tuple[Carry, Metrics, Any]]:
-            model = nnx.merge(graph, params, variables, copy=True)
-            value, output = task.loss(model, batch, carry, phase=phase, controls=controls, key=key, probe=probe)
-            return value, (output.carry, output.metrics, split_model(model)[2])
+            model = nnx.merge(graphdef, params, variables, copy=True)
+            value, output = task.loss(model, batch, carry, solve=phase.solve(scalars, key=key, probe=probe), key=key)
+            metrics = output.metrics | solver_metrics(output.stats, output.jacobian_loss)
+            value = regularized(value, output.jacobian_loss, scalars)
+            return value, (output.carry, metrics, split_model(model)[2])
 
         (value, aux), (gradient, report) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, backward_probe())
         return value, gradient, report, *aux
 
-    def local(stored: Any, variables: Any, carry: Carry, batch: Batch, controls: Controls, number: jax.Array, *, phase: Phase):
+    def local(
+        stored: Any, variables: Any, carry: Carry, batch: Batch, scalars: StepScalars, number: jax.Array, *, phase: Phase
+    ) -> tuple:
         """On each device: its part of the batch. Returns means over all devices, gradients in the parts that are stored."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), jax.lax.axis_index(BATCH))
         params = gather(stored, specs)
 
-        def micro(carried: tuple[Any, Any], part: tuple[Batch, Carry, jax.Array]):
+        def micro(carried: tuple[Any, Any], part: tuple[Batch, Carry, jax.Array]) -> tuple:
             total, variables = carried
             batch, carry, key = part
-            value, gradient, report, carry, metrics, variables = gradients(
-                params, batch, carry, variables, key, phase, controls
-            )
+            value, gradient, report, carry, metrics, variables = gradients(params, batch, carry, variables, key, phase, scalars)
             total = jax.tree.map(jnp.add, total, (value, gradient, report))
             return (total, variables), (carry, metrics)
 
@@ -106,7 +125,9 @@ def make_train_step(
         metrics |= _adjoint_metrics(total[2])
         return value, reduce_scatter(gradient, specs, mesh), variables, carry, jax.lax.psum(metrics, batch_axes(mesh))
 
-    def update(proposed: TrainState, state: TrainState, value: jax.Array, gradient: Any, metrics: Metrics):
+    def update(
+        proposed: TrainState, state: TrainState, value: jax.Array, gradient: Any, metrics: Metrics
+    ) -> tuple[TrainState, Metrics]:
         norm = optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -114,18 +135,17 @@ def make_train_step(
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & _all_finite((proposed.carry, proposed.variables))
         proposed = proposed._replace(params=params, opt_state=opt_state, ema=ema)
         chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
-        skip = 1 - finite.astype(jnp.int32)
-        state = chosen._replace(skipped=(state.skipped + 1) * skip, skipped_in_all=state.skipped_in_all + skip)
+        state_after = chosen._replace(skipped=(state.skipped + 1) * (1 - finite.astype(jnp.int32)))
         # A skipped step counts in `skipped`, not in the averages.
         metrics = metrics | {
             "grad_norm": average(norm),
-            "learning_rate": average(schedule(_updates_done(state.opt_state))),
+            "learning_rate": average(schedule(_updates_done(state_after.opt_state))),
         }
         metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
-        return state, metrics | {"skipped": average(state.skipped)}
+        return state_after, metrics | {"skipped": average(state_after.skipped)}
 
     @partial(jax.jit, static_argnames="phase", donate_argnames="state", out_shardings=(shardings, NamedSharding(mesh, P())))
-    def step(state: TrainState, batch: Batch, controls: Controls, number: Any, *, phase: Phase):
+    def step(state: TrainState, batch: Batch, scalars: StepScalars, number: Any, *, phase: Phase) -> tuple[TrainState, Metrics]:
         stored = manual(specs)
         value, gradient, variables, carry, metrics = jax.shard_map(
             partial(local, phase=phase),
@@ -134,28 +154,29 @@ def make_train_step(
             out_specs=(P(), stored, P(), P(BATCH), P()),
             axis_names=_manual_axes(mesh),
             check_vma=False,
-        )(state.params, state.variables, state.carry, batch, controls, number)
-        # Of what is split over `tensor`, the shard_map's own specs say nothing.
+        )(state.params, state.variables, state.carry, batch, scalars, number)
+        # The specs of the shard_map know nothing of what is split over `tensor`.
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
         return update(state._replace(variables=variables, carry=carry), state, value, gradient, metrics)
 
     return step
 
 
-def make_eval_step(task: Task, graph: Any, mesh: Mesh) -> EvalStep:
-    """`step(params, variables, batch, carry, controls=None)` -> (next carry, metrics).
+def make_eval_step(task: Task, graphdef: Any, mesh: Mesh, phase: Phase) -> EvalStep:
+    """`step(params, variables, batch, carry, scalars)` -> (next carry, metrics).
 
-    Nothing random, nothing remembered but the carry; `controls` may limit the evaluations. `params` are whole on every
-    device, but for what `tensor` splits.
+    Nothing is random, and nothing but the carry is remembered; `scalars` may limit the evaluations. `params` are whole on every
+    device, but for what `tensor` splits. `phase`: of evaluation.
     """
 
-    def local(params: Any, variables: Any, batch: Batch, carry: Carry, controls: Controls | None) -> tuple[Carry, Metrics]:
-        model = nnx.merge(graph, params, variables, copy=True)
-        _, output = task.loss(model, batch, carry, controls=controls)
-        return output.carry, jax.lax.psum(output.metrics, batch_axes(mesh))
+    def local(params: Any, variables: Any, batch: Batch, carry: Carry, scalars: StepScalars) -> tuple[Carry, Metrics]:
+        model = nnx.merge(graphdef, params, variables, copy=True)
+        _, output = task.loss(model, batch, carry, solve=phase.solve(scalars))
+        metrics = output.metrics | solver_metrics(output.stats, output.jacobian_loss)
+        return output.carry, jax.lax.psum(metrics, batch_axes(mesh))
 
     @partial(jax.jit, donate_argnums=3)
-    def step(params: Any, variables: Any, batch: Batch, carry: Carry, controls: Controls | None = None):
+    def step(params: Any, variables: Any, batch: Batch, carry: Carry, scalars: StepScalars) -> tuple[Carry, Metrics]:
         return jax.shard_map(
             local,
             mesh=mesh,
@@ -163,13 +184,13 @@ def make_eval_step(task: Task, graph: Any, mesh: Mesh) -> EvalStep:
             out_specs=(P(BATCH), P()),
             axis_names=_manual_axes(mesh),
             check_vma=False,
-        )(params, variables, batch, carry, controls)
+        )(params, variables, batch, carry, scalars)
 
     return step
 
 
 def _manual_axes(mesh: Mesh) -> set[str]:
-    """The axes that are ours to handle; an axis `tensor` is the compiler's, once there is more than one device along it."""
+    """The mesh axes handled here; `tensor` is left to the compiler once there is more than one device along it."""
     return set(mesh.axis_names) - ({TENSOR} if mesh.shape[TENSOR] > 1 else set())
 
 
@@ -187,12 +208,12 @@ def _scan(f: Callable, init: Any, xs: Any) -> Any:
 
 
 def _adjoint_metrics(report: jax.Array) -> Metrics:
-    """Averages from a probe's gradient; a step without an adjoint solve counts for nothing."""
+    """Averages from the gradient of a probe; a step without an adjoint solve does not count."""
     return {"backward_nfe": average(report[0], report[2]), "backward_residual": average(report[1], report[2])}
 
 
 def _updates_done(opt_state: Any) -> jax.Array:
-    """What the learning-rate schedule counts."""
+    """The count that drives the learning-rate schedule."""
     return optax.tree.get(
         opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == optax.ScaleByScheduleState.__name__
     )

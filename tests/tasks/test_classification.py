@@ -1,16 +1,16 @@
 """The classification task: what is counted, and by whom."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.devices.mesh import make_mesh
 from deq_flax.errors import UserError
-from deq_flax.tasks import make_task
 from deq_flax.train.evaluate import evaluate, measure
-from deq_flax.train.step import make_eval_step, split_model
 from tests.tasks.images import classification, write_labelled
+from tests.train.small import evaluation_of, make_task, solve_of
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +29,17 @@ def model(task):
 
 
 @pytest.fixture(scope="module")
-def measured(task, model):
+def measured(folder, task, model):
     """Divided metrics and summary of the validation split: nine images in batches of four."""
-    mesh = make_mesh(data=1, fsdp=1, tensor=1)
-    graph, params, variables = split_model(model)
-    arguments = (task, model, make_eval_step(task, graph, mesh), mesh, params, variables, "valid")
+    arguments = (*evaluation_of(classification(folder), task, model), "valid")
     return measure(*arguments), evaluate(*arguments)
 
 
-def test_every_image_is_scored_once(task, model, measured):
+def test_every_image_is_scored_once(folder, task, model, measured):
     """The reported numbers are those of all images in one batch, whatever the padding of the last."""
     batch = task.images.valid.read(np.arange(9), None)
-    logits = np.asarray(jax.jit(lambda batch: task.picture_arrays(model, batch))(batch))
+    solve = solve_of(classification(folder))
+    logits = np.asarray(jax.jit(lambda batch: task.picture_arrays(model, batch, solve=solve))(batch))
     right = np.argmax(logits, axis=1) == batch["labels"]
     nll = -np.log(logits[np.arange(9), batch["labels"]])
     metrics, summary = measured
@@ -56,15 +55,13 @@ def test_the_summary_is_of_numbers_the_loss_first(measured):
 
 
 @pytest.mark.parametrize("rank", range(7))
-def test_the_right_class_counts_up_to_its_rank(task, monkeypatch, rank):
+def test_the_right_class_counts_up_to_its_rank(task, rank):
     """Top 1 and top 5 with the right class at a known rank among seven."""
     logits = np.tile(np.arange(7.0)[::-1], (4, 1)).astype(np.float32)
-    output = type("Output", (), {"logits": logits, "stats": type("Stats", (), {"nfe": 1.0, "relative_residual": np.ones(1)})})
-    output.jacobian_loss = None
-    monkeypatch.setattr(type(task), "run_model", lambda *_, **__: output)
+    output = SimpleNamespace(logits=logits, stats=None, jacobian_loss=None)
     labels = np.array([rank, rank, rank, 6], np.int32)
     batch = {"images": np.zeros((4, 8, 8, 3), np.uint8), "labels": labels, "mask": np.array([1, 1, 1, 0], np.float32)}
-    metrics = task.loss(None, batch, ())[1].metrics
+    metrics = task.loss(lambda *_, **__: output, batch, ())[1].metrics
     assert metrics["accuracy"].total == 3 * (rank < 1) and metrics["top5_accuracy"].total == 3 * (rank < 5)
     assert metrics["accuracy"].count == metrics["loss"].count == 3
     np.testing.assert_allclose(metrics["loss"].total / 3, np.log(np.exp(logits[0]).sum()) - logits[0, rank], rtol=1e-6)

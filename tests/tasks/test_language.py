@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.devices.mesh import make_mesh
+from deq_flax.equilibrium import Anderson, Implicit
 from deq_flax.errors import UserError
-from deq_flax.task import Controls, Phase
-from deq_flax.tasks import make_task
 from deq_flax.train.evaluate import evaluate
-from deq_flax.train.step import make_eval_step, split_model
-from tests.train.small import config, write_tokens
+from deq_flax.train.phases import Phase, StepScalars, regularized
+from tests.train.small import config, evaluation_of, make_task, solve_of, write_tokens
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    c = config(write_tokens(tmp_path_factory.mktemp("tokens")))
-    return make_task(c | {"deq": c["deq"] | {"max_steps": 30, "tol": 1e-5}})
+def settings(tmp_path_factory):
+    return config(write_tokens(tmp_path_factory.mktemp("tokens")), deq={"max_steps": 30, "tol": 1e-5})
+
+
+@pytest.fixture(scope="module")
+def task(settings):
+    return make_task(settings)
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +29,13 @@ def model(task):
 
 
 @pytest.fixture(scope="module")
-def loss(task, model):
-    return jax.jit(lambda batch, carry: task.loss(model, batch, carry))
+def loss(settings, task, model):
+    return jax.jit(lambda batch, carry: task.loss(model, batch, carry, solve=solve_of(settings)))
 
 
-def test_every_token_of_a_split_is_scored_once(task, model, loss):
+def test_every_token_of_a_split_is_scored_once(settings, task, model, loss):
     """The reported loss is the mean over all targets, whatever the padding of the last segment."""
-    mesh = make_mesh(data=1, fsdp=1, tensor=1)
-    graph, params, variables = split_model(model)
-    reported = evaluate(task, model, make_eval_step(task, graph, mesh), mesh, params, variables, "valid")
+    reported = evaluate(*evaluation_of(settings, task, model), "valid")
     carry, total, count = task.fresh_carry(model, 4), 0.0, 0
     batches = task.eval_batches("valid")
     for i in range(len(batches)):
@@ -73,25 +73,28 @@ def test_masked_targets_count_for_nothing(task, model, loss):
 
 def test_the_jacobian_loss_is_weighted_and_reported_apart(task, model):
     batch, carry = next(task.train_batches(0)), task.fresh_carry(model, 4)
+    phase = Phase("", Anderson(tol=1e-5, max_steps=30), Implicit(), jacobian_loss=True)
 
     @jax.jit
     def value(weight):
-        controls = Controls(max_steps=jnp.int32(30), jacobian_weight=weight)
-        loss, output = task.loss(model, batch, carry, phase=Phase(jacobian_loss=True), controls=controls, key=jax.random.key(0))
-        return loss, output.metrics
+        scalars, key = StepScalars(max_steps=jnp.int32(30), jacobian_weight=weight), jax.random.key(0)
+        loss, output = task.loss(model, batch, carry, solve=phase.solve(scalars, key=key), key=key)
+        return regularized(loss, output.jacobian_loss, scalars), output.metrics, output.jacobian_loss
 
-    (zero, _), (three, metrics) = value(0.0), value(3.0)
-    jacobian = metrics["jacobian_loss"].total
+    (zero, metrics, jacobian), (three, *_) = value(0.0), value(3.0)
     np.testing.assert_allclose(three - zero, 3 * jacobian, rtol=1e-4)
     np.testing.assert_allclose(zero, metrics["loss"].total / metrics["loss"].count, rtol=1e-6)
     assert jacobian > 0
 
 
-def test_dropout_needs_a_key(task, model, loss):
+def test_a_key_and_nothing_else_draws_dropout(settings, task, model, loss):
     batch, carry = next(task.train_batches(0)), task.fresh_carry(model, 4)
-    noisy = jax.jit(lambda key: task.loss(model, batch, carry, key=key)[0])
-    assert noisy(jax.random.key(0)) != noisy(jax.random.key(1))
-    assert loss(batch, carry)[0] == loss(batch, carry)[0]
+    solve = solve_of(settings)
+    noisy = jax.jit(lambda key: task.loss(model, batch, carry, solve=solve, key=key)[0])
+    first, second = noisy(jax.random.key(0)), noisy(jax.random.key(1))
+    silent = loss(batch, carry)[0]
+    assert len({float(first), float(second), float(silent)}) == 3
+    assert noisy(jax.random.key(0)) == first
 
 
 def test_a_model_that_cannot_be_is_refused_in_one_line(tmp_path):

@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.devices.mesh import make_mesh
 from deq_flax.errors import UserError
-from deq_flax.tasks import make_task
 from deq_flax.tasks.images import confusion
-from deq_flax.tasks.multiscale_inference import Views, starts
+from deq_flax.tasks.multiscale_inference import MultiscaleInference, starts
 from deq_flax.tasks.pixel_loss import PixelLoss
 from deq_flax.tasks.segmentation import intersection_over_union
 from deq_flax.train.evaluate import measure
-from deq_flax.train.step import make_eval_step, split_model
 from tests.tasks.images import segmentation, write_scenes
+from tests.train.small import evaluation_of, make_task, solve_of
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +26,14 @@ def task(folder):
     return make_task(segmentation(folder, loss={"class_weights": (1.0, 2.0, 0.5)}))
 
 
-def test_every_pixel_is_scored_once(task):
+def test_every_pixel_is_scored_once(folder, task):
     """Confusion and weighted loss over a split in padded batches are those of each image alone."""
     model = task.build_model(nnx.Rngs(0))
-    mesh = make_mesh(data=1, fsdp=1, tensor=1)
-    graph, params, variables = split_model(model)
-    metrics = measure(task, model, make_eval_step(task, graph, mesh), mesh, params, variables, "valid")
+    settings = segmentation(folder)
+    metrics = measure(*evaluation_of(settings, task, model), "valid")
     batch = task.images.valid.read(np.arange(3), None)
-    predicted = np.asarray(jax.jit(lambda batch: task.picture_arrays(model, batch))(batch))
+    solve = solve_of(settings)
+    predicted = np.asarray(jax.jit(lambda batch: task.picture_arrays(model, batch, solve=solve))(batch))
     table = np.zeros((3, 3))
     for truth, guess in zip(batch["labels"].ravel(), predicted.ravel(), strict=True):
         if truth != 255:
@@ -94,7 +92,7 @@ IMAGE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 14, 3)).astype(n
 @pytest.mark.parametrize(("flip", "window"), [(True, (0, 0)), (False, (4, 5)), (True, (9, 6))])
 def test_windows_and_mirrors_do_not_change_what_is_local(flip, window):
     def log_p(**options):
-        return Views(scales=(1.0,), size=(9, 14), **options).predict(local, IMAGE)[0]
+        return MultiscaleInference(scales=(1.0,), size=(9, 14), **options).predict(local, IMAGE)[0]
 
     np.testing.assert_allclose(log_p(flip=flip, window=window), log_p(flip=False, window=(0, 0)), atol=1e-5)
 
@@ -103,7 +101,7 @@ def test_mirroring_makes_prediction_symmetric():
     def lopsided(x):
         return jnp.concatenate([x[..., :1], jnp.cumsum(x[..., 1:2], axis=2)], axis=-1), jnp.zeros(())
 
-    views = Views(scales=(1.0,), flip=True, window=(0, 0), size=(9, 14))
+    views = MultiscaleInference(scales=(1.0,), flip=True, window=(0, 0), size=(9, 14))
     a, b = views.predict(lopsided, IMAGE)[0], views.predict(lopsided, IMAGE[:, :, ::-1])[0]
     np.testing.assert_allclose(a, b[:, :, ::-1], atol=1e-5)
 
@@ -112,7 +110,7 @@ def test_scales_are_averaged_as_probabilities():
     def by_size(x):
         return jnp.broadcast_to(jnp.array([x.shape[1] / 9.0, 0.0]), (*x.shape[:3], 2)), jnp.zeros(())
 
-    views = Views(scales=(1.0, 2.0), flip=False, window=(0, 0), size=(9, 14))
+    views = MultiscaleInference(scales=(1.0, 2.0), flip=False, window=(0, 0), size=(9, 14))
     p = np.exp(views.predict(by_size, IMAGE)[0])
     sigmoid = 1 / (1 + np.exp(-np.array([1.0, 2.0])))
     np.testing.assert_allclose(p[..., 0], np.full(p.shape[:3], sigmoid.mean()), rtol=1e-5)

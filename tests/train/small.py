@@ -1,22 +1,25 @@
 """A language task small enough to train in a test, with everything on that could break a resume: dropout, jitter, phases.
 
-Beside it what any run may be put through in a test, and what is compared afterwards.
+Beside it the helpers of all tests of runs: tasks and runs from a nested mapping, disturbances, arrays to compare.
 """
 
 import numpy as np
 
 from deq_flax.checkpoints.stored_step import read_record
-from deq_flax.tasks import make_task
-from deq_flax.train.loop import train
+from deq_flax.config import Config, phases_of, resolve, to_dict
+from deq_flax.config import make_task as task_of
+from deq_flax.devices.mesh import MeshOptions, make_mesh
+from deq_flax.train.loop import Run, train
+from deq_flax.train.step import make_eval_step, split_model
 
 
 def config(folder, **overrides):
-    """A resolved config as plain data; overrides by section name: `train={'steps': 3}`."""
+    """A config as a nested mapping; overrides by section name: `train={'steps': 3}`."""
     sections = {
         "task": "language",
         "data": dict(name="tokens", path=str(folder), cache="", batch_size=4, seq_len=8, eval_batch_size=4, eval_seq_len=8),
         "model": dict(
-            vocab_size=40, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=32, cutoffs=(10,), div_value=2, pre_norm=False,
+            name="deq_transformer", vocab_size=40, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=32, cutoffs=(10,), div_value=2, pre_norm=False,
             weight_norm=True, mem_len=8, local_size=0, dropout=0.1, attention_dropout=0.1, output_dropout="tokens",
             dtype="float32",
         ),
@@ -49,18 +52,49 @@ def write_tokens(folder, seed=0):
     return folder
 
 
+def make_task(config):
+    """The task of a nested mapping."""
+    return task_of(resolve(config))
+
+
+def make_run(config, task=None):
+    """The model, state and compiled steps of a nested mapping, at its first step."""
+    c = resolve(config)
+    return Run(task or task_of(c), phases_of(c), c.train, make_mesh(c.mesh), c.optimizer)
+
+
+def solve_of(config):
+    """The argument `solve` of evaluation."""
+    return phases_of(resolve(config)).evaluation.solve()
+
+
+def evaluation_of(config, task, model):
+    """The first arguments of `evaluate` and `measure`, on one device."""
+    mesh = make_mesh(MeshOptions(data=1))
+    graphdef, params, variables = split_model(model)
+    step = make_eval_step(task, graphdef, mesh, phases_of(resolve(config)).evaluation)
+    return task, model, step, mesh, params, variables
+
+
 def run(config, workdir, wrap=lambda task: task):
     """Train as the command does; `wrap` may put something between the trainer and its task."""
-    sections = {name: config[name] for name in ("optimizer", "train", "mesh", "checkpoint")}
-    return train(wrap(make_task(config)), workdir=workdir, config=config, **sections)
+    c = config if isinstance(config, Config) else resolve(config)
+    return train(
+        wrap(task_of(c)),
+        workdir=workdir,
+        config=to_dict(c),
+        phases=phases_of(c),
+        optimizer=c.optimizer,
+        train=c.train,
+        mesh=c.mesh,
+        checkpoint=c.checkpoint,
+    )
 
 
 def explicit(config):
     """The same with layers instead of an equilibrium."""
-    return {name: section for name, section in config.items() if name != "deq"} | {
-        "task": "explicit_language",
-        "model": config["model"] | {"blocks": 2},
-    }
+    sections = {name: section for name, section in config.items() if name != "deq"}
+    return sections | {"model": config["model"] | {"name": "transformer_xl", "blocks": 2}}
 
 
 class Disturbed:

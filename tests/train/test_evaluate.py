@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 
-from deq_flax.devices.mesh import make_mesh
+from deq_flax.devices.mesh import MeshOptions, make_mesh
 from deq_flax.task import average
 from deq_flax.train.evaluate import measure
 
@@ -34,14 +34,14 @@ class Read:
 
 
 def measured(step):
-    return measure(Task(), None, step, make_mesh(data=1, fsdp=1, tensor=1), {}, {}, "valid")
+    return measure(Task(), None, step, make_mesh(MeshOptions(data=1)), {}, {}, "valid")
 
 
 def test_metrics_are_read_one_batch_behind():
     """With nothing read, programs pile up in the device's queue; with all read at once, the device waits for the host."""
     events = []
 
-    def step(params, variables, batch, carry, controls):
+    def step(params, variables, batch, carry, scalars):
         number = int(batch["number"][0])
         events.append(f"step {number}")
         return carry, {"loss": clu_metrics.Average(total=Read(number, events), count=np.ones(()))}
@@ -51,7 +51,7 @@ def test_metrics_are_read_one_batch_behind():
 
 
 def test_sums_are_exact_beyond_what_float32_counts():
-    def step(params, variables, batch, carry, controls):
+    def step(params, variables, batch, carry, scalars):
         first = batch["number"][0] == 0
         return carry, {"accuracy": average(jnp.where(first, 2.0**24, 1.0), jnp.where(first, 2.0**25, 1.0))}
 

@@ -8,15 +8,20 @@ import numpy as np
 import optax
 import pytest
 
+from deq_flax import options
 from deq_flax.errors import UserError
-from deq_flax.train.optimizer import make_optimizer
-
-PLAIN = dict(name="adam", learning_rate=0.1, schedule="constant", warmup_steps=0, steps=100, clip_norm=0.0, weight_decay=0.0)
+from deq_flax.train.optimizer import OptimizerOptions, make_optimizer
 
 
-def run(gradient, x0, n, **options):
+def make(steps=100, **section):
+    """The optimizer of a section `optimizer` of a config."""
+    plain = {"learning_rate": 0.1, "schedule": "constant"}
+    return make_optimizer(options.make(OptimizerOptions, plain | section, "optimizer"), steps)
+
+
+def run(gradient, x0, n, **section):
     """x after n updates on `gradient(x)`, as float64 numpy."""
-    optimizer, _ = make_optimizer(**{**PLAIN, **options})
+    optimizer, _ = make(**section)
 
     @jax.jit
     def step(x, state):
@@ -40,7 +45,7 @@ def numpy_adam(gradient, x, rates, *, l2=0.0, decoupled=0.0):
 
 
 def test_cosine_is_the_published_formula():
-    _, rate = make_optimizer(**{**PLAIN, "schedule": "cosine", "warmup_steps": 10, "learning_rate": 2.5e-4})
+    _, rate = make(schedule="cosine", warmup_steps=10, learning_rate=2.5e-4)
     for step in (0, 3, 9):
         assert float(rate(step)) == pytest.approx(2.5e-4 * step / 10, rel=1e-6)
     for step in (10, 40, 99, 100):
@@ -50,7 +55,7 @@ def test_cosine_is_the_published_formula():
 
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", [0.0, 0.05, 0.1, 0.1]), ("linear", [0.0, 0.05, 0.09, 0.05])])
 def test_other_schedules_warm_up_too(schedule, expected):
-    _, rate = make_optimizer(**{**PLAIN, "schedule": schedule, "warmup_steps": 10})
+    _, rate = make(schedule=schedule, warmup_steps=10)
     np.testing.assert_allclose([float(rate(s)) for s in (0, 5, 10, 50)], expected, rtol=1e-6)
 
 
@@ -74,7 +79,7 @@ def test_sgd_momentum_by_hand(nesterov):
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "radam", "lamb"])
-def test_each_minimises_a_quadratic(name):
+def test_each_minimizes_a_quadratic(name):
     x = run(lambda x: x - 3.0, np.array([1.0, 5.0]), 500, name=name, learning_rate=0.2, schedule="linear", steps=500)
     np.testing.assert_allclose(x, 3.0, atol=0.05)
 
@@ -92,7 +97,7 @@ def test_the_gradient_is_clipped_to_the_global_norm_before_weight_decay():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("section", "message"),
     [
         (dict(name="adma"), "known: adam, adamw, sgd, radam, lamb"),
         (dict(name="adam", schedule="cosin"), "known: constant, cosine, linear"),
@@ -101,9 +106,9 @@ def test_the_gradient_is_clipped_to_the_global_norm_before_weight_decay():
         (dict(name="adam", momentum=0.9), "belong to sgd"),
         (dict(name="sgd", nesterov=True), "needs a momentum"),
         (dict(name="adam", clip_norm=-1.0), "negative"),
-        (dict(name="adam", steps=0), "at least 1"),
+        (dict(name="adam", warmup_steps=-1), "at least 0"),
     ],
 )
-def test_wrong_options_name_the_right_ones(options, message):
+def test_wrong_options_name_the_right_ones(section, message):
     with pytest.raises(UserError, match=message):
-        make_optimizer(**{**PLAIN, **options})
+        make(**section)

@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation: written once by every update that counts, by nothing else, and never lost."""
+"""Running statistics of batch normalization: written once by every update that counts, by nothing else, and never lost."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,17 +6,20 @@ import pytest
 from flax import nnx
 
 from deq_flax.checkpoints.checkpoints import Checkpoints, load_params
+from deq_flax.config import resolve
+from deq_flax.devices.mesh import MeshOptions
 from deq_flax.nn.image_norm import BatchNorm
-from deq_flax.task import Controls, LossOutput, Phase, average
-from deq_flax.train.evaluate import evaluate_checkpoint
+from deq_flax.task import LossOutput, average
+from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from deq_flax.train.loop import train
+from deq_flax.train.phases import make_phases
 from deq_flax.train.step import split_model
 from tests.train import small
 
 MOMENTUM = 0.5
 
 
-class Normalised(nnx.Module):
+class Normalized(nnx.Module):
     def __init__(self):
         self.norm = BatchNorm(2, momentum=MOMENTUM)
 
@@ -25,7 +28,7 @@ class Normalised(nnx.Module):
 
 
 class Task:
-    """Bring normalised numbers to 1. `spoil`: the steps whose batch is not finite."""
+    """Bring normalized numbers to 1. `spoil`: the steps whose batch is not finite."""
 
     batch_size = eval_batch_size = 8
 
@@ -33,7 +36,7 @@ class Task:
         self.spoil = spoil
 
     def build_model(self, rngs):
-        return Normalised()
+        return Normalized()
 
     def batch(self, step):
         x = np.random.default_rng(step).normal(2.0, 3.0, (8, 1, 1, 2)).astype(np.float32)
@@ -50,20 +53,14 @@ class Task:
     def fresh_carry(self, model, batch_size):
         return ()
 
-    def phase(self, step):
-        return Phase()
-
-    def controls(self, step):
-        return Controls(max_steps=np.int32(1), jacobian_weight=np.float32(0))
-
-    def loss(self, model, batch, carry, *, phase=None, controls=None, key=None, probe=None):
+    def loss(self, model, batch, carry, *, solve=None, key=None):
         errors = jnp.square(model(batch["x"], key is not None) - 1).mean((1, 2, 3))
         return errors.mean(), LossOutput((), {"loss": average(errors.sum(), errors.size)})
 
     def summary(self, split, metrics):
         return dict(metrics)
 
-    def work(self, seconds_per_step):
+    def throughput(self, seconds_per_step):
         return {}
 
 
@@ -76,16 +73,16 @@ def run(workdir, task=None, *, steps=1, **overrides):
         optimizer=dict(name="sgd", warmup_steps=0) | overrides.pop("optimizer", {}),
         **overrides,
     )
-    result = train(task or Task(), workdir=workdir, config=sections, **{
-        name: sections[name] for name in ("optimizer", "train", "mesh", "checkpoint")
-    })  # fmt: skip
+    c = resolve(sections)
+    parts = dict(optimizer=c.optimizer, train=c.train, mesh=c.mesh, checkpoint=c.checkpoint)
+    result = train(task or Task(), workdir=workdir, config=sections, phases=make_phases(None), **parts)
     with Checkpoints(workdir / "checkpoints", keep_latest=1, keep_best=0, read_only=True) as checkpoints:
         return result, statistics(checkpoints.restore(steps, *templates()))
 
 
 def templates():
     """(parameters, None, None, variables), as `Checkpoints.restore` takes them."""
-    _, params, variables = split_model(Normalised())
+    _, params, variables = split_model(Normalized())
     return params, None, None, variables
 
 
@@ -155,8 +152,9 @@ def test_a_checkpoint_is_evaluated_with_its_own_statistics(tmp_path):
     result, last = run(tmp_path / "a", task, steps=3, optimizer=dict(learning_rate=1.0), checkpoint=dict(keep_latest=3))
     params, _, _, variables = templates()
     best = load_params(tmp_path / "a", params, variables)
-    mesh = dict(data=1, fsdp=1, tensor=1)
-    evaluation = evaluate_checkpoint(task, tmp_path / "a", mesh=mesh, seed=0)
+    evaluation = evaluate_checkpoint(
+        task, tmp_path / "a", phases=make_phases(None), mesh=MeshOptions(data=1), options=EvalOptions(), seed=0
+    )
     assert evaluation.step == best.step == result.step == 2
     assert evaluation.metrics["valid"]["loss"] == result.metrics["valid"]["loss"] == best.meta["metrics"]["loss"]
 
