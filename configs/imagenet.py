@@ -17,6 +17,36 @@ of TensorFlow Datasets. The damping of the phantom gradient is not published for
 
 from ml_collections import ConfigDict
 
+from deq_flax.config import recipe
+
+BASE = {
+    "task": "classification",
+    "data": {
+        "name": "folders",
+        "path": "data/imagenet",
+        "batch_size": 128,
+        "eval_batch_size": 128,
+        "image_size": 224,
+        "resize": 256,
+        "augment": "resized_crop_flip",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "max_damaged": 20,
+    },
+    "model": {
+        "name": "mdeq",
+        "num_classes": 1000,
+        "channels": (32, 64, 128, 256),
+        "head_channels": (24, 48, 96, 192),
+        "final_channels": 2048,
+        "downsample": 2,
+        "fuse_norm_affine": True,
+    },
+    "deq": {"max_steps": 26, "stop": "absolute", "backward_max_steps": 27, "pretrain_steps": 510_000, "pretrain_layers": 5},
+    "optimizer": {"name": "sgd", "learning_rate": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-5},
+    "train": {"steps": 100 * 10_009, "log_every": 200, "eval_every": 10_009, "checkpoint_every": 10_009},
+}
+
 _REGULARISED = {"deq.max_steps": 14, "deq.backward_max_steps": 14, "deq.max_steps_jitter": 2, "model.fuse_norm_affine": False}
 
 _LARGE = {
@@ -43,7 +73,7 @@ VARIANTS = {
         "model.fuse_weight_norm": "none",
         "deq.solver": "picard",
         "deq.gradient": "phantom",
-        "deq.phantom_steps": 5,
+        "deq.gradient_options": {"steps": 5, "relaxation": 0.5},
         "deq.pretrain_steps": 0,
     },
     "large": _LARGE,
@@ -54,101 +84,6 @@ VARIANTS = {
 }
 
 
-def _base() -> ConfigDict:
-    return ConfigDict(
-        {
-            "task": "classification",
-            "data": {
-                "name": "folders",
-                "path": "data/imagenet",  # {train,val}/CLASS/*.JPEG, or *.array_record-*
-                "batch_size": 128,
-                "eval_batch_size": 128,
-                "image_size": 224,  # of images in files, that they are cropped to; 0: those in memory stay as they are
-                "resize": 256,  # of images in files: what the shorter side becomes before the central crop; 0: in memory
-                "augment": "resized_crop_flip",  # none, crop, crop_flip; resized_crop_flip for images in files
-                "pad": 0,  # pixels that a crop shifts by
-                "mean": (0.485, 0.456, 0.406),
-                "std": (0.229, 0.224, 0.225),
-                "valid_examples": 0,  # held out of the training images; 0: the test images validate
-                "max_damaged": 20,  # damaged images that are skipped before giving up
-                "pictures": 16,  # validation images to show with their predictions; 0: none
-            },
-            "model": {
-                "num_classes": 1000,
-                "channels": (32, 64, 128, 256),
-                "head": "classification",
-                "head_channels": (24, 48, 96, 192),
-                "final_channels": 2048,
-                "last_kernel": 1,  # segmentation's
-                "in_channels": 3,
-                "downsample": 2,
-                "expansion": 5,
-                "big_kernels": (),  # 5 for a branch, else 3; (): 3 for all
-                "groups": 8,
-                "fuse_norm_affine": True,
-                "weight_norm": True,
-                "fuse_weight_norm": "post",
-                "dropout": 0.0,
-                "norm_momentum": 0.1,
-                "dtype": "float32",  # of the convolutions; the solver's state is float32 always
-            },
-            "deq": {
-                "solver": "broyden",
-                "tol": 1e-3,
-                "max_steps": 26,
-                "stop": "absolute",
-                "memory": 0,  # iterates that Anderson combines, steps that Broyden keeps, both ways; 0: 6, and all
-                "gradient": "implicit",  # or phantom, of a few damped steps; reversible; unroll, of all max_steps evaluations
-                "backward_solver": "broyden",
-                "backward_tol": 1e-3,
-                "backward_max_steps": 27,
-                "phantom_steps": 5,
-                "phantom_damping": 0.5,
-                "jacobian_weight": 0.0,
-                "jacobian_frequency": 0.0,  # share of the steps that add the Jacobian loss
-                "jacobian_increment": 0.1,  # added to the weight every ..
-                "jacobian_increment_every": 0,  # .. so many steps; 0: never
-                "jacobian_stop": 0,  # no Jacobian loss from this step on; 0: never stops
-                "jacobian_through_equilibrium": False,  # differentiate it through the equilibrium as well
-                "max_steps_jitter": 0,
-                "pretrain_steps": 510_000,  # steps with the cell unrolled ..
-                "pretrain_layers": 5,  # .. so many times, before the equilibrium
-                "pretrain_jacobian_weight": 0.0,  # weight of the Jacobian loss there
-            },
-            "optimizer": {
-                "name": "sgd",
-                "learning_rate": 0.05,
-                "warmup_steps": 0,
-                "schedule": "cosine",
-                "clip_norm": 0.0,  # 0: none
-                "weight_decay": 5e-5,
-                "momentum": 0.9,  # sgd's
-                "nesterov": True,  # sgd's
-            },
-            "train": {
-                "steps": 100 * 10_009,  # epochs times batches
-                "seed": 0,
-                "log_every": 200,
-                "eval_every": 10009,
-                "checkpoint_every": 10009,
-                "accumulate": 1,  # micro-batches to a step; batch_size counts all of them
-                "ema_decay": 0.0,  # running average of the parameters, for evaluation; 0: none
-                "max_skipped": 10,  # non-finite steps in a row that are skipped before giving up
-            },
-            "eval": {
-                "spectral_radius": False,  # report that of f at the equilibria of the first batch
-                "max_steps_sweep": (),  # limits on evaluations to evaluate with besides, for a table of score against them
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
-            "checkpoint": {"keep_latest": 2, "keep_best": 1, "init_from": ""},
-        }
-    )
-
-
 def get_config(variant: str = "small") -> ConfigDict:
     """The config of a variant, locked."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r} of imagenet; known: {', '.join(VARIANTS)}")
-    config = _base()
-    config.update_from_flattened_dict(VARIANTS[variant])
-    return config.lock()
+    return recipe(BASE, VARIANTS, variant)

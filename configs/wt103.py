@@ -20,6 +20,28 @@ The numbers are those of Bai et al. 2019 and 2021 (base, reg, preln_reg) and of 
 
 from ml_collections import ConfigDict
 
+from deq_flax.config import recipe
+
+BASE = {
+    "task": "language",
+    "data": {"name": "wt103", "path": "data/wikitext-103", "batch_size": 56, "seq_len": 150, "eval_seq_len": 150},
+    "model": {
+        "name": "deq_transformer",
+        "d_model": 700,
+        "d_embed": 700,
+        "n_head": 10,
+        "d_head": 70,
+        "d_inner": 48_000,
+        "cutoffs": (20_000, 40_000, 200_000),
+        "div_value": 4,
+        "mem_len": 150,
+        "dropout": 0.05,
+    },
+    "deq": {"solver": "anderson", "backward_max_steps": 35, "pretrain_steps": 32_000},
+    "optimizer": {"learning_rate": 2.5e-4, "warmup_steps": 16_000, "clip_norm": 0.25},
+    "train": {"steps": 300_000, "log_every": 200, "eval_every": 4_000, "checkpoint_every": 4_000},
+}
+
 _REGULARISED = {
     "model.mem_len": 300,
     "model.dropout": 0.06,
@@ -69,7 +91,8 @@ VARIANTS = {
         "train.steps": 150_000,
     },
     "explicit": {
-        "task": "explicit_language",
+        "model.name": "transformer_xl",
+        "deq": None,
         "model.d_inner": 2_478,
         "model.blocks": 12,
         "model.pre_norm": True,
@@ -105,98 +128,6 @@ VARIANTS = {
 }
 
 
-def _base() -> ConfigDict:
-    return ConfigDict(
-        {
-            "task": "language",
-            "data": {
-                "name": "wt103",
-                "path": "data/wikitext-103",  # the folder of the three splits
-                "cache": "",  # folder for the encoded corpus; empty: ~/.cache/deq_flax
-                "batch_size": 56,
-                "seq_len": 150,
-                "eval_batch_size": 16,
-                "eval_seq_len": 150,
-            },
-            "model": {
-                "vocab_size": 0,  # 0: as many words as the corpus has (267,735)
-                "d_model": 700,
-                "d_embed": 700,
-                "n_head": 10,
-                "d_head": 70,
-                "d_inner": 48_000,
-                "blocks": 1,  # in f, one after the other; of an explicit model, its layers
-                "cutoffs": (20_000, 40_000, 200_000),
-                "div_value": 4,
-                "pre_norm": False,
-                "affine_norm": False,  # with pre_norm: norms with parameters, one more after the attention
-                "weight_norm": True,
-                "mem_len": 150,
-                "local_size": 0,  # attention span in tokens; 0 stands for 1000
-                "dropout": 0.05,
-                "attention_dropout": 0.0,
-                "output_dropout": "tokens",  # what a mask on the output drops: whole tokens, as published, or features
-                "dtype": "float32",  # of the layer's arithmetic; the solver's state is float32 always
-            },
-            "deq": {
-                "solver": "anderson",
-                "tol": 1e-3,
-                "max_steps": 30,
-                "stop": "relative",
-                "memory": 0,  # iterates that Anderson combines, steps that Broyden keeps, both ways; 0: 6, and all
-                "gradient": "implicit",  # or phantom, of a few damped steps; reversible; unroll, of all max_steps evaluations
-                "backward_solver": "broyden",
-                "backward_tol": 1e-3,
-                "backward_max_steps": 35,
-                "phantom_steps": 5,
-                "phantom_damping": 0.5,
-                "jacobian_weight": 0.0,
-                "jacobian_frequency": 0.0,  # share of the steps that add the Jacobian loss
-                "jacobian_increment": 0.1,  # added to the weight every ..
-                "jacobian_increment_every": 0,  # .. so many steps; 0: never
-                "jacobian_stop": 0,  # no Jacobian loss from this step on; 0: never stops
-                "jacobian_through_equilibrium": False,  # differentiate it through the equilibrium as well
-                "max_steps_jitter": 0,
-                "pretrain_steps": 32_000,  # steps with the cell unrolled ..
-                "pretrain_layers": 2,  # .. so many times, before the equilibrium
-                "pretrain_jacobian_weight": 0.0,  # of a Jacobian loss in pretraining; 0: none
-            },
-            "optimizer": {
-                "name": "adam",
-                "learning_rate": 2.5e-4,
-                "warmup_steps": 16_000,
-                "schedule": "cosine",
-                "clip_norm": 0.25,
-                "weight_decay": 0.0,
-                "momentum": 0.0,  # sgd's
-                "nesterov": False,  # sgd's
-            },
-            "train": {
-                "steps": 300_000,
-                "seed": 0,
-                "log_every": 200,
-                "eval_every": 4_000,
-                "checkpoint_every": 4_000,
-                "accumulate": 1,  # micro-batches to a step; batch_size counts all of them
-                "ema_decay": 0.0,  # running average of the parameters, for evaluation; 0: none
-                "max_skipped": 10,  # non-finite steps in a row that are skipped before giving up
-            },
-            "eval": {
-                "spectral_radius": False,  # report that of f at the equilibria of the first batch
-                "max_steps_sweep": (),  # limits on evaluations to evaluate with besides, for a table of score against them
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
-            "checkpoint": {"keep_latest": 2, "keep_best": 1, "init_from": ""},
-        }
-    )
-
-
 def get_config(variant: str = "base") -> ConfigDict:
     """The config of a variant, locked."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r} of wt103; known: {', '.join(VARIANTS)}")
-    config = _base()
-    config.update_from_flattened_dict(VARIANTS[variant])
-    if config.task == "explicit_language":
-        del config.deq
-    return config.lock()
+    return recipe(BASE, VARIANTS, variant)

@@ -1,10 +1,10 @@
-"""What the commands share: flags, help, and one clear line for every mistake of the user's.
+"""The shell of every command: flags, configs, help, and one clear line for every mistake of the user's.
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 
 def main():
-    train(**cli.config_to_kwargs(_CONFIG.value.train), workdir=_WORKDIR.value)
+    run(cli.resolved(_CONFIG), workdir=_WORKDIR.value)
 
 if __name__ == "__main__":
     cli.run(main, required=("config", "workdir"))
@@ -13,7 +13,6 @@ if __name__ == "__main__":
 import contextlib
 import inspect
 import logging
-import re
 import sys
 import traceback
 import warnings
@@ -24,6 +23,8 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from deq_flax import options
+from deq_flax.config import Config, Override, resolve, section_types, takes_no_text, to_dict
 from deq_flax.errors import UserError
 
 flags.disclaim_key_flags()
@@ -32,10 +33,23 @@ _HELP = {"-h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--h
 
 
 def config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
-    """Defines `--config FILE.py[:variant]` and the overrides `--config.section.key=value`. Its value is a locked ConfigDict."""
-    return config_flags.DEFINE_config_file(
-        "config", None, "configuration, as FILE.py or FILE.py:variant", flag_values=flag_values
+    """Define `--config FILE.py[:variant]`, which the overrides `--config.section.key=value` may follow; see `resolved`."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "configuration, as FILE.py or FILE.py:variant", flag_values=flag_values, lock_config=False, sys_argv=[]
     )
+    _flag(flag_values).overrides = []
+    return holder
+
+
+def resolved(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
+    """The config of the command line, checked, with its overrides. UserError: as of `config.resolve`."""
+    flag = _flag(flag_values)
+    return resolve(flag.value.to_dict(), flag.overrides)
+
+
+def given_keys(flag_values: flags.FlagValues = flags.FLAGS) -> set[str]:
+    """The keys that the command line overrides, such as 'model.downsample'."""
+    return {key for key, _ in _flag(flag_values).overrides}
 
 
 def run(
@@ -46,14 +60,14 @@ def run(
     positional: Sequence[str] = (),
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> NoReturn:
-    """Parses the command line, calls `main(*positional arguments)` and exits.
+    """Parse the command line, call `main(*positional arguments)` and exit.
 
     Exit codes: 0; 2 after a mistake of the user's (one line `error: ...` on stderr, no traceback); 130 when interrupted;
-    what `main` returns if that is an integer. Any other exception is a bug of ours and keeps its traceback.
+    the result of `main` if that is an integer. Any other exception is a bug of ours and keeps its traceback.
 
     Args:
       main: its module's docstring is the head of the help text.
-      argv: the command line, program name first; `sys.argv` unless given.
+      argv: the command line, program name first; by default `sys.argv`.
       required: flags that must be set.
       positional: names of the arguments besides flags, all of them required.
       flag_values: where the flags were defined.
@@ -72,36 +86,25 @@ def run(
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def config_to_kwargs(section: ConfigDict) -> dict[str, Any]:
-    """A config, or a section of one, as plain nested dictionaries; tuples stay tuples."""
-    return section.to_dict()
-
-
 def require(condition: bool, message: str) -> None:
-    """Raises UserError with `message` unless `condition` holds."""
+    """Raise UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
 
 
-def _parse(main, argv, required, positional, flag_values) -> list[str] | None:
-    """The positional arguments; None if help was asked for, and given."""
+def _parse(
+    main: Callable, argv: list[str], required: Sequence[str], positional: Sequence[str], flag_values: flags.FlagValues
+) -> list[str] | None:
+    """The positional arguments; None if help was asked for, and printed."""
     end = argv.index("--") if "--" in argv else len(argv)
     wants_help = any(argument in _HELP for argument in argv[1:end])
     argv = [argument for i, argument in enumerate(argv) if i == 0 or i > end or argument not in _HELP]
-    sys_argv, sys.argv = sys.argv, argv  # where ml_collections looks for the overrides
-    sys.modules.pop("config_config", None)  # or a config file is executed on top of the one read before
+    if "config" in flag_values:
+        argv = _read_config(argv, flag_values)
     try:
-        with warnings.catch_warnings():  # ml_collections imports config files in a way that Python means to drop
-            warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)
-            rest = flag_values(argv)[1:]
-        if "config" in flag_values and flag_values["config"].value is not None:
-            _check_config(flag_values)
-    except UserError:
-        raise
-    except Exception as error:  # the flags' own errors, and whatever a config file raises while it is executed
-        raise UserError(_explain(error, _value_of(argv, "config"))) from error
-    finally:
-        sys.argv = sys_argv
+        rest = flag_values(argv)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from error
     if wants_help:
         print(_help(main, positional, flag_values))
         return None
@@ -113,33 +116,66 @@ def _parse(main, argv, required, positional, flag_values) -> list[str] | None:
     return rest
 
 
-def _check_config(flag_values: flags.FlagValues) -> None:
-    """The config was read, and tuples hold what they held before: ml_collections looks at neither."""
-    flag: Any = flag_values["config"]
-    if not isinstance(flag.value, ConfigDict):
-        with contextlib.suppress(KeyError, TypeError, IndexError):
-            flag.value["config"]  # a file that could not be opened raises its OSError here
-        raise UserError(f"config {flag.config_filename}: get_config() must return a ConfigDict")
-    for path, value in flag.override_values.items():
-        if not isinstance(value, tuple):
+def _read_config(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str]:
+    """Read the config file and the overrides, and check both. Returns the other arguments."""
+    flag, path = _flag(flag_values), _value_of(argv, "config")
+    rest, mapping = list(argv), None
+    if path is not None:
+        sys.modules.pop("config_config", None)  # or a config file is executed on top of the one read before
+        try:
+            with warnings.catch_warnings():  # ml_collections imports config files in a way that Python deprecates
+                warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)
+                flag.parse(path)
+            if not isinstance(flag.value, ConfigDict):
+                with contextlib.suppress(KeyError, TypeError, IndexError):
+                    flag.value["config"]  # a file that could not be opened raises its OSError here
+                raise UserError(f"config {path}: get_config() must return a ConfigDict")
+        except UserError:
+            raise
+        except Exception as error:  # whatever a config file raises while it is executed
+            raise UserError(_explain(error, path)) from error
+        mapping = flag.value.to_dict()
+    flag.overrides, rest = _overrides(argv, mapping)
+    if mapping is not None:
+        try:
+            resolve(mapping, flag.overrides)
+        except UserError as error:
+            unknown = "has no key" in str(error) or "has no section" in str(error)
+            raise UserError(f"{error}{f' To list the keys: --config {path} --help' if unknown else ''}") from error
+    return rest
+
+
+def _overrides(argv: Sequence[str], mapping: dict[str, Any] | None) -> tuple[list[Override], list[str]]:
+    """The overrides `--config.KEY=TEXT`, `--config.KEY TEXT`, `--config.KEY` and `--noconfig.KEY`; and the other arguments."""
+    found: list[Override] = []
+    rest, arguments = [], iter(argv)
+    for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        dashes, name = flag[: len(flag) - len(flag.lstrip("-"))], flag.lstrip("-")
+        if dashes not in ("-", "--") or not name.startswith(("config.", "noconfig.")):
+            rest.append(argument)
             continue
-        known = flag_values[f"config.{path}"].default or ()
-        allowed = {type(element) for element in known} or {int, float}
-        allowed |= {int} if float in allowed else set()
-        names = " or ".join(sorted(kind.__name__ for kind in allowed))
-        for element in value:
-            require(type(element) in allowed, f"--config.{path}: {element!r} is not of type {names}; write --config.{path}=1,2")
+        key = name.partition(".")[2]
+        if name.startswith("noconfig."):
+            found.append((key, "false"))
+        elif equals:
+            found.append((key, text))
+        elif mapping is not None and takes_no_text(mapping, key):
+            found.append((key, None))
+        else:
+            following = next(arguments, None)
+            require(following is not None, f"--config.{key} needs a value: --config.{key}=VALUE")
+            found.append((key, following))
+    return found, rest
 
 
-def _explain(error: BaseException, config: str | None) -> str:
-    """One line of what flags, ml_collections or a config file had to say."""
+def _explain(error: BaseException, config: str) -> str:
+    """One line on what ml_collections or a config file raised."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    file = (config or "").split(":")[0]
+    file = config.split(":")[0]
     _, has_trace, trace = text.partition("Error whilst parsing config file:")
-    if has_trace:  # ml_collections put a traceback into the message: its last line says it
+    if has_trace:  # ml_collections put a traceback into the message: its last line has the cause
         return f"config {config}: " + trace.strip().splitlines()[-1].removeprefix("ValueError: ").removeprefix("TypeError: ")
-    if isinstance(error, flags.Error):
-        return text
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if lines or isinstance(error, SyntaxError):
         return f"config {config}: {type(error).__name__}: {text}" + (f" (line {lines[-1]})" if lines else "")
@@ -147,53 +183,50 @@ def _explain(error: BaseException, config: str | None) -> str:
         return f"config {config}: it defines no get_config()"
     if isinstance(error, OSError):
         return f"config {config}: there is no such file, or it cannot be opened"
-    if isinstance(error, KeyError | AttributeError):
-        hint = re.search(r'Did you mean "(.*)" instead of "(.*)"\?', text)
-        what = f"{hint[2]!r}. Did you mean {hint[1]!r}?" if hint else text.strip("'\"") + "."
-        return f"--config has no key {what} To list the keys: --config {config} --help"
     return f"config {config}: {type(error).__name__}: {text}"
 
 
 def _value_of(argv: Sequence[str], name: str) -> str | None:
-    """The text given for a flag, before anything is parsed."""
+    """The text given for a flag, before anything is parsed; of several the last."""
+    value = None
     for i, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
+        flag, equals, text = argument.partition("=")
         if flag in (f"--{name}", f"-{name}"):
-            return value if equals else next(iter(argv[i + 1 :]), None)
-    return None
+            value = text if equals else next(iter(argv[i + 1 :]), None)
+    return value
 
 
-def _help(main, positional, flag_values) -> str:
-    """The command's docstring, its own flags and, if a config was named, that config's keys and values."""
+def _help(main: Callable, positional: Sequence[str], flag_values: flags.FlagValues) -> str:
+    """The command's docstring, its own flags and, if a config was named, that config's keys, values and documentation."""
     module = inspect.getmodule(main)
-    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
+    lines = [(getattr(module, "__doc__", None) or "").strip(), "", "Flags:"]
     home = sys.argv[0] if main.__module__ == "__main__" else main.__module__
     for flag in flag_values.get_key_flags_for_module(home):
-        if not flag.name.startswith("config."):
-            default = "" if flag.default is None else f" (default: {flag.default})"
-            lines.append(f"  --{flag.name:<12} {flag.help}{default}")
+        default = "" if flag.default is None else f" (default: {flag.default})"
+        lines.append(f"  --{flag.name:<12} {flag.help}{default}")
     lines.append(f"  --{'help':<12} this text; with --config, also the keys and values of that config")
     if positional:
         lines.insert(2, f"Arguments: {' '.join(positional)}\n")
     if "config" in flag_values and flag_values["config"].value is not None:
-        flag = flag_values["config"]
-        lines += ["", f"Keys of {flag.config_filename}, with their values here:"]
-        lines += [f"  --config.{path}={_literal(value)}" for path, value in _leaves(flag.value)]
+        lines += ["", f"Keys of {flag_values['config'].config_filename}, with their values here:"]
+        lines += _documented(resolved(flag_values))
     elif "config" in flag_values:
         lines += ["", "Every key of the config can be set: --config.section.key=value. To list them: --config FILE.py --help"]
     return "\n".join(lines)
 
 
-def _leaves(config: ConfigDict, prefix: str = ""):
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _documented(config: Config) -> list[str]:
+    """A line for every key, and below it what it means."""
+    values, lines = to_dict(config), [f"  --config.task={config.task}"]
+    for section, cls in section_types(values).items():
+        docs = options.docs_of(cls)
+        for key, value in values[section].items():
+            lines += [f"  --config.{section}.{key}={options.shown(value)}", f"      {docs.get(key, '')}"]
+    return lines
 
 
-def _literal(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) and value else str(value)
+def _flag(flag_values: flags.FlagValues) -> Any:
+    return flag_values["config"]
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -8,27 +8,33 @@ The same command again continues an unfinished run from its last checkpoint. Sev
 run when each is given the same --coordinator; see launch/.
 """
 
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from deq_flax import cli
+from deq_flax.config import Config, flattened, from_stored, make_task, phases_of, to_dict
+from deq_flax.devices.processes import is_first, joined, say
 from deq_flax.errors import UserError
+from deq_flax.task import Task
+from deq_flax.train.evaluate import evaluate_checkpoint
+from deq_flax.train.loop import train
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics.jsonl, config.json, tensorboard")
-_MODE = flags.DEFINE_string("mode", "train", "'train', or 'eval' to evaluate the best checkpoint")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or eval: evaluate the best checkpoint")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "with --mode eval: a workdir or checkpoint other than this workdir's best"
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "for several processes: HOST:PORT of the first, or 'auto' under Slurm, Open MPI, on TPU or a JobSet"
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator HOST:PORT: how many processes there are")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator HOST:PORT: which of them this is, from 0")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator HOST:PORT: the number of processes")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator HOST:PORT: the index of this process, from 0")
 
 MAY_CHANGE = (
     "eval.",
@@ -42,68 +48,49 @@ MAY_CHANGE = (
     "mesh.",
     "checkpoint.",
 )
-"""Keys of the config that a run may be continued with other values of, with the same outcome."""
+"""Keys that may change when a run is resumed: they decide where data lies, what is logged and kept, and the devices, not what is
+learned (but for rounding on another mesh)."""
 
 
 def main() -> int:
     """The command."""
-    config = cli.config_to_kwargs(_CONFIG.value)
-    workdir = Path(_WORKDIR.value or "")
-    cli.require(_MODE.value in ("train", "eval"), f"unknown --mode {_MODE.value!r}; known: train, eval")
+    config, workdir = cli.resolved(), Path(_WORKDIR.value or "")
     cli.require(
         _MODE.value == "eval" or _CHECKPOINT.value is None,
         "--checkpoint goes with --mode eval; to train from weights: --config.checkpoint.init_from=DIR",
     )
-    if _MODE.value == "train":
-        _refuse_another_config(config, workdir)
-    # Imported late: a mistake in the command line should not have to wait for the libraries.
-    from deq_flax.devices.processes import joined
-
     with joined(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
-        return _evaluate(config, workdir, _CHECKPOINT.value) if _MODE.value == "eval" else _train(config, workdir)
+        task = make_task(config)
+        # What was left to the data is known now, and part of the record.
+        config = dataclasses.replace(config, model=task.model_options)
+        return _evaluate(task, config, workdir) if _MODE.value == "eval" else _train(task, config, workdir)
 
 
-def _train(config: Mapping[str, Any], workdir: Path) -> int:
-    from deq_flax.devices.processes import say
-    from deq_flax.tasks import make_task
-    from deq_flax.train.loop import train
-
+def _train(task: Task, config: Config, workdir: Path) -> int:
+    record = to_dict(config)
+    _refuse_another_config(record, workdir)
     result = train(
-        make_task(config),
+        task,
         workdir=workdir,
-        config=config,
-        optimizer=config["optimizer"],
-        train=config["train"],
-        mesh=config["mesh"],
-        checkpoint=config["checkpoint"],
+        config=record,
+        phases=phases_of(config),
+        optimizer=config.optimizer,
+        train=config.train,
+        mesh=config.mesh,
+        checkpoint=config.checkpoint,
     )
     if result.interrupted:
         return 0
     if result.resumed:
-        say(f"this run is complete ({config['train']['steps']} steps); its best checkpoint once more:")
+        say(f"this run is complete ({config.train.steps} steps); its best checkpoint once more:")
     say(_summary("done", result.step, result.metrics))
     return 0
 
 
-def _evaluate(config: Mapping[str, Any], workdir: Path, checkpoint: str | None) -> int:
-    from deq_flax.devices.processes import is_first, say
-    from deq_flax.tasks import make_task
-    from deq_flax.train.evaluate import evaluate_checkpoint
-
-    options = config["eval"]
-    for steps in options["max_steps_sweep"]:
-        cli.require("deq" in config, "eval.max_steps_sweep: there is no equilibrium to limit; set it to ()")
-        limit = config["deq"]["max_steps"]
-        cli.require(
-            isinstance(steps, int) and 1 <= steps <= limit,
-            f"eval.max_steps_sweep holds {steps}: whole numbers from 1 to deq.max_steps ({limit}) are possible",
-        )
+def _evaluate(task: Task, config: Config, workdir: Path) -> int:
+    path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else workdir
     result = evaluate_checkpoint(
-        make_task(config),
-        Path(checkpoint) if checkpoint else workdir,
-        mesh=config["mesh"],
-        seed=config["train"]["seed"],
-        **options,
+        task, path, phases=phases_of(config), mesh=config.mesh, options=config.eval, seed=config.train.seed
     )
     if result.anytime and is_first():
         _write_lines(workdir / "anytime.jsonl", map(json.dumps, result.anytime))
@@ -146,10 +133,10 @@ def _refuse_another_config(config: Mapping[str, Any], workdir: Path) -> None:
     if not path.exists():
         return
     try:
-        old = dict(_leaves(json.loads(path.read_text())))
-    except (OSError, ValueError, AttributeError) as error:
+        stored = from_stored(json.loads(path.read_text()), vocab_size=config["model"].get("vocab_size", 0))
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
-    new = dict(_leaves(json.loads(json.dumps(config))))
+    old, new = dict(flattened(to_dict(stored))), dict(flattened(config))
     differing = [
         key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
     ]
@@ -160,14 +147,6 @@ def _refuse_another_config(config: Mapping[str, Any], workdir: Path) -> None:
             f"{workdir} holds a run of another config, which differs in {', '.join(differing[:3])}{more}: choose another "
             "--workdir, or start from its weights with --config.checkpoint.init_from"
         )
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 if __name__ == "__main__":

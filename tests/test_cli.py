@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 def get_config(variant="base"):
     if variant not in ("base", "tiny"):
         raise ValueError(f"unknown variant {variant!r}; known: base, tiny")
-    sections = {"model": {"d_model": 3, "cutoffs": (1, 2), "empty": (), "norm": True}, "train": {"steps": 10, "rate": 0.1}}
-    return ConfigDict(sections | {"task": variant}).lock()
+    model = {"name": "deq_transformer", "d_model": 32, "cutoffs": (1, 2)}
+    sections = {"data": {"name": "pydoc"}, "model": model, "train": {"steps": 10}}
+    return ConfigDict(sections | {"task": "language"}).lock()
 """
 
 
@@ -34,7 +35,7 @@ class Command:
 
     def __call__(self, *arguments, **options):
         def main(*positional):
-            self.seen = cli.config_to_kwargs(self.config.value) if self.config.value is not None else positional
+            self.seen = cli.resolved(self.values) if self.config.value is not None else positional
             return self.body() if self.body else None
 
         main.__module__ = __name__
@@ -58,25 +59,45 @@ def the_error(capsys):
 
 def test_overrides_reach_the_config(config):
     command = Command()
-    arguments = ["--config.model.cutoffs=1000,2000", "--config.model.empty=(3,)", "--config.train.steps", "7"]
-    assert command("--config", f"{config}:tiny", *arguments, "--noconfig.model.norm", "--config.train.rate=2") == 0
-    model = {"d_model": 3, "cutoffs": (1000, 2000), "empty": (3,), "norm": False}
-    assert command.seen == {"model": model, "train": {"steps": 7, "rate": 2.0}, "task": "tiny"}
+    arguments = ["--config.model.cutoffs=1000,2000", "--config.eval.max_steps_sweep=(3,)", "--config.train.steps", "7"]
+    arguments += ["--noconfig.model.weight_norm", "--config.model.pre_norm", "--config.optimizer.learning_rate=2"]
+    arguments += ["--config.deq.solver_options.memory=4", "--config.data.path=123"]
+    assert command("--config", f"{config}:tiny", *arguments) == 0
+    model, deq = command.seen.model, command.seen.deq
+    assert (model.cutoffs, model.weight_norm, model.pre_norm, model.d_model) == ((1000, 2000), False, True, 32)
+    assert command.seen.eval.max_steps_sweep == (3,) and command.seen.train.steps == 7
+    assert command.seen.optimizer.learning_rate == 2.0 and isinstance(command.seen.optimizer.learning_rate, float)
+    assert deq.solver_options == {"memory": 4} and command.seen.data.path == "123"
+
+
+def test_an_empty_tuple_can_be_given(config):
+    command = Command()
+    assert command("--config", config, "--config.model.cutoffs=", "--config.model.div_value=1") == 0
+    assert command.seen.model.cutoffs == ()
+
+
+def test_a_model_can_be_chosen_by_name(config):
+    command = Command()
+    assert command("--config", config, "--config.model.blocks=3", "--config.model.name=transformer_xl") == 0
+    assert command.seen.model.name == "transformer_xl" and command.seen.model.blocks == 3 and command.seen.deq is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.modle.d_model=3"], "no key 'modle'. Did you mean 'model'?"),
-        (["--config.model.d_modle=3"], "no key 'd_modle'. Did you mean 'd_model'?"),
-        (["--config.zzz=3"], "no key zzz"),
-        (["--config.train.steps=abc"], "--config.train.steps=abc"),
-        (["--config.train.steps=1.5"], "--config.train.steps=1.5"),
-        (["--config.train=3"], "--config.train=3"),
-        (["--config.model.norm=maybe"], "--config.model.norm=maybe"),
-        (["--config.model.cutoffs=1,b"], "--config.model.cutoffs: '1,b' is not of type int"),
-        (["--config.model.cutoffs=1,2.5"], "2.5 is not of type int"),
-        (["--config.model.cutoffs=(1,2"], "--config.model.cutoffs=(1,2"),
+        (["--config.modle.d_model=3"], "--config has no section 'modle'; did you mean 'model'?"),
+        (["--config.model.d_modle=3"], "--config.model has no key 'd_modle'; did you mean 'd_model'?"),
+        (["--config.zzz=3"], "no section 'zzz'; known: data, model, deq"),
+        (["--config.train.steps=abc"], "--config.train.steps must be a whole number, not 'abc'"),
+        (["--config.train.steps=1.5"], "--config.train.steps must be a whole number, not '1.5'"),
+        (["--config.train=3"], "--config.train.KEY=VALUE"),
+        (["--config.model.weight_norm=maybe"], "--config.model.weight_norm must be True or False, not 'maybe'"),
+        (["--config.model.cutoffs=1,b"], "--config.model.cutoffs must be a whole number, not 'b'"),
+        (["--config.model.cutoffs=1,2.5"], "not '2.5'"),
+        (["--config.data.path"], "needs a value"),
+        (["--config.model.name=deq"], "unknown model.name 'deq'; known: deq_transformer"),
+        (["--config.model.name=mdeq"], "is no model for task 'language'"),
+        (["--config.deq.solver_options.memroy=3"], "deq.solver_options has no key 'memroy'; did you mean 'memory'?"),
         (["--mode=trian"], "train|eval"),
         (["--wrkdir=x"], "Did you mean: workdir"),
         (["--workdir"], "Missing value for flag --workdir"),
@@ -138,6 +159,7 @@ def test_help_tells_the_purpose_the_flags_and_the_keys(config, capsys, flag):
     assert Command()("--config", config, "--config.train.steps=5", flag, required=("workdir",)) == 0
     text = capsys.readouterr().out
     assert "--config.train.steps=5\n" in text and "--config.model.cutoffs=1,2\n" in text
+    assert "Residual at which a sample's forward solve stops." in text
     assert Command()("--config", config + ":tny", flag) == 2
 
 
@@ -178,7 +200,7 @@ _NAME = flags.DEFINE_string("name", None, "whom to greet")
 
 
 def main():
-    print("hello", _NAME.value, _CONFIG.value.train.steps)
+    print("hello", _NAME.value, cli.resolved().train.steps)
 
 
 if __name__ == "__main__":
@@ -200,5 +222,6 @@ def test_a_real_command(tmp_path, config):
     done = greet("--config", config, "--config.train.step=4")
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        done.stderr == f"error: --config has no key 'step'. Did you mean 'steps'? To list the keys: --config {config} --help\n"
+        done.stderr
+        == f"error: --config.train has no key 'step'; did you mean 'steps'? To list the keys: --config {config} --help\n"
     )

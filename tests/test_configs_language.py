@@ -1,5 +1,6 @@
-"""Laws of the configs: one set of keys, the published values, locked."""
+"""Laws of the language configs: the published values, nothing repeated, locked."""
 
+import dataclasses
 import importlib.util
 import math
 from pathlib import Path
@@ -8,8 +9,8 @@ import jax
 import pytest
 from flax import nnx
 
-from deq_flax.models.deq_transformer import DEQTransformer
-from deq_flax.models.transformer_xl import TransformerXL
+from deq_flax.config import resolve, section_types
+from deq_flax.models import abstract_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -24,40 +25,32 @@ def load(name):
 LANGUAGE = {name: load(name) for name in ("wt103", "ptb")}
 VARIANTS = [(name, variant) for name, module in LANGUAGE.items() for variant in module.VARIANTS]
 
-KEYS = {
-    "data": "name path cache batch_size seq_len eval_batch_size eval_seq_len",
-    "model": "vocab_size d_model d_embed n_head d_head d_inner blocks cutoffs div_value pre_norm affine_norm weight_norm "
-    "mem_len local_size dropout attention_dropout output_dropout dtype",
-    "deq": "solver tol max_steps stop memory gradient phantom_steps phantom_damping backward_solver backward_tol "
-    "backward_max_steps jacobian_weight jacobian_frequency pretrain_jacobian_weight "
-    "jacobian_increment jacobian_increment_every jacobian_stop jacobian_through_equilibrium max_steps_jitter pretrain_steps "
-    "pretrain_layers",
-    "optimizer": "name learning_rate warmup_steps schedule clip_norm weight_decay momentum nesterov",
-    "train": "steps seed log_every eval_every checkpoint_every accumulate ema_decay max_skipped",
-    "eval": "spectral_radius max_steps_sweep",
-    "mesh": "data fsdp tensor",
-    "checkpoint": "keep_latest keep_best init_from",
-}
 
-
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_every_variant_has_the_keys_of_every_language_config(name, variant):
-    config = LANGUAGE[name].get_config(variant).to_dict()
-    assert config.pop("task") == ("explicit_language" if variant == "explicit" else "language")
-    expected = {s: set(k.split()) for s, k in KEYS.items() if s != "deq" or variant != "explicit"}
-    assert {section: set(values) for section, values in config.items()} == expected
-    types = [(s, k, type(v)) for s, values in config.items() for k, v in values.items()]
-    base = LANGUAGE["wt103"].get_config().to_dict()
-    assert types == [(s, k, type(base[s][k])) for s, k, _ in types]
+def resolved(name, variant):
+    return resolve(LANGUAGE[name].get_config(variant).to_dict())
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_misspelled_keys_and_variants_fail(name):
+def test_configs_are_locked_and_unknown_variants_fail(name):
     config = LANGUAGE[name].get_config()
     with pytest.raises(KeyError, match="Did you mean"):
         config.train["stepss"] = 3
     with pytest.raises(ValueError, match="known: base"):
         LANGUAGE[name].get_config("bass")
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_a_config_file_holds_what_is_its_own(name):
+    """No key repeats a default, and no variant repeats its base."""
+    module, defaults = LANGUAGE[name], {}
+    for section, cls in section_types(module.BASE).items():
+        defaults |= {f"{section}.{field.name}": field.default for field in dataclasses.fields(cls)}
+    base = {
+        f"{section}.{key}": value for section, part in module.BASE.items() if section != "task" for key, value in part.items()
+    }
+    assert [key for key, value in base.items() if value == defaults[key]] == []
+    for variant, changes in module.VARIANTS.items():
+        assert [key for key, value in changes.items() if (defaults | base).get(key, "") == value] == [], variant
 
 
 # d_inner, memory, pre-norm, solvers and limits, jitter, dropout, Jacobian weight, frequency, period, pretraining
@@ -72,7 +65,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_wt103_is_the_published_recipe(variant):
-    config = LANGUAGE["wt103"].get_config(variant)
+    config = resolved("wt103", variant)
     model, deq, optimizer, data = config.model, config.deq, config.optimizer, config.data
     solvers = (deq.solver, deq.max_steps, deq.backward_solver, deq.backward_max_steps, deq.max_steps_jitter)
     dropout = (model.dropout, model.attention_dropout)
@@ -99,7 +92,7 @@ def test_wt103_is_the_published_recipe(variant):
 
 
 def test_deq_lm_is_the_published_recipe():
-    config = LANGUAGE["wt103"].get_config("deq_lm")
+    config = resolved("wt103", "deq_lm")
     model, deq = config.model, config.deq
     assert (model.d_inner, model.blocks, model.pre_norm, model.affine_norm, model.mem_len) == (14_800, 3, True, True, 150)
     assert (deq.gradient, deq.solver, deq.max_steps, deq.pretrain_steps, deq.jacobian_weight) == ("unroll", "picard", 12, 0, 0)
@@ -107,10 +100,7 @@ def test_deq_lm_is_the_published_recipe():
 
 
 def parameters(name, variant, words):
-    config = LANGUAGE[name].get_config(variant)
-    model_type = TransformerXL if variant == "explicit" else DEQTransformer
-    options = config.model.to_dict() | {"vocab_size": words}
-    model = nnx.eval_shape(lambda: model_type(**options, rngs=nnx.Rngs(0)))
+    model = abstract_model(dataclasses.replace(resolved(name, variant).model, vocab_size=words))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
@@ -125,8 +115,9 @@ def test_sizes_are_as_stated(name, words, millions):
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_phases_follow_one_another(name, variant):
-    config = LANGUAGE[name].get_config(variant)
+    config = resolved(name, variant)
     assert 0 <= config.optimizer.warmup_steps < config.train.steps
-    if "deq" in config:
+    assert (config.deq is None) == (variant == "explicit") == (config.model.name == "transformer_xl")
+    if config.deq:
         assert config.deq.pretrain_steps < config.train.steps
     assert list(config.model.cutoffs) == sorted(config.model.cutoffs)

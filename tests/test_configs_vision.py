@@ -1,4 +1,4 @@
-"""Laws of the image configs: one set of keys for each task, the published values, models that can be built."""
+"""Laws of the image configs: the published values, models that can be built."""
 
 import math
 
@@ -6,43 +6,25 @@ import jax
 import pytest
 from flax import nnx
 
-from deq_flax.models.mdeq import MDEQ
-from deq_flax.train.phases import EquilibriumRecipe
-from tests.test_configs import KEYS, load
+from deq_flax.config import phases_of, resolve
+from deq_flax.models import abstract_model
+from tests.test_configs_language import load
 
 IMAGES = {name: load(name) for name in ("digits", "mnist", "cifar10", "imagenet", "camvid", "cityscapes")}
 VARIANTS = [(name, variant) for name, module in IMAGES.items() for variant in getattr(module, "VARIANTS", {None: {}})]
-OWN_KEYS = KEYS | {
-    "model": "num_classes channels head head_channels final_channels last_kernel in_channels downsample expansion big_kernels "
-    "groups fuse_norm_affine weight_norm fuse_weight_norm dropout norm_momentum dtype",
-    "deq": KEYS["deq"] + " gradient phantom_steps phantom_damping pretrain_jacobian_weight",
-}
-DATA_KEYS = {
-    "classification": "name path batch_size eval_batch_size image_size resize augment pad mean std valid_examples max_damaged "
-    "pictures",
-    "segmentation": "name path batch_size eval_batch_size crop_size scales ignored eval_size eval_scales eval_flip eval_window "
-    "mean std max_damaged pictures",
-}
-LOSS_KEYS = {"segmentation": {"loss": "class_weights hard_threshold hard_pixels"}}
 
 
 def get(name, variant):
-    return IMAGES[name].get_config() if variant is None else IMAGES[name].get_config(variant)
+    config = IMAGES[name].get_config() if variant is None else IMAGES[name].get_config(variant)
+    return resolve(config.to_dict())
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_every_variant_has_the_keys_of_its_task(name, variant):
-    config = get(name, variant).to_dict()
-    task = config.pop("task")
-    keys = OWN_KEYS | {"data": DATA_KEYS[task]} | LOSS_KEYS.get(task, {})
-    assert {section: set(values) for section, values in config.items()} == {s: set(k.split()) for s, k in keys.items()}
-
-
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_every_model_and_recipe_can_be_built(name, variant):
+def test_every_model_can_be_built_and_solved(name, variant):
     config = get(name, variant)
-    nnx.eval_shape(lambda: MDEQ(**config.model.to_dict(), rngs=nnx.Rngs(0)))
-    EquilibriumRecipe(**config.deq.to_dict(), seed=0)
+    abstract_model(config.model)
+    phases = phases_of(config)
+    assert phases.evaluation.solver.max_steps == config.deq.max_steps
     assert config.deq.pretrain_steps < config.train.steps
     assert config.optimizer.schedule == "cosine" and config.optimizer.warmup_steps == 0
 
@@ -109,6 +91,7 @@ def test_the_published_recipes(name, variant):
     last = (c.model.dropout, c.optimizer.learning_rate, c.optimizer.weight_decay)
     assert (*model, *pretraining, *solver, *last) == PUBLISHED[name, variant]
     assert c.deq.gradient == ("phantom" if phantom else "implicit")
+    assert c.deq.gradient_options == ({"steps": 5, "relaxation": 0.7 if name == "cifar10" else 0.5} if phantom else {})
     assert (c.model.groups, c.model.weight_norm, c.model.big_kernels) == (8, True, ())
     assert c.model.expansion == (6 if variant == "xl" else 5)
     assert c.model.downsample == (0 if name == "cifar10" else 2)
@@ -167,9 +150,7 @@ def test_segmentation_starts_from_the_classifier_of_its_name():
     for variant in ("small", "large", "xl"):
         bodies = []
         for name in ("imagenet", "cityscapes"):
-            options = get(name, variant).model.to_dict()
-            model = nnx.eval_shape(lambda options=options: MDEQ(**options, rngs=nnx.Rngs(0)))
-            state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+            state = nnx.to_pure_dict(nnx.state(abstract_model(get(name, variant).model), nnx.Param))
             del state["head"]
             bodies.append(jax.tree.map(lambda x: x.shape, state))
         assert bodies[0] == bodies[1]
