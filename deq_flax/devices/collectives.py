@@ -1,0 +1,98 @@
+"""The collectives of a compiled program, read from its HLO text: kind, bytes, and whether they are within a loop."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
+_COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\((?P<rest>.*)")
+_CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)\}?")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program."""
+
+    kind: str
+    bytes: int
+    """Size of its result on a device; for a reduce-scatter, of its operand."""
+    in_loop: bool
+    """Whether it is in the body or condition of a while loop."""
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives in `compiled.as_text()`, without those of a single device."""
+    computations = _computations(hlo)
+    looped = _reachable_from_loops(computations)
+    found = []
+    for name, lines in computations.items():
+        for line in lines:
+            match = _COLLECTIVE.search(line)
+            group = 0 if match is None else _group_size(match["rest"])
+            if match is None or group == 1:
+                continue
+            size = _bytes(match["shape"]) * (group if match["kind"] == "reduce-scatter" else 1)
+            found.append(Collective(kind=match["kind"], bytes=size, in_loop=name in looped))
+    return found
+
+
+def table(found: list[Collective]) -> dict[str, tuple[int, int]]:
+    """Kind -> (number of collectives, bytes in total)."""
+    count, size = Counter(), Counter()
+    for collective in found:
+        count[collective.kind] += 1
+        size[collective.kind] += collective.bytes
+    return {kind: (count[kind], size[kind]) for kind in KINDS if count[kind]}
+
+
+def _computations(hlo: str) -> dict[str, list[str]]:
+    computations, lines = {}, []
+    for line in hlo.splitlines():
+        head = re.match(r"(?:ENTRY )?(%[\w.-]+) \(.*\{$", line)
+        if head:
+            lines = computations.setdefault(head[1], [])
+        elif line.startswith("  "):
+            lines.append(line)
+    return computations
+
+
+def _reachable_from_loops(computations: dict[str, list[str]]) -> set[str]:
+    calls = {
+        name: [c for line in lines for group in _CALLED.findall(line) for c in group.split(", ")]
+        for name, lines in computations.items()
+    }
+    todo = [
+        c for lines in computations.values() for line in lines if " while(" in line
+        for group in _CALLED.findall(line) for c in group.split(", ")
+    ]  # fmt: skip
+    reached: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += calls.get(name, [])
+    return reached
+
+
+def _bytes(shape: str) -> int:
+    return sum(
+        _BITS.get(kind, 32) // 8 * math.prod(int(size) for size in sizes.split(",") if size)
+        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    )
+
+
+def _group_size(rest: str) -> int:
+    """Devices in one group, from any of XLA's three notations; 0 where none is given, as for a permutation."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    if listed:
+        return listed[1].count(",") + 1
+    named = re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", rest)
+    if named:
+        sizes = {axis: int(size) for axis, size in re.findall(r"('\w+')=(\d+)", named[1])}
+        return math.prod(
+            int(part) if part else sizes[axis] for axis, part in re.findall(r"('\w+')(?::\(\d+\)(\d+))?", named[2])
+        )
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
+    return int(iota[1]) if iota else 0
