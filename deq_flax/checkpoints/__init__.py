@@ -1,0 +1,5 @@
+"""Checkpoints of training runs: saved by Orbax, verified by checksums, retried and replaced by older ones when damaged.
+
+`checkpoints.py` has the folder of a run, `stored_step.py` one checkpoint in it, `retry.py` saving on an unreliable disk and
+`loading.py` weights from a path. Only `devices` and `errors` are needed besides.
+"""

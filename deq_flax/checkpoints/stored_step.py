@@ -1,4 +1,11 @@
-"""One checkpoint on disk: the record that describes it, and reading it back with every doubt checked."""
+"""One checkpoint on disk: `<step>/{params,rest,ema,meta}`, its record, and reading it back verified.
+
+Each item is a folder written by Orbax. `meta` holds the record: the caller's metadata, and the name, shape, dtype and checksum
+of every array. The checksums are ours because Orbax has none: it restores a flipped byte silently, and reports other damage by
+one of five exception types, so that here any exception while reading means damage.
+
+Format 1 stored the position in the data as a further item, `data`, which the checksum of the record covered too.
+"""
 
 import dataclasses
 import json
@@ -13,188 +20,179 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from deq_flax.checkpoints.checksum import describe, dtype_of
 from deq_flax.devices.mesh import place
 from deq_flax.errors import UserError
 
+FORMAT = 2
+"""The format that is written; it and those before it can be read."""
+
+RETIRED = {("rest", "skipped_in_all")}
+"""(item, array) of earlier formats that is ignored where the template does not have it."""
+
 
 class DamagedError(UserError):
-    """A checkpoint that cannot be trusted; another one may be whole."""
+    """A checkpoint failed verification; an older one may pass."""
 
 
 class DiskError(UserError):
-    """The disk refuses a checkpoint; later it may take one."""
+    """The disk refused a checkpoint; a later attempt may succeed."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
-    """A checkpoint read back; what was not asked for is None."""
+    """A checkpoint read back. Items that were not requested are None."""
 
     step: int
     params: Any
     rest: Any
-    data: Any
+    ema: Any
+    variables: Any
+    """The entry `variables` of `rest`."""
     meta: dict[str, Any]
-    ema: Any = None
-    variables: Any = None
-    """What the rest holds under that name."""
+    """The record: the caller's metadata, `step`, `metrics`, `arrays`, `versions`."""
 
     @property
-    def weights(self) -> Any:
-        """The running average of the parameters if there is one, else the parameters."""
+    def eval_params(self) -> Any:
+        """The parameters to evaluate with: their moving average if one was kept, else the parameters themselves."""
         return self.params if self.ema is None else self.ema
 
 
-@dataclasses.dataclass(frozen=True)
-class Borrowed:
-    """What a model takes over from a checkpoint of another one, and the names of all it concerns."""
-
-    params: Any
-    variables: Any
-    loaded: list[str]
-    fresh: list[str]
-    """Of the model's, those that stay as they were initialised."""
-    unused: list[str]
-    """Of the checkpoint's, those that the model has no use for."""
-
-
 def steps_in(directory: Path) -> list[int]:
-    """The numbered folders, in order. Unfinished ones carry a suffix and are not among them."""
+    """The numbered folders in ascending order. Unfinished ones have a suffix and are left out."""
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
 
 
 def is_step(folder: Path) -> bool:
-    """Whether `folder` is itself a checkpoint, under whatever name."""
+    """Whether `folder` is itself a checkpoint, whatever its name."""
     return (folder / "meta").is_dir()
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by the path to them, such as `opt/0/mu/embed/w`. The structure itself is the template's affair."""
+    """Leaves of a pytree by path, such as `opt/0/mu/embed/w`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     assert len(named) == len(leaves), "two leaves have the same path"
     return named
 
 
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries from leaves by path."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        parent = tree
+        for key in parents:
+            parent = parent.setdefault(key, {})
+        parent[last] = leaf
+    return tree
+
+
 def make_record(
-    step: int,
-    trees: Mapping[str, Any],
-    data: Any,
-    meta: Mapping[str, Any],
-    metrics: Mapping[str, float] | None,
+    step: int, trees: Mapping[str, Any], meta: Mapping[str, Any], metrics: Mapping[str, float] | None
 ) -> dict[str, Any]:
-    """What goes into `meta`: the caller's part, then names, shapes, types and checksums of all arrays."""
+    """The content of the item `meta`: the caller's `meta`, then names, shapes, dtypes and checksums of all arrays."""
     record = dict(meta) | {
         "step": int(step),
         "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
         "arrays": {item: {name: describe(leaf) for name, leaf in named_leaves(tree).items()} for item, tree in trees.items()},
-        "versions": {"format": 1, "jax": jax.__version__, "orbax": ocp.__version__},
+        "versions": {"format": FORMAT, "jax": jax.__version__, "orbax": ocp.__version__},
     }
-    return record | {"checksum": _json_checksum(record, data)}
+    return record | {"checksum": _json_checksum(record)}
 
 
 def storable(trees: Mapping[str, Any]) -> dict[str, dict]:
-    """Each tree as nested dictionaries of arrays. Orbax refuses arrays without elements: the record alone remembers them."""
-    nested = {}
+    """Each tree as nested dictionaries of arrays. Arrays without elements, which Orbax refuses, are in the record alone."""
+    items = {}
     for item, tree in trees.items():
         leaves = {name: leaf for name, leaf in named_leaves(tree).items() if np.size(leaf)}
-        # An array of the caller's may change while the checkpoint is written; Orbax copies those of the device itself.
+        # The caller may change a NumPy array while the checkpoint is being written; Orbax copies device arrays itself.
         leaves = {name: leaf if isinstance(leaf, jax.Array) else np.array(leaf) for name, leaf in leaves.items()}
         if leaves:
-            nested[item] = _nest(leaves)
-    return nested
+            items[item] = nested(leaves)
+    return items
 
 
-def read_record(folder: Path) -> tuple[dict[str, Any], Any]:
-    """(meta, data) of the checkpoint in `folder`, or DamagedError."""
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of the checkpoint in `folder`, its checksum verified.
+
+    Raises:
+      DamagedError: it is missing, unreadable or differs from its checksum.
+      UserError: a later version of this package wrote it.
+    """
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            record, data = reader.restore(folder / "meta"), reader.restore(folder / "data")
-        stated = record.pop("checksum")
-    except Exception as error:  # of many types, see the module's head
+            record = reader.restore(folder / "meta")
+            stated, version = record.pop("checksum"), record["versions"]["format"]
+            covered = [record, reader.restore(folder / "data")] if version == 1 else record
+    except Exception as error:  # any of many types
         raise _damaged(folder, f"its records cannot be read ({_reason(error)})") from error
-    if stated != _json_checksum(record, data):
+    if stated != _json_checksum(covered):
         raise _damaged(folder, "its records do not match their checksum")
-    return record, data
+    if version > FORMAT:
+        raise UserError(
+            f"checkpoint {folder} has format {version}, and this deq_flax reads up to {FORMAT}: install a newer one"
+        )
+    return record
 
 
 def read_step(folder: Path, *, params: Any, rest: Any = None, ema: Any = None, variables: Any = None) -> Restored:
-    """The checkpoint in `folder`; each keyword a template or None. An ema that is not there is None.
+    """The checkpoint in `folder`. Each keyword is a template, or None for an item that is not to be read.
 
-    `variables` is for those who want of the rest only what it holds under that name.
+    A checkpoint without an ema gives None for it. `variables`, instead of `rest`, reads only this entry of `rest`.
 
     Raises:
       DamagedError: something is missing, unreadable or differs from its checksum.
-      UserError: names, shapes or types differ from a template.
+      UserError: names, shapes or dtypes differ from a template.
     """
-    record, data = read_record(folder)
+    record = read_record(folder)
     described = record["arrays"]
     trees = {"params": params, "rest": rest, "ema": ema if "ema" in described else None}
-    trees = {item: (template, described.get(item)) for item, template in trees.items() if template is not None}
+    trees = {item: (template, described.get(item, {})) for item, template in trees.items() if template is not None}
     if variables is not None:
-        part = {name: entry for name, entry in described["rest"].items() if name.startswith("variables/")}
-        trees["rest"] = {"variables": variables}, part
+        entries = {name: entry for name, entry in described.get("rest", {}).items() if name.startswith("variables/")}
+        trees["rest"] = {"variables": variables}, entries
     for item, (template, entries) in trees.items():
-        _require_same(folder, item, template, entries)
-    read = {item: _read_tree(folder, item, template, entries) for item, (template, entries) in trees.items()}
+        require_same(folder, item, template, entries)
+    read = {item: read_tree(folder, item, template, entries) for item, (template, entries) in trees.items()}
     if variables is not None:
         read["variables"] = read.pop("rest")["variables"]
     parts = {item: read.get(item) for item in ("params", "rest", "ema", "variables")}
-    return Restored(step=record["step"], data=data, meta=record, **parts)
+    return Restored(step=record["step"], meta=record, **parts)
 
 
-def borrow(folder: Path, *, params: Any, variables: Any, head: str) -> Borrowed:
-    """Weights (their running average, if one was kept) and other variables for a model with another head.
-
-    Args:
-      folder: of the checkpoint.
-      params, variables: the model's, freshly initialised; nested dictionaries of arrays.
-      head: names that begin with it and a '/' may be absent or differ in shape; what does fit there is taken over too.
-
-    Raises:
-      DamagedError: something is missing, unreadable or differs from its checksum.
-      UserError: names, shapes or types differ outside of the head.
-    """
-    record, _ = read_record(folder)
-    item = "ema" if "ema" in record["arrays"] else "params"
-    own = {item: params, "rest": {"variables": variables}}
-    trees, names = {}, {"loaded": [], "fresh": [], "unused": []}
-    for item, template in own.items():
-        leaves, prefix = named_leaves(template), "variables/" if item == "rest" else ""
-        found = {name: entry for name, entry in record["arrays"][item].items() if name.startswith(prefix)}
-        inside = {name for name in leaves.keys() | found.keys() if name.startswith(f"{prefix}{head}/")}
-        other = {name for name in inside if name not in leaves or name not in found or not _fits(leaves[name], found[name])}
-        wanted = _nest({name: leaf for name, leaf in leaves.items() if name not in other})
-        described = {name: entry for name, entry in found.items() if name not in other}
-        _require_same(folder, item, wanted, described)
-        read = named_leaves(_read_tree(folder, item, wanted, described))
-        trees[item] = jax.tree.unflatten(jax.tree.structure(template), [read.get(name, leaf) for name, leaf in leaves.items()])
-        names["loaded"] += [*read]
-        names["fresh"] += [name for name in leaves if name in other]
-        names["unused"] += [name for name in found if name in other]
-    rest = trees.pop("rest")
-    return Borrowed(params=trees.popitem()[1], variables=rest["variables"], **names)
+def require_same(folder: Path, item: str, template: Any, described: Mapping[str, Any]) -> None:
+    """Raise UserError, in one line, where names, shapes or dtypes differ. Orbax's own message would fill pages."""
+    wanted = {name: (tuple(np.shape(leaf)), str(dtype_of(leaf))) for name, leaf in named_leaves(template).items()}
+    found = {
+        name: (tuple(entry["shape"]), entry["dtype"])
+        for name, entry in described.items()
+        if name in wanted or (item, name) not in RETIRED
+    }
+    lines = []
+    for name in [*wanted, *(name for name in found if name not in wanted)]:
+        if wanted.get(name) != found.get(name):
+            has, needs = ("nothing" if x is None else f"{x[1]}{list(x[0])}" for x in (found.get(name), wanted.get(name)))
+            lines.append(f"{name}: file has {has}, this run needs {needs}")
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UserError(f"checkpoint {folder} does not fit this config ({item}): {'; '.join(lines[:3])}{more}")
 
 
-def _fits(leaf: Any, entry: Mapping[str, Any]) -> bool:
-    return (list(np.shape(leaf)), str(dtype_of(leaf))) == (list(entry["shape"]), entry["dtype"])
-
-
-def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, Any]) -> Any:
-    """`described`: what the record says of the leaves of the template, which may be a part of the item only."""
+def read_tree(folder: Path, item: str, template: Any, described: Mapping[str, Any]) -> Any:
+    """The arrays of an item that the template has, verified. `described`: the record's entries, at least for these arrays."""
     wanted = named_leaves(template)
     stored = {name: leaf for name, leaf in wanted.items() if np.prod(described[name]["shape"])}
     read = {}
     if stored:
         specs = {name: jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)) for name, leaf in stored.items()}
         arguments = {name: _restore_argument(leaf) for name, leaf in stored.items()}
-        request = ocp.args.PyTreeRestore(item=_nest(specs), restore_args=_nest(arguments), partial_restore=True)
+        request = ocp.args.PyTreeRestore(item=nested(specs), restore_args=nested(arguments), partial_restore=True)
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 read = named_leaves(reader.restore(folder / item, args=request))
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # of many types, see the module's head
+        except Exception as error:  # any of many types
             raise _damaged(folder, f"{item} cannot be read ({_reason(error)})") from error
     leaves = []
     for name, leaf in wanted.items():
@@ -206,37 +204,71 @@ def _read_tree(folder: Path, item: str, template: Any, described: Mapping[str, A
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def _require_same(folder: Path, item: str, template: Any, described: Mapping[str, Any]) -> None:
-    """Compares names, shapes and types before Orbax meets them: its own complaint would be pages long."""
-    wanted = {name: (tuple(np.shape(leaf)), str(dtype_of(leaf))) for name, leaf in named_leaves(template).items()}
-    found = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in described.items()}
-    lines = []
-    for name in [*wanted, *(name for name in found if name not in wanted)]:
-        if wanted.get(name) != found.get(name):
-            has, needs = ("nothing" if x is None else f"{x[1]}{list(x[0])}" for x in (found.get(name), wanted.get(name)))
-            lines.append(f"{name}: file has {has}, this run needs {needs}")
-    if lines:
-        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise UserError(f"checkpoint {folder} does not fit this config ({item}): {'; '.join(lines[:3])}{more}")
+def describe(leaf: Any, kind: str | None = None) -> dict[str, Any]:
+    """Shape, dtype and checksum of an array: `{"shape": ..., "dtype": ..., kind: number}`.
+
+    Args:
+      leaf: an array or a number.
+      kind: 'crc32', the CRC-32 of the bytes, or 'sum32', which does not depend on how the array is sharded; all processes
+        must ask for it together. None: sum32 for an array of which no process has all shards, else crc32.
+    """
+    if jax.dtypes.issubdtype(dtype_of(leaf), jax.dtypes.prng_key):
+        raise TypeError("a checkpoint holds random keys as raw bits: pass jax.random.key_data(key)")
+    described = {"shape": list(np.shape(leaf)), "dtype": str(dtype_of(leaf))}
+    if (kind or ("sum32" if _is_distributed(leaf) else "crc32")) == "sum32":
+        return described | {"sum32": int(_sum32(leaf))}
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = leaf.addressable_data(0)
+    raw = np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+    return described | {"crc32": zlib.crc32(raw.data)}
+
+
+def dtype_of(leaf: Any) -> np.dtype:
+    """The dtype of an array, of a `jax.ShapeDtypeStruct` or, as NumPy has it, of a number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+@jax.jit
+def _sum32(x: jax.Array) -> jax.Array:
+    """Sum modulo 2^32 of a hash of each element and its index.
+
+    For each index the hash is a bijection of the element's bits, so that a change of any one element changes the sum.
+    """
+    size = x.dtype.itemsize
+    bits = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(bits, {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)).astype(jnp.uint32)
+    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    hashed = bits ^ (index * jnp.uint32(0x9E3779B1))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        hashed = (hashed ^ (hashed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(hashed, dtype=jnp.uint32)
+
+
+def _is_distributed(leaf: Any) -> bool:
+    """Whether no process has all of the array."""
+    return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
 
 
 def _restore_argument(leaf: Any) -> ocp.RestoreArgs:
     sharding = _sharding(leaf)
-    # One of several processes reads everything: so that all of them find the same damage, and none waits for another.
+    # Of several processes each reads whole arrays: all find the same damage, so that none waits for another in vain.
     if sharding is None or jax.process_count() > 1:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=sharding)
 
 
 def _sharding(leaf: Any) -> Sharding | None:
-    """Where the caller wants this leaf; None for the host or for the default device, without a commitment to it."""
+    """The sharding that the template asks for; None for the host, or for the default device without commitment to it."""
     if isinstance(leaf, jax.Array) and not leaf.committed:
         return None
     return getattr(leaf, "sharding", None)
 
 
 def _like(leaf: Any, value: Any) -> Any:
-    """`value` in the kind of array that the template's `leaf` is."""
+    """`value` as the same kind of array as the template's `leaf`."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         sharding = _sharding(leaf)
         if isinstance(value, jax.Array):
@@ -245,20 +277,9 @@ def _like(leaf: Any, value: Any) -> Any:
     return value if isinstance(leaf, np.ndarray) else type(leaf)(value[()])
 
 
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return nested
-
-
-def _json_checksum(record: Mapping[str, Any], data: Any) -> int:
-    # Through JSON once, so that what was read and what is about to be written look alike.
-    text = json.dumps(json.loads(json.dumps([record, data])), sort_keys=True)
+def _json_checksum(content: Any) -> int:
+    # Through JSON and back first: tuples, for one, are read back as lists.
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
     return zlib.crc32(text.encode())
 
 

@@ -1,10 +1,11 @@
-"""The devices of a run as a mesh, and how what each process holds becomes arrays on it.
+"""The device mesh of a run, and arrays on it from what each process holds.
 
-Three axes: the batch is split over `data` and `fsdp` together, parameters are stored in parts over `fsdp`, and wide kernels
-are split over `tensor` (see `train.sharding`).
+It has three axes. The batch is split over `data` and `fsdp` together, parameters are stored in shards over `fsdp`, and wide
+kernels are split over `tensor` (see `devices.sharding`).
 """
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -17,29 +18,42 @@ from deq_flax.errors import UserError
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 
 BATCH = (DATA, FSDP)
-"""The axes that a batch is split over: every device of one `tensor` group has the same part, other groups others."""
+"""The axes that a batch is split over. Devices that differ along `tensor` alone hold the same rows."""
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh (data, fsdp, tensor), in the order that JAX lists the devices.
+@dataclass(frozen=True, kw_only=True)
+class MeshOptions:
+    """Section `mesh` of a config: the number of devices along each axis. One of them may be -1, for all remaining devices."""
 
-    Args:
-      data, fsdp, tensor: devices along each axis; one of them may be -1, which is all that the others leave.
+    data: int = -1
+    """Devices to split the batch over, each with a copy of the parameters; -1: all that the other axes leave."""
+    fsdp: int = 1
+    """Devices to split both the batch and the stored parameters over; -1: all that the other axes leave."""
+    tensor: int = 1
+    """Devices to split wide kernels over (tensor parallelism); -1: all that the other axes leave."""
+
+    def __post_init__(self):
+        sizes = asdict(self)
+        if list(sizes.values()).count(-1) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+            raise UserError(
+                f"mesh.data, mesh.fsdp and mesh.tensor must be at least 1, one of them -1 for the rest, not {sizes}"
+            )
+
+
+def make_mesh(options: MeshOptions) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor), over devices in the order that JAX lists them.
 
     Raises:
-      UserError: the devices do not make up such a mesh.
+      UserError: there are too few devices for it, or their number cannot be divided so.
     """
-    sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
+    sizes = asdict(options)
     devices = jax.devices()
-    free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
-        raise UserError(f"mesh.data, mesh.fsdp and mesh.tensor must be at least 1, one of them -1 for the rest, not {sizes}")
-    if free and len(devices) % fixed:
-        taken = " x ".join(f"mesh.{name} {size}" for name, size in sizes.items() if size not in (-1, 1))
-        raise UserError(f"{len(devices)} devices cannot be divided by {taken}: choose numbers whose product divides them")
-    if free:
-        sizes[free[0]] = len(devices) // fixed
+    for name in (name for name, size in sizes.items() if size == -1):
+        if len(devices) % fixed:
+            taken = " x ".join(f"mesh.{name} {size}" for name, size in sizes.items() if size not in (-1, 1))
+            raise UserError(f"{len(devices)} devices cannot be divided by {taken}: choose numbers whose product divides them")
+        sizes[name] = len(devices) // fixed
     count = math.prod(sizes.values())
     if count > len(devices):
         shown = ", ".join(f"mesh.{name} is {size}" for name, size in sizes.items() if size > 1)
@@ -50,8 +64,8 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
 
 
 def check_batch(mesh: Mesh, *, batch_size: int, accumulate: int, eval_batch_size: int) -> None:
-    """Raise UserError, with the cure, when a batch cannot be split evenly over devices and micro-batches."""
-    shards = _shards(mesh)
+    """Raise UserError, with sizes that work, if a batch cannot be split evenly over devices and micro-batches."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH)
     if accumulate < 1:
         raise UserError(f"train.accumulate must be at least 1, not {accumulate}")
     for name, size, parts, product in (
@@ -64,26 +78,26 @@ def check_batch(mesh: Mesh, *, batch_size: int, accumulate: int, eval_batch_size
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding of an array that every device has whole."""
     return NamedSharding(mesh, P())
 
 
 def by_batch(mesh: Mesh) -> NamedSharding:
-    """Split along the leading axis."""
+    """The sharding of an array that is split along its leading axis, the batch."""
     return NamedSharding(mesh, P(BATCH))
 
 
-def own_rows(mesh: Mesh, batch_size: int) -> slice | None:
-    """The rows of a batch that this process's devices hold, and so has to read; None when it is alone and reads them all."""
+def local_rows(mesh: Mesh, batch_size: int) -> slice | None:
+    """The rows of a batch that this process has to read: those on its devices. None for all, in a run of one process."""
     if jax.process_count() == 1:
         return None
     parts = [index[0] for index in by_batch(mesh).addressable_devices_indices_map((batch_size,)).values() if index]
-    # Devices are in the order of their processes, so that these parts adjoin.
+    # Devices are ordered by process, so that the rows of a process are contiguous.
     return slice(min(part.start or 0 for part in parts), max(part.stop or batch_size for part in parts))
 
 
 def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
-    """A batch, or of it `own_rows`, on the devices: leaves (batch_size, ...) split along the leading axis."""
+    """A batch, given by its `local_rows`, on the devices: leaves (batch_size, ...), split along the leading axis."""
     sharding = by_batch(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -93,7 +107,7 @@ def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, on the devices. `shardings`: a tree of them, or one for all leaves."""
+    """Arrays on the devices, from copies that every process has whole. `shardings`: a pytree of them, or one for all leaves."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
     if isinstance(shardings, NamedSharding):
@@ -104,7 +118,3 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(put, tree, shardings)
-
-
-def _shards(mesh: Mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in BATCH)

@@ -1,7 +1,7 @@
-"""Several processes as one run, as on several machines: joining, agreeing, and leaving.
+"""Several processes, on one machine or many, as one run: start, synchronization, exit.
 
-Every process runs the same program on its own devices. The first one writes files and speaks; all of them solve, and write
-their parts of checkpoints.
+Every process runs the same program on its own devices. All of them solve and write their shards of checkpoints; the first one
+writes the other files and prints.
 """
 
 import contextlib
@@ -16,30 +16,32 @@ from jax.experimental import multihost_utils
 from deq_flax.errors import UserError
 
 AUTO = "auto"
-"""The coordinator that means: ask the cluster."""
+"""The value of --coordinator with which JAX takes coordinator and processes from the cluster's environment."""
 
 
 @contextlib.contextmanager
-def joined(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Generator[None]:
-    """Within it, JAX knows the devices of all processes. Enter before anything else uses JAX; None: this process is alone.
+def distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Generator[None]:
+    """Initialize JAX's distributed runtime for the length of a `with` block, so that all processes' devices are known.
+
+    Enter it before anything else uses JAX. Without a coordinator it does nothing.
 
     Args:
-      coordinator: HOST:PORT of process 0, which all can reach; or 'auto' under Slurm, Open MPI, on Cloud TPU and in a
-        Kubernetes JobSet, where JAX knows the rest.
-      num_processes, process_id: how many there are, and which of them, from 0, this is; not with 'auto'.
+      coordinator: HOST:PORT of process 0, which all must be able to reach; 'auto' under Slurm, Open MPI, on Cloud TPU and in a
+        Kubernetes JobSet; None for a single process.
+      num_processes, process_id: the number of processes, and which of them, from 0, this one is; not with 'auto'.
 
-    An exception ends the process at once, with what would have been its exit code: the others wait for it in collectives, and
-    only its death tells them.
+    An exception in the block ends the process at once, with its usual exit code: the other processes wait for this one in
+    collectives, and only the loss of its connection ends them.
 
     Raises:
-      UserError: the arguments do not go together, or the others cannot be reached.
+      UserError: the arguments contradict each other, or the other processes cannot be reached.
     """
     if coordinator is None:
         if num_processes is not None or process_id is not None:
             raise UserError("--num_processes and --process_id go with --coordinator HOST:PORT")
         yield
         return
-    _join(coordinator, num_processes, process_id)
+    _initialize(coordinator, num_processes, process_id)
     try:
         yield
     except BaseException as error:
@@ -56,7 +58,7 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     jax.distributed.shutdown()
 
 
-def _join(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+def _initialize(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
     if coordinator == AUTO:
         if num_processes is not None or process_id is not None:
             raise UserError(f"--coordinator {AUTO} finds --num_processes and --process_id by itself: leave them out")
@@ -75,17 +77,17 @@ def _join(coordinator: str, num_processes: int | None, process_id: int | None) -
 
 
 def is_first() -> bool:
-    """Whether this process writes the run's files and speaks."""
+    """Whether this is the process that writes the run's files and prints."""
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
-    """Prints a line, once however many processes there are."""
+def print_once(text: str) -> None:
+    """Print a line in the first process only."""
     if is_first():
         print(text, flush=True)
 
 
 def barrier(name: str) -> None:
-    """Returns once all processes are here."""
+    """Wait until all processes are at the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

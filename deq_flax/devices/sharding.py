@@ -1,44 +1,46 @@
-"""Which part of each parameter a device stores, and how the parts become whole for a solve and gradients parts again.
+"""Sharding of parameters over the mesh: what a device stores, and the collectives of a training step.
 
-Over `fsdp`: a parameter's longest axis that divides evenly; one without such an axis is stored whole. Optimizer state and the
-running average lie like their parameters. Inside a step, parameters are gathered once, before the solve, and gradients reduced
-and scattered once, after it; no loop holds either.
+Over `fsdp`, every parameter is split along its longest axis that divides evenly; one without such an axis is replicated.
+Optimizer state and moving average are sharded like their parameters. A step gathers parameters once, before the solve, and
+reduces and scatters gradients once, after it, so that no loop holds a collective over `data` or `fsdp`.
 
-Over `tensor`: the kernels of feed-forward and attention, in pairs, the first split by outputs and the second by inputs, so that
-only the second's result has to be summed. That is left to the compiler: a collective of ours within a solver's loop would
-deadlock as soon as two devices of a group disagree on stopping.
+Over `tensor`, a parameter is split where its Param's metadata `out_sharding` has the name of that axis, as in
+`nnx.Param(kernel, out_sharding=(None, "tensor"), eager_sharding=False)`, if the size divides. The compiler places those
+collectives: one of ours within a solver's loop would deadlock as soon as two devices of a group disagreed on stopping.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deq_flax.devices.mesh import BATCH, DATA, FSDP, TENSOR, replicated
 from deq_flax.errors import UserError
 
-BY_OUTPUTS = ("inner", "relative")
-BY_INPUTS = ("outer", "out")
-"""Names of layers whose kernels are split over `tensor`. Not of `qkv`: its outputs are queries, keys and values one after the
-other, and a part of that is no set of heads."""
-
 Specs = Any
-"""A tree of PartitionSpecs, like the parameters."""
+"""A pytree of PartitionSpecs, like the parameters: nested dictionaries."""
 
 
-def param_specs(params: Mapping[str, Any], mesh: Mesh) -> Specs:
-    """Where each parameter is stored.
+def param_specs(params: nnx.Module | nnx.State, mesh: Mesh) -> Specs:
+    """How each parameter is stored, as nested dictionaries like `nnx.to_pure_dict` of the Params.
 
     Args:
-      params: nested dictionaries of arrays, or of shapes. An array's name ends in its axes: `v_IO`, `bias_O`.
+      params: a model, of which the Params are taken, or a state of Params. Shapes suffice for arrays.
 
     Raises:
-      UserError: there is a `tensor` axis and nothing to split over it.
+      UserError: the mesh has an axis `tensor`, and it splits no parameter.
     """
-    specs = jax.tree_util.tree_map_with_path(lambda path, x: _spec(path, x.shape, mesh), params)
+    state = nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
+    specs = nnx.to_pure_dict(
+        jax.tree.map(
+            lambda param: _spec(param.shape, param.get_metadata("out_sharding", None) or (), mesh),
+            state,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+    )
     split = any(TENSOR in spec for spec in jax.tree.leaves(specs, is_leaf=_is_spec))
     if mesh.shape[TENSOR] > 1 and not split:
         raise UserError(
@@ -47,13 +49,13 @@ def param_specs(params: Mapping[str, Any], mesh: Mesh) -> Specs:
     return specs
 
 
-def shardings(specs: Specs, mesh: Mesh) -> Any:
-    """Specs as shardings on a mesh."""
+def named_shardings(specs: Specs, mesh: Mesh) -> Any:
+    """The specs as shardings on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
 def opt_shardings(optimizer: optax.GradientTransformation, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
-    """Of the optimizer's state: what belongs to a parameter lies as it does, the rest everywhere."""
+    """Shardings of the optimizer's state: each parameter's moments like the parameter, everything else replicated."""
     state = jax.eval_shape(optimizer.init, params)
     everywhere = replicated(mesh)
     return optax.tree.map_params(
@@ -61,18 +63,23 @@ def opt_shardings(optimizer: optax.GradientTransformation, params: Any, param_sh
     )
 
 
-def manual(specs: Specs) -> Specs:
-    """What a `shard_map` over data and fsdp is to know of specs."""
-    return jax.tree.map(lambda spec: P(*(axis if axis == FSDP else None for axis in spec)), specs, is_leaf=_is_spec)
+def manual_axes(mesh: Mesh) -> set[str]:
+    """The axes that a step's `shard_map` handles itself; `tensor`, where it has several devices, is left to the compiler."""
+    return set(mesh.axis_names) - ({TENSOR} if mesh.shape[TENSOR] > 1 else set())
 
 
-def whole(specs: Specs) -> Specs:
-    """The specs of parameters gathered over `fsdp`; they stay split over `tensor`."""
-    return jax.tree.map(lambda spec: P(*(axis if axis == TENSOR else None for axis in spec)), specs, is_leaf=_is_spec)
+def manual_specs(specs: Specs) -> Specs:
+    """Specs for a `shard_map` over `manual_axes`: only `fsdp` of each."""
+    return _only(specs, FSDP)
+
+
+def gathered_specs(specs: Specs) -> Specs:
+    """Specs of parameters gathered over `fsdp`, so that they are split over `tensor` alone."""
+    return _only(specs, TENSOR)
 
 
 def gather(params: Any, specs: Specs) -> Any:
-    """Within a `shard_map`: stored parts -> whole parameters."""
+    """Within a `shard_map`: stored shards -> parameters gathered over `fsdp`."""
 
     def one(x: jax.Array, spec: P) -> jax.Array:
         if FSDP in spec:
@@ -82,33 +89,35 @@ def gather(params: Any, specs: Specs) -> Any:
     return jax.tree.map(one, params, specs)
 
 
-def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes to sum over for the whole batch. Not those of one device: with an axis `tensor` XLA refuses a sum over none."""
-    return tuple(axis for axis in BATCH if mesh.shape[axis] > 1)
-
-
 def reduce_scatter(gradient: Any, specs: Specs, mesh: Mesh) -> Any:
-    """Within a `shard_map`: each device's gradient of whole parameters -> the stored part of their mean over devices."""
+    """Within a `shard_map`: gradients of gathered parameters -> the stored shards of their mean over devices."""
 
     def one(x: jax.Array, spec: P) -> jax.Array:
         if FSDP not in spec:
             return jax.lax.pmean(x, batch_axes(mesh))
         x = jax.lax.psum_scatter(_keep_tensor(x, spec), FSDP, scatter_dimension=spec.index(FSDP), tiled=True)
-        # Over `data` only now: of a part, not of the whole.
+        # Over `data` afterwards: there is only a shard left to send.
         return jax.lax.pmean(x, DATA if mesh.shape[DATA] > 1 else ()) / mesh.shape[FSDP]
 
     return jax.tree.map(one, gradient, specs)
 
 
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes to reduce over for the whole batch: those of several devices, as XLA refuses others beside an axis `tensor`."""
+    return tuple(axis for axis in BATCH if mesh.shape[axis] > 1)
+
+
 def _keep_tensor(x: jax.Array, spec: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, whole(spec)) if TENSOR in spec else x
+    return jax.lax.with_sharding_constraint(x, gathered_specs(spec)) if TENSOR in spec else x
 
 
-def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
+def _spec(shape: tuple[int, ...], names: tuple[Any, ...], mesh: Mesh) -> P:
+    """`names`: mesh axes by axis of the array, which may split it so where they are `tensor`."""
     axes: list[str | None] = [None] * len(shape)
-    split = _tensor_axis(path, shape)
-    if split is not None and mesh.shape[TENSOR] > 1 and shape[split] % mesh.shape[TENSOR] == 0:
-        axes[split] = TENSOR
+    parts = mesh.shape[TENSOR]
+    splits = [i for i, name in enumerate(names) if name == TENSOR and parts > 1 and shape[i] % parts == 0]
+    if splits:
+        axes[splits[0]] = TENSOR
     parts = mesh.shape[FSDP]
     free = [i for i, size in enumerate(shape) if axes[i] is None and size and size % parts == 0]
     if parts > 1 and free:
@@ -116,16 +125,8 @@ def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*axes)
 
 
-def _tensor_axis(path: tuple, shape: tuple[int, ...]) -> int | None:
-    """The axis of an array that `tensor` splits: O where a layer is split by outputs, I where by inputs."""
-    names = [str(entry.key) for entry in path]
-    if len(names) < 2 or "_" not in names[-1]:
-        return None
-    layer, letters = names[-2], names[-1].rpartition("_")[2]
-    if len(letters) != len(shape):
-        return None
-    letter = "O" if layer in BY_OUTPUTS else "I" if layer in BY_INPUTS else None
-    return letters.index(letter) if letter is not None and letter in letters else None
+def _only(specs: Specs, kept: str) -> Specs:
+    return jax.tree.map(lambda spec: P(*(axis if axis == kept else None for axis in spec)), specs, is_leaf=_is_spec)
 
 
 def _is_spec(x: Any) -> bool:

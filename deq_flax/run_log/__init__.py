@@ -1,0 +1,1 @@
+"""The log of a run: files in its workdir, lines on the terminal, pictures."""

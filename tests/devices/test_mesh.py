@@ -1,225 +1,67 @@
-"""Laws of meshes: many devices compute what one does, store a part each, and send nothing while a solver iterates."""
+"""Laws of meshes: options make up a mesh of the devices that there are, or an error says what would."""
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
-from benchmarks.collectives import collectives, table
-from deq_flax.checkpoints.checkpoints import Checkpoints
-from deq_flax.checkpoints.saver import Saver
-from deq_flax.devices.mesh import check_batch, make_mesh
-from deq_flax.devices.sharding import param_specs, shardings
+from deq_flax.devices import mesh as mesh_module
+from deq_flax.devices.mesh import MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
 from deq_flax.errors import UserError
-from deq_flax.run_log.run_log import NoReport
-from deq_flax.tasks import make_task
-from deq_flax.train import loop
-from deq_flax.train.optimizer import make_optimizer
-from tests.tasks import images
-from tests.train.small import config, write_tokens
-
-pytestmark = pytest.mark.slow
-
-MESHES = {
-    "one": dict(data=1, fsdp=1, tensor=1),
-    "data2 fsdp2 tensor2": dict(data=2, fsdp=2, tensor=2),
-    "data8": dict(data=8, fsdp=1, tensor=1),
-    "fsdp8": dict(data=1, fsdp=8, tensor=1),
-    "tensor4": dict(data=1, fsdp=1, tensor=4),
-}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
+def options(data, fsdp, tensor):
+    return MeshOptions(data=data, fsdp=fsdp, tensor=tensor)
 
 
-def start(folder, mesh, **changes):
-    """A run before its first step, with nothing random and plain gradient descent: an update is the gradient."""
-    c = config(
-        folder,
-        data={"batch_size": 8, "seq_len": 4, "eval_batch_size": 8},
-        model={"dropout": 0.0, "attention_dropout": 0.0, "n_head": 4, "d_head": 4},
-        deq={
-            "jacobian_weight": 0.0,
-            "max_steps_jitter": 0,
-            "pretrain_steps": 0,
-            "solver": "picard",  # the others amplify rounding where they end at their limit, as with an untrained model
-            "backward_solver": "picard",
-        }
-        | changes.get("deq", {}),
-        optimizer={"name": "sgd", "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
-        | changes.get("optimizer", {}),
-        train={"ema_decay": 0.0},
-    )
-    return loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
-
-
-def compiled_step(run):
-    task = run.task
-    arguments = (run.state, jax.device_put(next(task.train_batches(0))), task.controls(0), np.int32(0))
-    return run.train_step.lower(*arguments, phase=task.phase(0)).compile(), arguments
-
-
-@pytest.fixture(scope="module")
-def steps(folder):
-    """Mesh -> (HLO, loss, gradient norm, parameters after minus before), computed once each."""
-    done = {}
-
-    def get(name):
-        if name not in done:
-            run = start(folder, MESHES[name])
-            step, arguments = compiled_step(run)
-            before = jax.tree.map(np.asarray, run.state.params)
-            state, metrics = step(*arguments)
-            change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
-            loss, norm = (float(metrics[name].total) / float(metrics[name].count) for name in ("loss", "grad_norm"))
-            done[name] = step.as_text(), loss, norm, change
-        return done[name]
-
-    return get
-
-
-@pytest.mark.parametrize("name", list(MESHES)[1:])
-def test_losses_and_gradients_are_those_of_one_device(steps, name):
-    _, loss, norm, change = steps("one")
-    _, other_loss, other_norm, other_change = steps(name)
-    np.testing.assert_allclose([other_loss, other_norm], [loss, norm], rtol=2e-6)
-    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(change))
-    assert scale > 1e-3
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale), other_change, change)
-
-
-def test_images_give_what_one_device_gives(tmp_path):
-    """Batch normalisation too is over the whole batch; and nothing is sent within a loop."""
-    deq = {"solver": "picard", "backward_solver": "picard", "pretrain_steps": 0, "jacobian_weight": 0.0, "max_steps_jitter": 0}
-    sgd = {"learning_rate": 1.0, "schedule": "constant", "clip_norm": 0.0, "momentum": 0.0, "nesterov": False}
-    data = {"batch_size": 8, "eval_batch_size": 8, "pictures": 0}
-    c = images.classification(images.write_labelled(tmp_path), data=data, model={"dropout": 0.0}, deq=deq, optimizer=sgd)
-    results = []
-    for mesh in (dict(data=1, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=1), dict(data=4, fsdp=1, tensor=1)):
-        run = loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
-        step, arguments = compiled_step(run)
-        assert not any(collective.in_loop for collective in collectives(step.as_text()))
-        before = jax.tree.map(np.asarray, run.state.params)
-        state, metrics = step(*arguments)
-        change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
-        loss = float(metrics["loss"].total) / float(metrics["loss"].count)
-        results.append((loss, change, jax.tree.map(np.asarray, state.variables)))
-    (loss, change, variables), *others = results
-    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(change))
-    assert scale > 1e-3 and jax.tree.leaves(variables)
-    for other_loss, other_change, other_variables in others:
-        np.testing.assert_allclose(other_loss, loss, rtol=2e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale), other_change, change)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other_variables, variables)
-
-
-@pytest.mark.parametrize("name", list(MESHES)[1:])
-def test_nothing_is_sent_within_a_loop(steps, name):
-    found = collectives(steps(name)[0])
-    assert found
-    kinds = {collective.kind for collective in found if collective.in_loop}
-    # The sum over parts of a feed-forward, which the compiler places, is what a tensor axis is.
-    assert kinds <= ({"all-reduce"} if "tensor" in name else set())
-
-
-def test_what_is_sent_does_not_depend_on_the_iterations(folder):
-    def sent(limit):
-        deq = {"solver": "anderson", "backward_solver": "broyden", "max_steps": limit, "backward_max_steps": limit}
-        step, _ = compiled_step(start(folder, dict(data=2, fsdp=4, tensor=1), deq=deq))
-        found = collectives(step.as_text())
-        assert not any(collective.in_loop for collective in found)
-        return table(found)
-
-    few = sent(4)
-    assert few == sent(16)
-    assert few["all-gather"][0] > 0 and few["reduce-scatter"][0] > 0
-    # What is gathered is what is scattered, and one parameter, in float32, is four bytes.
-    assert few["all-gather"][1] == few["reduce-scatter"][1]
-
-
-def test_each_device_stores_a_part(folder):
-    state = start(folder, MESHES["fsdp8"], optimizer={"name": "adam"}).state
-    leaves = jax.tree.leaves((state.params, state.opt_state))
-    divided = [x for x in leaves if any(size % 8 == 0 for size in x.shape)]
-    assert sum(x.nbytes for x in divided) > 0.97 * sum(x.nbytes for x in leaves)
-    for x in leaves:
-        assert x.addressable_shards[3].data.nbytes == (x.nbytes // 8 if any(x is y for y in divided) else x.nbytes)
-
-
-@pytest.mark.parametrize("options", [dict(name="lamb", weight_decay=0.1), dict(name="sgd", clip_norm=0.5)])
-def test_norms_are_of_whole_parameters(options):
-    defaults = dict(learning_rate=0.1, schedule="constant", warmup_steps=0, steps=9, clip_norm=0.0, weight_decay=0.0)
-    optimizer, _ = make_optimizer(**(defaults | options))
-    mesh = make_mesh(**MESHES["fsdp8"])
-    random = np.random.default_rng(0)
-    params, gradient = ({"a": random.normal(size=(16, 3)), "b": random.normal(size=(8,))} for _ in range(2))
-    by_param = shardings(param_specs(params, mesh), mesh)
-    assert by_param["a"].spec == P("fsdp", None)
-
-    @jax.jit
-    def update(params, gradient):
-        return optimizer.update(gradient, optimizer.init(params), params)[0]
-
-    want = update(params, gradient)
-    got = update(*jax.device_put((params, gradient), (by_param, by_param)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
-
-
-def test_a_run_resumes_on_another_mesh(folder, tmp_path):
-    c = config(folder, data={"batch_size": 8, "eval_batch_size": 8})
-    saved = loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(data=1, fsdp=4, tensor=1), c["optimizer"])
-    saved.state = jax.tree.map(lambda x: x + 1, saved.state)
-    with Checkpoints(tmp_path / "checkpoints", keep_latest=2, keep_best=1) as checkpoints:
-        Saver(checkpoints, NoReport(), c).save_last(2, saved.state)
-    restored = [jax.tree.map(np.asarray, saved.state)]
-    for mesh in (dict(data=2, fsdp=1, tensor=1), dict(data=1, fsdp=2, tensor=2)):
-        it = loop.Run(make_task(c), loop.TrainOptions(**c["train"]), make_mesh(**mesh), c["optimizer"])
-        before = jax.tree.map(lambda x: x.sharding, it.state)
-        with Checkpoints(tmp_path / "checkpoints", keep_latest=2, keep_best=1) as checkpoints:
-            assert it.restore(checkpoints, "") == 2
-        assert jax.tree.map(lambda x: x.sharding, it.state) == before
-        restored.append(jax.tree.map(np.asarray, it.state))
-    for other in restored[1:]:
-        jax.tree.map(np.testing.assert_array_equal, other, restored[0])
+def test_the_default_splits_the_batch_over_all_devices():
+    assert dict(make_mesh(MeshOptions()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
-    ("mesh", "shape"),
+    ("sizes", "shape"),
     [((-1, 2, 2), (2, 2, 2)), ((2, -1, 1), (2, 4, 1)), ((1, 1, 1), (1, 1, 1)), ((-1, 1, 1), (8, 1, 1)), ((1, 2, 3), (1, 2, 3))],
 )
-def test_minus_one_is_the_rest(mesh, shape):
-    made = make_mesh(**dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
-    assert tuple(made.shape.values()) == shape
+def test_minus_one_is_the_rest(sizes, shape):
+    assert tuple(make_mesh(options(*sizes)).shape.values()) == shape
 
 
 @pytest.mark.parametrize(
-    ("mesh", "message"),
+    ("sizes", "message"),
     [
         ((-1, -1, 1), "one of them -1"),
         ((0, 1, 1), "at least 1"),
+        ((1, -2, 1), "at least 1"),
         ((-1, 3, 1), "8 devices cannot be divided by mesh.fsdp 3"),
         ((4, 4, 1), "takes 16 devices, and there are 8"),
     ],
 )
-def test_a_mesh_that_cannot_be_says_why(mesh, message):
+def test_a_mesh_that_cannot_be_says_why(sizes, message):
     with pytest.raises(UserError, match=message):
-        make_mesh(**dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+        make_mesh(options(*sizes))
+
+
+def test_several_processes_take_all_devices(monkeypatch):
+    monkeypatch.setattr(mesh_module.jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="takes 4 of 8 devices"):
+        make_mesh(options(2, 2, 1))
 
 
 def test_a_batch_that_cannot_be_split_comes_with_the_cure():
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(options(2, 2, 2))
     check_batch(mesh, batch_size=8, accumulate=2, eval_batch_size=4)
     with pytest.raises(UserError, match=r"batch_size 20 must be a multiple of .* = 4 x 2: set it to 16 or to 24"):
         check_batch(mesh, batch_size=20, accumulate=2, eval_batch_size=4)
     with pytest.raises(UserError, match=r"eval_batch_size 2 must be a multiple of .* = 4: set it to 4 or to 8"):
         check_batch(mesh, batch_size=8, accumulate=1, eval_batch_size=2)
+    with pytest.raises(UserError, match=r"train.accumulate must be at least 1"):
+        check_batch(mesh, batch_size=8, accumulate=0, eval_batch_size=4)
 
 
-def test_a_tensor_axis_needs_something_to_split():
-    mesh = make_mesh(data=1, fsdp=1, tensor=3)
-    with pytest.raises(UserError, match="no kernel of this model can be split"):
-        param_specs({"cell": {"inner": {"weight_IO": np.zeros((4, 8))}}}, mesh)
-    specs = param_specs({"cell": {"outer": {"v_IO": np.zeros((6, 4)), "g_O": np.zeros(3)}}}, mesh)
-    assert specs == {"cell": {"outer": {"v_IO": P("tensor", None), "g_O": P(None)}}}
+def test_a_batch_lies_in_rows_and_the_rest_everywhere():
+    mesh = make_mesh(options(2, 2, 2))
+    assert local_rows(mesh, 8) is None  # one process reads them all
+    batch = put_batch(mesh, {"x": np.arange(24).reshape(8, 3)}, 8)["x"]
+    assert batch.sharding == by_batch(mesh) and {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+    whole = place(np.arange(3), replicated(mesh))
+    assert whole.is_fully_replicated and len(whole.sharding.device_set) == 8
+    jax.tree.map(np.testing.assert_array_equal, (batch, whole), (np.arange(24).reshape(8, 3), np.arange(3)))

@@ -7,11 +7,32 @@ import subprocess
 import numpy as np
 import pytest
 
+from deq_flax.devices.processes import distributed, print_once
+from deq_flax.errors import UserError
 from tests.train.commands import arguments, finish, metrics, one_process, read_until, several
 
-pytestmark = pytest.mark.faults
-
 STEPS = 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, 2, 0), "go with --coordinator"),
+        (("auto", 2, None), "leave them out"),
+        (("localhost:1", None, 0), "needs --num_processes and --process_id"),
+        (("localhost:1", 2, 2), "must be from 0 to 1, not 2"),
+        (("localhost", 2, 0), "must be HOST:PORT or auto"),
+    ],
+)
+def test_contradicting_arguments_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message), distributed(*arguments):
+        raise AssertionError("entered")
+
+
+def test_a_single_process_needs_no_coordinator(capsys):
+    with distributed(None, None, None):
+        print_once("here")
+    assert capsys.readouterr().out == "here\n"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +56,7 @@ def children(process):
     return [int(pid) for pid in listed if "deq_flax.main" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
 
 
+@pytest.mark.faults
 def test_two_processes_are_one_run_that_another_count_continues(alone, tmp_path):
     run = arguments(tmp_path, train__steps=STEPS)
     processes = several(2, *run, "--config.mesh.fsdp=2", devices=2)
@@ -57,6 +79,7 @@ def test_two_processes_are_one_run_that_another_count_continues(alone, tmp_path)
     assert code == 0 and again.splitlines()[-1].split("|")[1:] == out.splitlines()[-1].split("|")[1:]
 
 
+@pytest.mark.faults
 def test_an_error_of_one_process_ends_all(tmp_path):
     (tmp_path / "checkpoints").write_text("not a folder")
     code, out = finish(several(2, *arguments(tmp_path, train__steps=2)), timeout=120)

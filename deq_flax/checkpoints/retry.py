@@ -1,0 +1,85 @@
+"""Saving during a run: a disk that refuses for a while costs a checkpoint, not the run."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from deq_flax.checkpoints.checkpoints import Checkpoints
+from deq_flax.checkpoints.stored_step import DiskError
+
+FINAL_PAUSES = (1, 2, 4, 8)
+"""Seconds between the attempts at a process's final save: together less than the grace period before it is killed."""
+
+_log = logging.getLogger("deq_flax")
+
+
+class RetryingSaver:
+    """Saves checkpoints of a run, and logs and remembers failed saves, so that they can be made up for.
+
+    With several processes a failed save ends the run: they cannot know whose part of it failed.
+
+    Args:
+      checkpoints: where to.
+      meta: JSON that every checkpoint stores, see `Checkpoints.save`.
+      log_is_on_disk: whether all lines of the run log are on disk. Where they are not, a save counts as refused: a run resumed
+        from that checkpoint would never write them again.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, meta: Mapping[str, Any], *, log_is_on_disk: Callable[[], bool] = lambda: True):
+        self._checkpoints, self._meta, self._log_is_on_disk = checkpoints, meta, log_is_on_disk
+        self._failed = False
+
+    def save(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+        """Start a save. A failure, also of the previous save, is logged and remembered.
+
+        Args:
+          step, metrics: as for `Checkpoints.save`.
+          trees: its `params`, `rest` and, unless None, `ema`, by these names.
+        """
+        self._check_previous(wait=True)
+        try:
+            self._start(step, trees, metrics)
+            self._failed = False
+        except DiskError as error:
+            self._remember(error)
+
+    def needs_retry(self) -> bool:
+        """Whether the last save failed, perhaps in the background since, so that one should be made soon."""
+        if jax.process_count() == 1:
+            self._check_previous(wait=False)
+        return self._failed
+
+    def save_final(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+        """Save, and return once it is on disk; DiskError if it fails repeatedly. Arguments as for `save`."""
+        self._check_previous(wait=True)
+        for pause in (*FINAL_PAUSES, None):
+            try:
+                self._start(step, trees, metrics)
+                return self._checkpoints.wait()
+            except DiskError as error:
+                if pause is None:
+                    raise
+                self._remember(error)
+                time.sleep(pause)
+
+    def _start(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
+        if not self._log_is_on_disk():
+            raise DiskError(f"cannot write the run's log, and so not the checkpoint of step {step}")
+        self._checkpoints.save(step, **trees, meta=self._meta, metrics=metrics)
+
+    def _check_previous(self, *, wait: bool) -> None:
+        """Notice a failure of the previous save; unless `wait`, only if it is no longer being written."""
+        try:
+            if wait or not self._checkpoints.is_saving():
+                self._checkpoints.wait()
+        except DiskError as error:
+            self._remember(error)
+
+    def _remember(self, error: DiskError) -> None:
+        if jax.process_count() > 1:
+            raise error
+        self._failed = True
+        _log.warning("%s; the run goes on and tries again, the checkpoints before are kept", error)

@@ -1,0 +1,74 @@
+"""Laws of what a run prints: a line holds the metrics that there are, a clock counts training alone, a table is short."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deq_flax.run_log.progress import Clock, parameter_table, progress_line
+from deq_flax.run_log.run_log import RunLog
+
+METRICS = {
+    "loss": 4.2131,
+    "ppl": 67.52,
+    "forward_nfe": 17.2,
+    "forward_residual": 6.1e-4,
+    "backward_nfe": 15.0,
+    "backward_residual": 8e-4,
+    "grad_norm": 0.921,
+    "learning_rate": 9.8e-4,
+    "tokens_per_second": 21300.0,
+    "steps_per_second": 480 / 65,
+}
+
+
+def test_progress_line():
+    assert progress_line(120, 600, METRICS) == (
+        "step 120/600  loss 4.213  ppl 67.52  fwd 17.2 evals 6.1e-04  bwd 15.0 evals 8.0e-04  "
+        "grad 0.92  lr 9.8e-04  21.3k tok/s  ETA 1m05s"
+    )
+
+
+@pytest.mark.parametrize("missing", [*METRICS, "everything"])
+def test_progress_line_without_some_metric(missing, tmp_path, capsys):
+    metrics = {} if missing == "everything" else {name: x for name, x in METRICS.items() if name != missing}
+    with RunLog(tmp_path, None) as log:
+        log.print_progress(5, 600, metrics | {"loss": math.nan}, "valid")
+    out = capsys.readouterr().out
+    assert out.startswith("valid step   5/600  loss nan") and out.count("\n") == 1
+    assert ("bwd" in out) == (missing not in ("backward_nfe", "backward_residual", "everything"))
+
+
+def test_clock_leaves_pauses_out():
+    clock = Clock()
+    start = time.perf_counter()
+    with clock.pause():
+        time.sleep(0.05)
+    seconds, all_seconds = clock.lap(), time.perf_counter() - start
+    assert 0 < seconds <= all_seconds - 0.05
+    assert clock.lap() < 0.05
+
+
+PARAMS = {
+    "embedding": {"tables": {0: jnp.zeros((1000, 8)), 1: jnp.zeros((50, 8))}},
+    "cell": {f"layer{i}": {"kernel": jnp.zeros((4, i + 1)), "bias": jnp.zeros(i + 1)} for i in range(30)},
+}
+COUNT = 1050 * 8 + sum(5 * (i + 1) for i in range(30))
+
+
+def test_a_few_parameters_are_listed_by_array():
+    table = parameter_table(PARAMS, max_rows=62)
+    assert "embedding/tables/0" in table and "cell/layer29/bias" in table and "(4, 30)" in table
+    assert table.splitlines()[-1] == f"Total: {COUNT:,} -- {4 * COUNT:,} bytes"
+
+
+def test_many_parameters_are_summed_by_top_level_module():
+    rows = [line.split() for line in parameter_table(PARAMS).splitlines()]
+    assert ["|", "embedding", "|", "2", "|", "8,400", "|"] in rows and ["|", "cell", "|", "60", "|", "2,325", "|"] in rows
+    assert len(rows) == 7 and rows[-1][:2] == ["Total:", f"{COUNT:,}"]
+
+
+def test_shapes_are_enough_for_the_table():
+    assert parameter_table(jax.eval_shape(lambda: PARAMS)) == parameter_table(PARAMS)
