@@ -18,7 +18,7 @@ from absl import flags
 
 from deq_flax import cli
 from deq_flax.config import Config, flattened, from_stored, make_task, phases_of, to_dict
-from deq_flax.devices.processes import is_first, joined, say
+from deq_flax.devices.processes import distributed, is_first, print_once
 from deq_flax.errors import UserError
 from deq_flax.task import Task
 from deq_flax.train.evaluate import evaluate_checkpoint
@@ -59,7 +59,7 @@ def main() -> int:
         _MODE.value == "eval" or _CHECKPOINT.value is None,
         "--checkpoint goes with --mode eval; to train from weights: --config.checkpoint.init_from=DIR",
     )
-    with joined(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+    with distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
         task = make_task(config)
         # What was left to the data is known now, and part of the record.
         config = dataclasses.replace(config, model=task.model_options)
@@ -82,8 +82,8 @@ def _train(task: Task, config: Config, workdir: Path) -> int:
     if result.interrupted:
         return 0
     if result.resumed:
-        say(f"this run is complete ({config.train.steps} steps); its best checkpoint once more:")
-    say(_summary("done", result.step, result.metrics))
+        print_once(f"this run is complete ({config.train.steps} steps); its best checkpoint once more:")
+    print_once(_summary("done", result.step, result.metrics))
     return 0
 
 
@@ -95,7 +95,7 @@ def _evaluate(task: Task, config: Config, workdir: Path) -> int:
     if result.anytime and is_first():
         _write_lines(workdir / "anytime.jsonl", map(json.dumps, result.anytime))
         print(_table(result.anytime))
-    say(_summary("evaluated", result.step, result.metrics))
+    print_once(_summary("evaluated", result.step, result.metrics))
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from deq_flax.checkpoints.checkpoints import load_meta, load_params
+from deq_flax.checkpoints.loading import load_meta, load_params
 from deq_flax.config import Config, from_stored
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model
@@ -47,4 +47,4 @@ def load_model(path: str | Path) -> Pretrained:
     config = stored_config(meta)
     graphdef, params, variables = split_model(abstract_model(config.model))
     restored = load_params(path, params, variables)
-    return Pretrained(model=nnx.merge(graphdef, restored.weights, restored.variables), config=config, meta=meta)
+    return Pretrained(model=nnx.merge(graphdef, restored.eval_params, restored.variables), config=config, meta=meta)

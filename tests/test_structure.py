@@ -19,7 +19,7 @@ MAY = {
     "task": {"equilibrium"},
     "tasks": {"task", "models", "data", "equilibrium", "nn", "errors"},
     "devices": {"errors"},
-    "run_log": {"task", "devices", "errors"},
+    "run_log": {"task", "devices", "equilibrium", "errors"},
     "checkpoints": {"devices", "errors"},
     "train": {"task", "equilibrium", "devices", "checkpoints", "run_log", "options", "errors"},
     "torch_checkpoint": {"nn", "errors"},

@@ -10,14 +10,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from deq_flax.devices.mesh import replicated
+from deq_flax.equilibrium.solution import Solve
 from deq_flax.task import Batch, HasPictures, Task
 
 Draw = Callable[[Any, Any], dict[str, np.ndarray]]
 """(params, variables) -> pictures, (H, W, 3) uint8, by name."""
 
 
-def make_pictures(task: Task, graphdef: nnx.GraphDef, mesh: Mesh) -> Draw:
-    """A function that draws the pictures of a task under given weights; no pictures where the task has none."""
+def make_pictures(task: Task, graphdef: nnx.GraphDef, mesh: Mesh, solve: Solve | None) -> Draw:
+    """A function that draws the pictures of a task under given weights; no pictures where the task has none.
+
+    `solve`: of evaluation, as in `Task.loss`.
+    """
     batch = task.picture_batch() if isinstance(task, HasPictures) else None
     if batch is None or not isinstance(task, HasPictures):
         return lambda params, variables: {}
@@ -25,7 +29,7 @@ def make_pictures(task: Task, graphdef: nnx.GraphDef, mesh: Mesh) -> Draw:
 
     @partial(jax.jit, out_shardings=replicated(mesh))  # so that each process can read all of it
     def arrays(params: Any, variables: Any, batch: Batch) -> Any:
-        return drawing.picture_arrays(nnx.merge(graphdef, params, variables, copy=True), batch)
+        return drawing.picture_arrays(nnx.merge(graphdef, params, variables, copy=True), batch, solve=solve)
 
     def draw(params: Any, variables: Any) -> dict[str, np.ndarray]:
         return drawing.pictures(batch, jax.device_get(arrays(params, variables, batch)))

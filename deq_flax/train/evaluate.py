@@ -14,10 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from deq_flax.checkpoints.checkpoints import load_params
+from deq_flax.checkpoints.loading import load_params
 from deq_flax.devices.mesh import FSDP, MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
 from deq_flax.devices.processes import is_first
-from deq_flax.devices.sharding import param_specs, shardings, whole
+from deq_flax.devices.sharding import gathered_specs, named_shardings, param_specs
 from deq_flax.equilibrium import Solver, fixed_point, spectral_radius
 from deq_flax.errors import UserError
 from deq_flax.task import HasEquation, Metrics, Task
@@ -65,7 +65,7 @@ def load(task: Task, path: Path, mesh: Mesh, *, seed: int = 0) -> Loaded:
     model = task.build_model(nnx.Rngs(seed))
     graphdef, params, variables = split_model(model)
     restored = load_params(path, params, variables)
-    params = place(restored.weights, shardings(whole(param_specs(params, mesh)), mesh))
+    params = place(restored.eval_params, named_shardings(gathered_specs(param_specs(model, mesh)), mesh))
     return Loaded(model, graphdef, (params, place(restored.variables, replicated(mesh))), restored.step)
 
 
@@ -101,7 +101,7 @@ def measure(
     """
     scalars = StepScalars(max_steps=None if max_steps is None else np.int32(max_steps))
     batches = task.eval_batches(split, local_rows(mesh, task.eval_batch_size))
-    params = _gathered(params, mesh)
+    params = _gathered(model, params, mesh)
     carry = place(task.fresh_carry(model, task.eval_batch_size), by_batch(mesh))
     totals: Metrics = {}
     pending: Metrics = {}
@@ -175,11 +175,11 @@ def _spectral_radius(
     return {"spectral_radius_mean": float(radii_B.mean()), "spectral_radius_max": float(radii_B.max())}
 
 
-def _gathered(params: Any, mesh: Mesh) -> Any:
+def _gathered(model: nnx.Module, params: Any, mesh: Mesh) -> Any:
     """Parameters whole on every device, but for what `tensor` splits: once, not for every batch."""
     if mesh.shape[FSDP] == 1:
         return params
-    return jax.device_put(params, shardings(whole(param_specs(params, mesh)), mesh))
+    return jax.device_put(params, named_shardings(gathered_specs(param_specs(model, mesh)), mesh))
 
 
 def summarize(task: Task, split: str, metrics: Mapping[str, Any]) -> dict[str, float]:

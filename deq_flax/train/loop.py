@@ -16,14 +16,16 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints, borrow_params, load_params
-from deq_flax.checkpoints.saver import Saver
+from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints
+from deq_flax.checkpoints.loading import load_params, load_params_except_head
+from deq_flax.checkpoints.retry import RetryingSaver
 from deq_flax.devices.mesh import MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
-from deq_flax.devices.processes import is_first, say
-from deq_flax.devices.sharding import opt_shardings, param_specs, shardings
+from deq_flax.devices.processes import is_first, print_once
+from deq_flax.devices.sharding import named_shardings, opt_shardings, param_specs
 from deq_flax.errors import UserError
 from deq_flax.run_log.pictures import make_pictures
-from deq_flax.run_log.run_log import Clock, NoReport, Report
+from deq_flax.run_log.progress import Clock, parameter_table
+from deq_flax.run_log.run_log import RunLog, SilentRunLog
 from deq_flax.task import HasHead, HasVocabulary, Metrics, Task
 from deq_flax.train.evaluate import SPLITS, divide, evaluate, fetch, merge, summarize
 from deq_flax.train.optimizer import OptimizerOptions, make_optimizer
@@ -105,13 +107,15 @@ def train(
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(Path(workdir) / "checkpoints", checkpoint))
         start = run.restore(checkpoints, checkpoint.init_from)
-        log = stack.enter_context(Report(workdir, start or None) if is_first() else NoReport())
+        log = stack.enter_context(RunLog(workdir, start or None) if is_first() else SilentRunLog())
         log.write_config(config, start)
         if isinstance(task, HasVocabulary) and task.words is not None:
-            log.write_words(task.words)
+            log.write_vocabulary(task.words)
         interrupted = False
         if start < train.steps:
-            interrupted = run.run(start, Saver(checkpoints, log, config), log)
+            print_once(parameter_table(run.state.params))
+            saver = RetryingSaver(checkpoints, {"config": config}, log_is_on_disk=log.flush)
+            interrupted = run.run(start, saver, log)
         if interrupted:
             return RunResult(step=run.step, metrics={}, interrupted=True)
         results, best = run.final(checkpoints)
@@ -129,7 +133,7 @@ class Run:
         # The state holds the arrays; of the model, its shapes are enough from here on.
         self.model = nnx.merge(graphdef, *jax.eval_shape(lambda: (params, variables)))
         everywhere, split = replicated(devices), by_batch(devices)
-        by_param = shardings(param_specs(params, devices), devices)
+        by_param = named_shardings(param_specs(self.model, devices), devices)
         by_opt = opt_shardings(transformation, params, by_param, devices)
         params = place(params, by_param)
         self.state = TrainState(
@@ -159,13 +163,12 @@ class Run:
 
     def restore(self, checkpoints: Checkpoints, init_from: str) -> int:
         """Continue from the newest whole checkpoint, or start from the weights of another run. Returns the steps done."""
-        rest = {name: getattr(self.state, name) for name in REST}
-        restored = checkpoints.restore_latest(self.state.params, rest, self.state.ema)
+        restored = checkpoints.restore_latest(**self.state.checkpoint_trees())
         if restored is not None:
             state = self.state._replace(params=restored.params, **restored.rest)
             self.state = state if state.ema is None else state._replace(ema=restored.ema)
             self.step = restored.step
-            say(f"continuing from the checkpoint of step {restored.step}")
+            print_once(f"continuing from the checkpoint of step {restored.step}")
         elif init_from:
             weights, variables = self._pretrained(init_from)
             self.state = self.state._replace(params=weights, variables=variables)
@@ -175,22 +178,22 @@ class Run:
 
     def _pretrained(self, path: str) -> tuple[Any, Any]:
         """Parameters and variables of another run, whose model may have another head if the task names its own."""
-        say(f"starting from the weights in {path}")
+        print_once(f"starting from the weights in {path}")
         if not isinstance(self.task, HasHead):
             loaded = load_params(path, self.state.params, self.state.variables)
-            return loaded.weights, loaded.variables
-        borrowed = borrow_params(path, self.state.params, self.state.variables, self.task.head)
+            return loaded.eval_params, loaded.variables
+        restored = load_params_except_head(path, self.state.params, self.state.variables, self.task.head)
         for what in ("loaded", "fresh", "unused"):
-            names = getattr(borrowed, what)
+            names = getattr(restored, what)
             shown = "" if what == "loaded" or not names else f": {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
-            say(f"  {what}: {len(names)} arrays{shown}")
-        return borrowed.params, borrowed.variables
+            print_once(f"  {what}: {len(names)} arrays{shown}")
+        return restored.params, restored.variables
 
-    def run(self, start: int, saver: Saver, report: Report) -> bool:
+    def run(self, start: int, saver: RetryingSaver, run_log: RunLog) -> bool:
         """Run steps `start` to the last. Returns whether a signal ended it early."""
         options = self.options
         batches = self.task.train_batches(start, local_rows(self.devices, self.task.batch_size))
-        log = Log(self, report, start)
+        log = Log(self, run_log, start)
         self.clock.lap()
         with _stop_signal() as stop:
             for number in range(start, options.steps):
@@ -199,14 +202,14 @@ class Run:
                 last = stopping or done == options.steps
                 evaluates = done == options.steps or (options.eval_every and done % options.eval_every == 0)
                 saves = evaluates or last or done % options.checkpoint_every == 0
-                if saves or (done % options.log_every == 0 and saver.owes()):
+                if saves or (done % options.log_every == 0 and saver.needs_retry()):
                     log.flush()
                     with self.clock.pause():
-                        metrics = self.evaluate("valid", report) if evaluates else None
-                        (saver.save_last if last else saver.save)(done, self.state, metrics)
+                        metrics = self.evaluate("valid", run_log) if evaluates else None
+                        (saver.save_final if last else saver.save)(done, self.state.checkpoint_trees(), metrics)
                 if stopping and done < options.steps:
                     log.flush()
-                    say(f"{stop.received}: stopped at step {done}; the same command continues from here")
+                    print_once(f"{stop.received}: stopped at step {done}; the same command continues from here")
                     return True
             log.flush()
         return False
@@ -220,22 +223,22 @@ class Run:
         else:
             log.flush()
             with self.clock.pause():
-                say(f"compiling: {phase}")
+                print_once(f"compiling: {phase}")
                 self.state, metrics = self.train_step(self.state, *arguments, phase=phase)
                 jax.block_until_ready(metrics)
             self._compiled.add(phase)
         self.step = number + 1
         log.add(self.step, metrics)
 
-    def evaluate(self, split: str, report: Report | None = None) -> dict[str, float]:
+    def evaluate(self, split: str, run_log: RunLog | None = None) -> dict[str, float]:
         """Evaluate the running average if there is one, else the parameters."""
-        params = self.state.params if self.state.ema is None else self.state.ema
-        metrics = self.evaluate_weights(params, self.state.variables, split)
-        if report is not None:
-            report.write(self.step, split, metrics)
-            report.line(self.step, self.options.steps, metrics, split)
-            for name, picture in self._draw(params, self.state.variables).items():
-                report.picture(self.step, name, picture)
+        weights = self.state.eval_params, self.state.variables
+        metrics = self.evaluate_weights(*weights, split)
+        if run_log is not None:
+            run_log.write(self.step, split, metrics)
+            run_log.print_progress(self.step, self.options.steps, metrics, split)
+            for name, picture in self._draw(*weights).items():
+                run_log.write_picture(self.step, name, picture)
         return metrics
 
     def evaluate_weights(self, params: Any, variables: Any, split: str) -> dict[str, float]:
@@ -245,16 +248,16 @@ class Run:
     def final(self, checkpoints: Checkpoints) -> tuple[dict[str, dict[str, float]], int]:
         """The numbers of the best checkpoint by split, and its step."""
         checkpoints.wait()
-        best = checkpoints.restore_best(self.state.params, self.state.variables)
-        results = {split: self.evaluate_weights(best.weights, best.variables, split) for split in SPLITS}
+        best = checkpoints.restore_best(params=self.state.params, variables=self.state.variables)
+        results = {split: self.evaluate_weights(best.eval_params, best.variables, split) for split in SPLITS}
         return results, best.step
 
 
 class Log:
     """Averages metrics between log lines, one step behind the device, so that the host never waits for what it just sent."""
 
-    def __init__(self, run: Run, report: Report, start: int):
-        self._run, self._report = run, report
+    def __init__(self, run: Run, run_log: RunLog, start: int):
+        self._run, self._run_log = run, run_log
         self._pending: tuple[int, Metrics] | None = None
         self._totals: Metrics = {}
         self._since = start
@@ -284,8 +287,8 @@ class Log:
         summary |= self._run.task.throughput(seconds)
         if skipped:
             summary["skipped"] = skipped
-        self._report.write(step, "train", summary)
-        self._report.line(step, self._run.options.steps, summary)
+        self._run_log.write(step, "train", summary)
+        self._run_log.print_progress(step, self._run.options.steps, summary)
         self._totals, self._since = {}, step
 
     def _stop_if_hopeless(self, step: int, metrics: Metrics) -> None:

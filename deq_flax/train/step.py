@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_flax.devices.mesh import BATCH, TENSOR
-from deq_flax.devices.sharding import batch_axes, gather, manual, reduce_scatter
+from deq_flax.devices.mesh import BATCH
+from deq_flax.devices.sharding import batch_axes, gather, manual_axes, manual_specs, reduce_scatter
 from deq_flax.equilibrium import backward_probe
 from deq_flax.task import Batch, Carry, Metrics, Task, average
 from deq_flax.train.phases import Phase, StepScalars, regularized, solver_metrics
@@ -36,6 +36,16 @@ class TrainState(NamedTuple):
     """Running average of params, or None."""
     skipped: Any
     """int32: updates skipped in a row because something was not finite."""
+
+    def checkpoint_trees(self) -> dict[str, Any]:
+        """The items of a checkpoint by name."""
+        rest = {name: getattr(self, name) for name in ("variables", "opt_state", "carry", "skipped")}
+        return {"params": self.params, "rest": rest, "ema": self.ema}
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters to evaluate with: their running average if there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
@@ -146,13 +156,13 @@ def make_train_step(
 
     @partial(jax.jit, static_argnames="phase", donate_argnames="state", out_shardings=(shardings, NamedSharding(mesh, P())))
     def step(state: TrainState, batch: Batch, scalars: StepScalars, number: Any, *, phase: Phase) -> tuple[TrainState, Metrics]:
-        stored = manual(specs)
+        stored = manual_specs(specs)
         value, gradient, variables, carry, metrics = jax.shard_map(
             partial(local, phase=phase),
             mesh=mesh,
             in_specs=(stored, P(), P(BATCH), P(BATCH), P(), P()),
             out_specs=(P(), stored, P(), P(BATCH), P()),
-            axis_names=_manual_axes(mesh),
+            axis_names=manual_axes(mesh),
             check_vma=False,
         )(state.params, state.variables, state.carry, batch, scalars, number)
         # The specs of the shard_map know nothing of what is split over `tensor`.
@@ -182,16 +192,11 @@ def make_eval_step(task: Task, graphdef: Any, mesh: Mesh, phase: Phase) -> EvalS
             mesh=mesh,
             in_specs=(P(), P(), P(BATCH), P(BATCH), P()),
             out_specs=(P(BATCH), P()),
-            axis_names=_manual_axes(mesh),
+            axis_names=manual_axes(mesh),
             check_vma=False,
         )(params, variables, batch, carry, scalars)
 
     return step
-
-
-def _manual_axes(mesh: Mesh) -> set[str]:
-    """The mesh axes handled here; `tensor` is left to the compiler once there is more than one device along it."""
-    return set(mesh.axis_names) - ({TENSOR} if mesh.shape[TENSOR] > 1 else set())
 
 
 def _micro_batches(tree: Any, parts: int) -> Any:
