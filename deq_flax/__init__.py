@@ -2,6 +2,7 @@
 
 from deq_flax.equilibrium import (
     GMRES,
+    SHINE,
     Anderson,
     Broyden,
     Equilibrium,
@@ -11,7 +12,6 @@ from deq_flax.equilibrium import (
     PhantomGradient,
     Picard,
     Reversible,
-    Shine,
     Solution,
     Solver,
     SolverStats,
@@ -20,6 +20,33 @@ from deq_flax.equilibrium import (
     fixed_point,
     fixed_point_correction_loss,
     jacobian_loss,
-    spectral_normalised,
+    spectral_normalized,
     spectral_radius,
 )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GMRES",
+    "SHINE",
+    "Anderson",
+    "Broyden",
+    "Equilibrium",
+    "Implicit",
+    "JacobianFree",
+    "Neumann",
+    "PhantomGradient",
+    "Picard",
+    "Reversible",
+    "Solution",
+    "Solver",
+    "SolverStats",
+    "Unroll",
+    "__version__",
+    "backward_probe",
+    "fixed_point",
+    "fixed_point_correction_loss",
+    "jacobian_loss",
+    "spectral_normalized",
+    "spectral_radius",
+]

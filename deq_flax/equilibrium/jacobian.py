@@ -1,4 +1,4 @@
-"""The Jacobian of f at a state: a regulariser of its size, and its spectral radius."""
+"""The Jacobian of f at a state: a loss that keeps it small, and its spectral radius."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,23 +6,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.state import flattener
+from deq_flax.equilibrium.state import flattener, norm
 
 
 def jacobian_loss(
     f: Callable[[Any], Any], z: Any, key: jax.Array | None = None, *, samples: int = 1, vectors: Any = None
 ) -> jax.Array:
-    """Hutchinson's estimate of the squared Frobenius norm of the Jacobian, per element (Bai et al. 2021, eq. 5).
+    """Estimate the squared Frobenius norm of the Jacobian per element of z, by Hutchinson's method (Bai et al. 2021, eq. 5).
 
-    mean over samples of |v^T J|^2 / (number of elements of z), v standard normal: a scalar. It is differentiable in what f
-    closes over, and in z: pass `jax.lax.stop_gradient(z)` to hold the equilibrium constant, as the authors' own training
-    does, or z itself to differentiate through it too.
+    The mean of |v^T J|^2 / (number of elements of z) over draws of v, standard normal: a scalar. It is differentiable in what f
+    closes over, and in z: pass `jax.lax.stop_gradient(z)` to hold the equilibrium constant, as the authors' training does, or z
+    itself to differentiate through it too.
 
     Args:
       f: state to state.
-      z: where; usually the equilibrium.
-      key: random key for the v. Not needed with `vectors`.
-      samples: how many v to average over.
+      z: state at which the Jacobian is taken, usually the equilibrium.
+      key: random key for the draws. Not needed with `vectors`.
+      samples: number of draws.
       vectors: an explicit v, a pytree like z, instead of random ones.
 
     Raises:
@@ -46,17 +46,17 @@ def jacobian_loss(
 
 
 def spectral_radius(f: Callable[[Any], Any], z: Any, key: jax.Array, *, steps: int = 100) -> jax.Array:
-    """The spectral radius of the Jacobian of f at z, (B,), by power iteration with Jacobian-vector products.
+    """Estimate the spectral radius of the Jacobian of f at z, (B,), by power iteration with Jacobian-vector products.
 
-    Below 1 near an equilibrium, Picard iteration converges. The estimate is the growth of the norm, as a geometric mean over
-    the second half of the steps: right for non-symmetric Jacobians and complex eigenvalues too, where a Rayleigh quotient
-    is not.
+    If it is below 1 at an equilibrium, Picard iteration converges near it. The estimate is the growth of the norm, a geometric
+    mean over the second half of the steps: valid for non-symmetric Jacobians and complex eigenvalues too, where a Rayleigh
+    quotient is not.
 
     Args:
-      f: state to state, member by member.
-      z: where; usually the equilibrium.
+      f: state to state, each sample by itself.
+      z: state at which the Jacobian is taken, usually the equilibrium.
       key: random key of the starting vector.
-      steps: Jacobian-vector products to spend.
+      steps: number of Jacobian-vector products.
 
     Raises:
       ValueError: steps is less than 2.
@@ -69,11 +69,11 @@ def spectral_radius(f: Callable[[Any], Any], z: Any, key: jax.Array, *, steps: i
 
     def body(v: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         w = flatten(push(unflatten(v)))
-        growth = jnp.sqrt(jnp.sum(w * w, axis=1))
+        growth = norm(w)
         return w / jnp.maximum(growth, tiny)[:, None], growth
 
     v = flatten(_normal_like(z, key))
-    v = v / jnp.sqrt(jnp.sum(v * v, axis=1, keepdims=True))
+    v = v / norm(v)[:, None]
     _, growth = jax.lax.scan(body, v, None, length=steps)
     return jnp.exp(jnp.mean(jnp.log(jnp.maximum(growth[steps // 2 :], tiny)), axis=0))
 

@@ -1,4 +1,4 @@
-"""`Equilibrium`: a cell, solved for its fixed point, as an NNX module."""
+"""`Equilibrium`: the fixed point of a cell, as an NNX module."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ from flax import nnx
 
 from deq_flax.equilibrium.fixed_point import OnFailure, fixed_point
 from deq_flax.equilibrium.gradients import Gradient, Implicit
-from deq_flax.equilibrium.solution import Solution, Solver
+from deq_flax.equilibrium.loop import Solver
+from deq_flax.equilibrium.solution import Solution
 from deq_flax.equilibrium.solvers.broyden import Broyden
 
 
 class Equilibrium(nnx.Module):
-    """The output z* = cell(z*, *inputs).
+    """A layer whose output is z* = cell(z*, *inputs).
 
     >>> class Cell(nnx.Module):
     ...     def __init__(self, d, *, rngs):
@@ -23,13 +24,13 @@ class Equilibrium(nnx.Module):
     >>> layer(jax.numpy.zeros((2, 8)), jax.numpy.ones((2, 8))).value.shape
     (2, 8)
 
-    Random streams of the cell (dropout) are frozen during a solve, so that every evaluation draws the same mask and there is
-    a fixed point to find; they advance once per call. Other state that the cell writes, such as running statistics, is read
-    but not updated: keep such layers outside the cell.
+    Random streams of the cell (dropout) are frozen during a solve, so that every evaluation draws the same mask and a fixed
+    point exists; they advance once per call. Other state that the cell writes, such as running statistics, is read but not
+    updated: keep such layers outside the cell.
 
     Args:
-      cell: called as cell(z, *inputs); returns a pytree like z.
-      solver, gradient, on_failure: as for `fixed_point`.
+      cell: called as cell(z, *inputs); returns a pytree like z, or a pair (z, aux) with `has_aux`.
+      solver, gradient, on_failure, batched, has_aux: as for `fixed_point`.
     """
 
     def __init__(
@@ -39,21 +40,25 @@ class Equilibrium(nnx.Module):
         solver: Solver | None = None,
         gradient: Gradient | None = None,
         on_failure: OnFailure = "return",
+        batched: bool = True,
+        has_aux: bool = False,
     ):
         self.cell = cell
         self.solver = solver or Broyden()
         self.gradient = gradient or Implicit()
         self.on_failure: OnFailure = on_failure
+        self.batched = batched
+        self.has_aux = has_aux
 
     def __call__(
         self, z0: Any, *inputs: Any, max_steps: jax.Array | int | None = None, probe: jax.Array | None = None
     ) -> Solution:
-        """Solve from z0, a pytree with leading batch axes; see `fixed_point`."""
-        graph, streams, state = nnx.split(self.cell, nnx.RngState, ...)
+        """Solve from z0, a pytree with leading batch axes unless `batched` is False; see `fixed_point`."""
+        graphdef, streams, state = nnx.split(self.cell, nnx.RngState, ...)
 
         def f(z: Any, *inputs: Any) -> Any:
             # A copy, because the streams may not be advanced from inside the loop's own trace.
-            return nnx.merge(graph, streams, state, copy=True)(z, *inputs)
+            return nnx.merge(graphdef, streams, state, copy=True)(z, *inputs)
 
         solution = fixed_point(
             f,
@@ -64,18 +69,20 @@ class Equilibrium(nnx.Module):
             max_steps=max_steps,
             probe=probe,
             on_failure=self.on_failure,
+            batched=self.batched,
+            has_aux=self.has_aux,
         )
         if jax.tree.leaves(streams):
-            nnx.update(self.cell, _advanced(graph, streams, state, z0, inputs))
+            nnx.update(self.cell, _advanced(graphdef, streams, state, z0, inputs))
         return solution
 
 
-def _advanced(graph: Any, streams: Any, state: Any, z0: Any, inputs: Any) -> Any:
-    """The random streams after one evaluation of the cell. Under jit the evaluation itself is dead code."""
+def _advanced(graphdef: Any, streams: Any, state: Any, z0: Any, inputs: Any) -> Any:
+    """Return the random streams after one evaluation of the cell. Under jit the evaluation itself is dead code."""
 
     @jax.jit
     def run(streams: Any, state: Any, z0: Any, inputs: Any) -> Any:
-        cell = nnx.merge(graph, streams, state, copy=True)
+        cell = nnx.merge(graphdef, streams, state, copy=True)
         cell(z0, *inputs)
         return nnx.state(cell, nnx.RngState)
 

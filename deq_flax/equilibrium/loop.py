@@ -1,21 +1,83 @@
-"""The one loop that all solvers share: it evaluates f, stops, keeps the best iterate and records the trace.
+"""The base class of solvers, and the loop that runs them: evaluation, stopping, best iterate, traces.
 
-Every member of the batch is a problem of its own. Norms are per member; a member that has reached the tolerance, or whose
-evaluation is not finite, stays at its best iterate from then on, so it neither moves nor disturbs the others, and its answer
-does not depend on who else is in the batch. The loop ends when every member has stopped.
+B is the batch, N the elements of a sample's state. Every sample is a problem of its own with its own norms. A sample that has
+reached the tolerance, or whose evaluation is not finite, stays at its best iterate from then on: a diverging sample does not
+affect the others, and a result does not depend on the rest of the batch. The loop ends when every sample has stopped.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import Solver, SolverStats
+from deq_flax.equilibrium.solution import SolverStats
+from deq_flax.equilibrium.state import FlatMap, norm, relative_residual
+
+StopMode = Literal["relative", "absolute"]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Base class of solvers: a rule for the next iterate. The loop owns evaluation, counting, stopping and the best iterate.
+
+    A solver is a frozen dataclass of Python numbers: hashable, so that it can be a static argument of `jax.jit`. It works on
+    flat states (B, N), each sample by itself. A subclass adds options as fields and defines `init` and `step`.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+
+    tol: float = 1e-6
+    """Residual at which a sample stops."""
+    max_steps: int = 50
+    """Limit on the evaluations of f."""
+    stop: StopMode = "relative"
+    """Residual that is compared with the tolerance: 'relative', ||f(z) - z|| / ||f(z)||, or 'absolute', ||f(z) - z||."""
+    trace: bool = field(default=False, kw_only=True)
+    """Record the residual of every iterate."""
+    trajectory_steps: tuple[int, ...] = field(default=(), kw_only=True)
+    """Steps whose iterates are recorded in `Solution.trajectory`: increasing, below max_steps; 0 is the initial guess."""
+
+    def __post_init__(self):
+        name, steps = type(self).__name__, self.trajectory_steps
+        if self.stop not in ("relative", "absolute"):
+            raise ValueError(f"{name}: stop must be 'relative' or 'absolute', not {self.stop!r}")
+        if not self.tol >= 0:
+            raise ValueError(f"{name}: tol must be at least 0, not {self.tol}")
+        if self.max_steps < 1:
+            raise ValueError(f"{name}: max_steps must be at least 1, not {self.max_steps}")
+        if not isinstance(steps, tuple) or list(steps) != sorted({k for k in steps if 0 <= k < self.max_steps}):
+            raise ValueError(
+                f"{name}: trajectory_steps must be a tuple of increasing steps below {self.max_steps}, not {steps!r}"
+            )
+
+    def init(self, z: jax.Array) -> Any:
+        """Return the solver's own state for an initial guess z (B, N)."""
+        raise NotImplementedError
+
+    def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """Return the next iterate (B, N) and state, given iterate z number k = 0, 1, ... and its residual g = f(z) - z."""
+        raise NotImplementedError
+
+    def with_limits(self, *, tol: float | None = None, max_steps: int | None = None) -> Self:
+        """Return this solver with other limits, where given, and without traces and trajectory."""
+        return replace(
+            self,
+            tol=self.tol if tol is None else tol,
+            max_steps=self.max_steps if max_steps is None else max_steps,
+            trace=False,
+            trajectory_steps=(),
+        )
+
+    def solve_linear(self, jacobian: FlatMap, b: jax.Array) -> tuple[jax.Array, SolverStats]:
+        """Solve x = jacobian(x) + b for a linear `jacobian`, from x = b; see `LinearSolver`."""
+        return solve(lambda x: jacobian(x) + b, b, self)
 
 
 class _Best(NamedTuple):
-    """The best iterate so far, with its residuals (B,) and step (B,)."""
+    """Iterate (B, N) of lowest residual so far, its residuals (B,) and its step (B,)."""
 
     z: jax.Array
     relative: jax.Array
@@ -30,50 +92,48 @@ class _Loop(NamedTuple):
     best: _Best
     solver: Any
     traces: tuple[jax.Array, jax.Array] | None
-    sampled: jax.Array | None
+    trajectory: jax.Array | None
 
 
 Freeze = Callable[[jax.Array, Any, Any], Any]
-"""(going (B,), new, old) -> the solver state with the members that have stopped as in `old`."""
+"""(going (B,), new, old) -> solver state: new for the samples that go on, old for those that have stopped."""
 
 
-def solve(
-    f: Callable[[jax.Array], jax.Array], z0: jax.Array, solver: Solver, max_steps: jax.Array | int | None = None
-) -> tuple[jax.Array, SolverStats]:
-    """Iterate towards z = f(z) on flat states.
+def solve(f: FlatMap, z0: jax.Array, solver: Solver, max_steps: jax.Array | int | None = None) -> tuple[jax.Array, SolverStats]:
+    """Iterate toward z = f(z) on flat states.
 
     Args:
-      f: (B, N) -> (B, N), member by member.
+      f: (B, N) -> (B, N), each sample by itself.
       z0: (B, N) initial guess.
-      solver: says how to step.
-      max_steps: optional limit on the evaluations of f for this call, an int or a traced int32 scalar; `solver.max_steps`
+      solver: rule for the next iterate, tolerance and limit.
+      max_steps: lower limit on the evaluations of f for this call, an int or a traced int32 scalar; `solver.max_steps`
         remains the upper bound.
 
     Returns:
-      The iterate of lowest residual, (B, N), and statistics. NaN-safe: a member that starts at a non-finite evaluation
-      returns its z0 with a non-finite residual and `converged` 0.
+      The iterate of lowest residual, (B, N), and statistics. A sample whose first evaluation is not finite returns its z0,
+      with a non-finite residual and `converged` 0.
     """
     z, stats, _ = solve_with_state(f, z0, solver, max_steps, freeze=lambda going, new, old: new)
     return z, stats
 
 
-def freeze_members(going: jax.Array, new: Any, old: Any) -> Any:
-    """The `Freeze` that keeps every leaf, all (B, ...), of a member that has stopped. It reads and writes the whole state."""
+def freeze_stopped(going: jax.Array, new: Any, old: Any) -> Any:
+    """Keep every leaf, (B, ...), of the samples that have stopped: a `Freeze` that reads and writes the whole state."""
     return jax.tree.map(lambda n, o: jnp.where(jnp.reshape(going, (-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
 
 
 def solve_with_state(
-    f: Callable[[jax.Array], jax.Array],
+    f: FlatMap,
     z0: jax.Array,
     solver: Solver,
     max_steps: jax.Array | int | None = None,
     *,
-    freeze: Freeze = freeze_members,
+    freeze: Freeze = freeze_stopped,
 ) -> tuple[jax.Array, SolverStats, Any]:
-    """`solve`, and the solver's own state after the last evaluation of each member that was finite."""
+    """Run `solve` and also return the solver's own state after the last finite evaluation of each sample."""
     limit = solver.max_steps if max_steps is None else jnp.clip(max_steps, 1, solver.max_steps)
     batch = z0.shape[:1]
-    sample_steps = jnp.asarray(solver.sample_steps, jnp.int32)
+    trajectory_steps = jnp.asarray(solver.trajectory_steps, jnp.int32)
 
     def keep_going(s: _Loop) -> jax.Array:
         return (s.k < limit) & jnp.any(s.active)
@@ -81,11 +141,11 @@ def solve_with_state(
     def body(s: _Loop) -> _Loop:
         fz = f(s.z)
         g = fz - s.z
-        absolute, size = _norm(g), _norm(fz)
-        relative = jnp.where(absolute == 0, 0.0, absolute / size)
+        absolute, size = norm(g), norm(fz)
+        relative = relative_residual(absolute, size)
         residual = relative if solver.stop == "relative" else absolute
         best_residual = s.best.relative if solver.stop == "relative" else s.best.absolute
-        # Where f is zero every other state is infinitely far, relatively: the absolute residual then tells.
+        # Where f is zero the relative residual is infinite at every other state: compare absolute ones there.
         tied = jnp.isinf(residual) & jnp.isinf(best_residual) & (absolute < s.best.absolute)
         better = s.active & ((residual < best_residual) | tied | (s.k == 0))
         best = _Best(
@@ -98,12 +158,14 @@ def solve_with_state(
             s.traces[0].at[:, s.k].set(jnp.where(s.active, relative, best.relative)),
             s.traces[1].at[:, s.k].set(jnp.where(s.active, absolute, best.absolute)),
         )
-        sampled = None if s.sampled is None else jnp.where((sample_steps == s.k)[:, None, None], s.z[None], s.sampled)
+        trajectory = s.trajectory
+        if trajectory is not None:
+            trajectory = jnp.where((trajectory_steps == s.k)[:, None, None], s.z[None], trajectory)
         going = s.active & jnp.isfinite(absolute) & jnp.isfinite(size)
         active = going & (residual > solver.tol)
         z, state = solver.step(s.k, s.z, g, s.solver)
         state = freeze(going, state, s.solver)
-        return _Loop(s.k + 1, jnp.where(active[:, None], z, best.z), active, best, state, traces, sampled)
+        return _Loop(s.k + 1, jnp.where(active[:, None], z, best.z), active, best, state, traces, trajectory)
 
     infinite = jnp.full(batch, jnp.inf, z0.dtype)
     blank = jnp.zeros((*batch, solver.max_steps), z0.dtype)
@@ -114,7 +176,7 @@ def solve_with_state(
         best=_Best(z0, infinite, infinite, jnp.zeros(batch, z0.dtype)),
         solver=solver.init(z0),
         traces=(blank, blank) if solver.trace else None,
-        sampled=jnp.zeros((len(solver.sample_steps), *z0.shape), z0.dtype) if solver.sample_steps else None,
+        trajectory=jnp.zeros((len(solver.trajectory_steps), *z0.shape), z0.dtype) if solver.trajectory_steps else None,
     )
     end = jax.lax.while_loop(keep_going, body, start)
     return end.best.z, _stats(end, solver), end.solver
@@ -128,10 +190,10 @@ def _stats(end: _Loop, solver: Solver) -> SolverStats:
         never_run = (jnp.arange(solver.max_steps) >= end.k)[None]
         relative_trace = jnp.where(never_run, best.relative[:, None], end.traces[0])
         absolute_trace = jnp.where(never_run, best.absolute[:, None], end.traces[1])
-    sampled = None
-    if end.sampled is not None:
-        reached = jnp.asarray(solver.sample_steps) < end.k
-        sampled = jnp.where(reached[:, None, None], end.sampled, best.z[None])
+    trajectory = None
+    if end.trajectory is not None:
+        reached = jnp.asarray(solver.trajectory_steps) < end.k
+        trajectory = jnp.where(reached[:, None, None], end.trajectory, best.z[None])
     return SolverStats(
         nfe=end.k.astype(best.z.dtype),
         steps=best.step,
@@ -140,9 +202,5 @@ def _stats(end: _Loop, solver: Solver) -> SolverStats:
         converged=(residual <= solver.tol).astype(best.z.dtype),
         relative_trace=relative_trace,
         absolute_trace=absolute_trace,
-        sampled=sampled,
+        trajectory=trajectory,
     )
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(x * x, axis=1))

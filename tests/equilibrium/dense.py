@@ -15,7 +15,7 @@ WEIGHTS = np.arange(1.0, 7.0)
 
 
 def problem(batch=3):
-    """w (6, 6), x and a direction (batch, 6), numpy arrays of the precision in force: no program is compiled for them."""
+    """Return w (6, 6), x and a direction (batch, 6): numpy arrays of the current precision, so that nothing is compiled."""
     rng = np.random.default_rng(0)
     draw = lambda rows: rng.normal(size=(rows, 6)).astype(jnp.result_type(float))  # noqa: E731
     w, x, v = 0.7 * draw(6) / np.float32(6**0.5), draw(3), draw(3)
@@ -56,7 +56,7 @@ def gradients(result):
 
 
 def adjoint(w, x, z, direction):
-    """The gradients at z by numpy, with direction(J, v) in place of (I - J^T)^{-1} v; J and v of one member."""
+    """Return the gradients at z by numpy, with direction(J, v) in place of (I - J^T)^{-1} v; J and v of one sample."""
     w, x, z = np.asarray(w), np.asarray(x), np.asarray(z)
     slope = 1 - np.tanh(z @ w + x) ** 2
     upstream = np.cos(z) * WEIGHTS

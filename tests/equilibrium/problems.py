@@ -1,4 +1,4 @@
-"""Problems for solvers, as members of one batch: a solver is compiled once and meets them all, side by side."""
+"""Problems for solvers, as samples of one batch: a solver is compiled once for all of them."""
 
 import functools
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ import numpy as np
 from deq_flax import Anderson, Broyden, Picard, fixed_point
 
 N, STEPS = 12, 100
-SAMPLED = (0, 3, 20)
-OPTIONS = {"max_steps": STEPS, "trace": True, "sample_steps": SAMPLED}
+RECORDED = (0, 3, 20)
+OPTIONS = {"max_steps": STEPS, "trace": True, "trajectory_steps": RECORDED}
 SOLVERS = [
-    Picard(damping=0.5, **OPTIONS),
+    Picard(relaxation=0.5, **OPTIONS),
     Anderson(**OPTIONS),
-    Anderson(mixing=0.7, memory=3, **OPTIONS),
+    Anderson(relaxation=0.7, memory=3, **OPTIONS),
     Broyden(**OPTIONS),
     Broyden(line_search=True, **OPTIONS),
     Broyden(memory=8, **OPTIONS),
@@ -29,7 +29,7 @@ def name(solver):
 
 @dataclass(frozen=True)
 class Problem:
-    """f(z) = phi(A z + c) + noise sin(1e6 z), not a number where max |z| > poison; phi is tanh or the identity."""
+    """The map f(z) = phi(A z + c) + noise sin(1e6 z), NaN where max |z| > poison; phi is tanh or the identity."""
 
     matrix: np.ndarray
     shift: np.ndarray
@@ -55,8 +55,8 @@ def _table():
         "non-normal": Problem(0.5 * eye + blocks, c, zero, smooth=False),
         "stiff": Problem(stiff, c * np.where(np.arange(N) < 6, 1.0, 100.0), zero, smooth=False),
         "noise floor": Problem(0.6 * gauss(), c, zero, noise=1e-4, solvable=False),
-        "not a number on the way": Problem(0.6 * gauss(), 2.0 * c, zero, poison=0.1, solvable=False),
-        "not a number at the start": Problem(0.6 * gauss(), c, zero, poison=-1.0, solvable=False),
+        "NaN on the way": Problem(0.6 * gauss(), 2.0 * c, zero, poison=0.1, solvable=False),
+        "NaN at the start": Problem(0.6 * gauss(), c, zero, poison=-1.0, solvable=False),
         "solved at the start": Problem(mild, c, np.linalg.solve(eye - mild, c), smooth=False),
         "zero map": Problem(0.0 * eye, zero, c, smooth=False),
     }
@@ -67,13 +67,13 @@ NAMES = list(TABLE)
 
 
 def stack(problems):
-    """The problems as the arrays of one batch, in the precision in force."""
+    """Return the problems as arrays of one batch, in the current precision."""
     rows = {key: np.stack([np.atleast_1d(getattr(p, key)) for p in problems]) for key in Problem.__dataclass_fields__}
     return {key: jnp.asarray(x, bool if x.dtype == bool else float) for key, x in rows.items()}
 
 
 def value_of(problem, z):
-    """f(z) in numpy, for one member."""
+    """Return f(z) by numpy, for one sample."""
     pre = problem.matrix @ z + problem.shift
     out = (np.tanh(pre) if problem.smooth else pre) + problem.noise * np.sin(1e6 * z)
     return np.where(np.abs(z).max() > problem.poison, np.nan, out)
@@ -92,7 +92,7 @@ def _solve(p, solver):
 
 @functools.cache
 def solved(solver, healthy=False):
-    """The solution of the whole table, in float64; with `healthy`, a mild problem stands in for each without a solution."""
+    """Solve the whole table in float64; with `healthy`, a mild problem replaces each that has no solution."""
     mild = TABLE["contractive"]
     with jax.enable_x64(True):
         return jax.device_get(_solve(stack([p if p.solvable or not healthy else mild for p in TABLE.values()]), solver))
@@ -104,7 +104,7 @@ def solved_alone(solver, problem):
 
 
 def solved_thousand(solver):
-    """A thousand mild problems, in float32."""
+    """Solve a thousand mild problems in float32."""
     rng = np.random.default_rng(1)
     matrices, shifts = 0.4 * rng.normal(size=(1000, N, N)) / N**0.5, rng.normal(size=(1000, N))
     problems = [Problem(m, c, np.zeros(N)) for m, c in zip(matrices, shifts, strict=True)]

@@ -1,4 +1,4 @@
-"""What `fixed_point` adds to a solver and a gradient: failures, trajectories, shapes, shards."""
+"""`fixed_point` around a solver and a gradient: failures, trajectories, aux, shapes, shards."""
 
 import functools
 import re
@@ -13,13 +13,16 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from deq_flax import (
+    SHINE,
     Anderson,
     Broyden,
     Implicit,
+    JacobianFree,
+    Neumann,
     PhantomGradient,
     Picard,
     Reversible,
-    Shine,
+    Unroll,
     fixed_point,
     fixed_point_correction_loss,
 )
@@ -30,7 +33,7 @@ from tests.equilibrium.test_compiled import outside_entry
 
 @functools.partial(jax.jit, static_argnames=("gradient", "on_failure"))
 def slopes(w, x, gain, gradient, on_failure):
-    """Gradients where each member has a gain of its own: one far above 1 never converges."""
+    """Return gradients where each sample has a gain of its own: one far above 1 never converges."""
 
     def total(w, x):
         f = lambda z: jnp.tanh(gain * (z @ w) + x)  # noqa: E731
@@ -41,7 +44,7 @@ def slopes(w, x, gain, gradient, on_failure):
 
 
 @pytest.mark.parametrize("gradient", [Implicit(), PhantomGradient(), Reversible()], ids=lambda g: type(g).__name__)
-def test_on_failure_decides_the_gradient_of_failed_members_only(gradient):
+def test_on_failure_changes_the_gradient_of_failed_samples_only(gradient):
     w, x, _ = problem()
     gain = np.float32([[0.2], [30.0], [0.2]])
     (_, kept), sol = jax.device_get(slopes(w, x, gain, gradient, "return"))
@@ -57,7 +60,7 @@ def test_on_failure_decides_the_gradient_of_failed_members_only(gradient):
     jax.tree.map(np.testing.assert_array_equal, (with_nan.value, with_zero.value), (sol.value, sol.value))
 
 
-def test_unknown_ways_to_fail_are_refused():
+def test_unknown_on_failure_is_refused():
     with pytest.raises(ValueError, match="known: return, nan, zero_gradient"):
         fixed_point(jnp.tanh, jnp.zeros((1, 2)), on_failure="raise")
 
@@ -65,7 +68,7 @@ def test_unknown_ways_to_fail_are_refused():
 def test_trajectory_carries_the_gradient_of_one_evaluation():
     with jax.enable_x64(True):
         w, x, _ = problem()
-        solver = Anderson(sample_steps=(1, 3))
+        solver = Anderson(trajectory_steps=(1, 3))
 
         def solution(w):
             return fixed_point(cell, jnp.zeros_like(x), w, x, solver=solver)
@@ -81,7 +84,7 @@ def test_trajectory_carries_the_gradient_of_one_evaluation():
         sampled, one_step, total, by_hand = all_of_it(w)
         close(sampled, one_step)
         np.testing.assert_allclose(total, by_hand, rtol=1e-12)
-        with pytest.raises(ValueError, match="sample_steps"):
+        with pytest.raises(ValueError, match="trajectory_steps"):
             fixed_point_correction_loss(loss, run(w, x, Picard(), Implicit()))
 
 
@@ -114,8 +117,8 @@ def test_any_pytree_of_shapes_goes_flat_and_comes_back_and_has_its_fixed_point_a
         np.testing.assert_allclose(slope[i].astype(float), 2.0, rtol=2e-2)
 
 
-@pytest.mark.parametrize("gradient", [Implicit(), Shine(), Reversible()], ids=lambda g: type(g).__name__)
-def test_shards_solve_without_talking_to_each_other(gradient):
+@pytest.mark.parametrize("gradient", [Implicit(), SHINE(), Reversible()], ids=lambda g: type(g).__name__)
+def test_shards_solve_without_communication(gradient):
     """Inside shard_map no loop holds a collective, and value and gradients are those of the whole batch."""
     with jax.enable_x64(True):
         w, x, _ = problem()
@@ -142,3 +145,90 @@ def test_shards_solve_without_talking_to_each_other(gradient):
         assert len(set(nfe.tolist())) > 1, "the shards should stop by themselves"
         np.testing.assert_allclose(value, whole, rtol=1e-12)
         close(got, expected, rtol=1e-7)
+
+
+AUX_GRADIENTS = [Implicit(), Neumann(2), JacobianFree(), PhantomGradient(2), SHINE(), Reversible(), Unroll(30)]
+
+
+def with_aux(w, x, gradient, batched=True, on_failure="return"):
+    """Solve a pair of leaves with an aux of many dtypes, one of them a function of z, x and w."""
+
+    def f(z, w, x):
+        a = cell(z["a"], w, x)
+        aux = {"mean": jnp.mean(jnp.sin(z["a"]) * a), "sign": (a > 0).astype(jnp.int32), "z": z}
+        return {"a": a, "b": 0.5 * jnp.cos(z["b"])}, aux
+
+    z0 = {"a": jnp.zeros_like(x), "b": jnp.zeros_like(x)}
+    options = {"solver": Broyden(), "gradient": gradient, "batched": batched, "on_failure": on_failure}
+    return f, fixed_point(f, z0, w, x, has_aux=True, **options)
+
+
+@pytest.mark.parametrize("gradient", AUX_GRADIENTS, ids=lambda g: type(g).__name__)
+def test_aux_is_that_of_the_returned_iterate_and_differentiable(gradient):
+    """The same as a further evaluation of f by hand at the solution, in value and in gradient; the value is unchanged."""
+    with jax.enable_x64(True):
+        w, x, _ = problem()
+
+        def ours(w, x):
+            sol = with_aux(w, x, gradient)[1]
+            return sol.aux["mean"], sol
+
+        def by_hand(w, x):
+            f, _ = with_aux(w, x, gradient)
+            z0 = {"a": jnp.zeros_like(x), "b": jnp.zeros_like(x)}
+            sol = fixed_point(lambda z: f(z, w, x)[0], z0, gradient=gradient)
+            aux = f(sol.value, w, x)[1]
+            return aux["mean"], (sol, aux)
+
+        differentiate = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(w, x)  # noqa: E731
+        ((_, sol), slope), ((_, (plain, aux)), expected) = jax.device_get((differentiate(ours), differentiate(by_hand)))
+        assert min(np.abs(leaf).max() for leaf in slope) > 0
+        close(slope, expected, rtol=1e-10)
+        close(sol.aux, aux, rtol=1e-12)
+        jax.tree.map(np.testing.assert_array_equal, sol.aux["z"], sol.value)
+        jax.tree.map(np.testing.assert_array_equal, (sol.value, sol.stats), (plain.value, plain.stats))
+        assert sol.aux["sign"].dtype == np.int32 and plain.aux is None
+
+
+def test_aux_of_a_single_problem_has_no_batch_axis():
+    w, x, _ = problem(batch=1)
+    run = jax.jit(lambda w, x, b: with_aux(w, x, Implicit(), batched=b)[1], static_argnums=2)
+    one, many = jax.device_get((run(w, x[0], False), run(w, x, True)))
+    np.testing.assert_allclose(one.aux["mean"], many.aux["mean"], rtol=1e-6)
+    np.testing.assert_array_equal(one.aux["sign"], many.aux["sign"][0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[0], rtol=1e-6), one.aux["z"], many.aux["z"])
+
+
+def test_aux_takes_one_evaluation_more_than_the_solve():
+    calls = []
+
+    def f(z):
+        jax.debug.callback(lambda: calls.append(1))
+        return 0.5 * z + 1, jnp.sum(z)
+
+    count = lambda f, aux: int(jax.jit(lambda z: fixed_point(f, z, solver=Picard(), has_aux=aux).stats.nfe)(np.zeros((1, 2))))  # noqa: E731
+    nfe = count(f, True)
+    jax.effects_barrier()
+    with_it = len(calls)
+    assert count(lambda z: f(z)[0], False) == nfe
+    jax.effects_barrier()
+    assert with_it == nfe + 1 and len(calls) == with_it + nfe
+
+
+def test_on_failure_gates_the_path_from_aux_through_the_iterate():
+    """A sample with a large gain fails; aux depends on z and on x itself, at a slope of 1."""
+
+    def slope(on_failure):
+        f = lambda z, x: (jnp.tanh(jnp.float32([[0.2], [-30.0]]) * z + x), z + x)  # noqa: E731
+        options = {"solver": Picard(max_steps=30), "has_aux": True, "on_failure": on_failure}
+        return jax.jit(jax.grad(lambda x: jnp.sum(fixed_point(f, jnp.zeros_like(x), x, **options).aux)))(jnp.ones((2, 1)))
+
+    kept, zero, nan = (slope(way) for way in ("return", "zero_gradient", "nan"))
+    np.testing.assert_array_equal(zero[0], kept[0])
+    assert kept[0] > 1 and zero[1] == 1 and np.isnan(nan[1]) and np.isfinite(nan[0])
+
+
+@pytest.mark.parametrize("f", [jnp.tanh, lambda z: (z, 1, 2), lambda z: [z, z]])
+def test_without_a_pair_aux_is_refused(f):
+    with pytest.raises(ValueError, match="must return a pair"):
+        fixed_point(f, jnp.zeros((1, 2)), has_aux=True)

@@ -1,4 +1,4 @@
-"""The implicit gradient: every JAX mode, its adjoint solvers, its report, and what it leaves alone."""
+"""The implicit gradient: every JAX mode, its adjoint solvers, its report, and what has no gradient."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deq_flax import GMRES, Anderson, Broyden, Implicit, Picard, Unroll, backward_probe, fixed_point
-from deq_flax.equilibrium.gradients.implicit import solve_linear
+from deq_flax.equilibrium import SOLVERS, LinearSolver
 from tests.equilibrium.dense import TIGHT, WEIGHTS, adjoint, cell, close, gradients, loss, problem, run
 
 
@@ -34,7 +34,7 @@ def test_exact_by_every_adjoint_solver(solver):
 
 
 def modes(f, x, v):
-    """Name -> what it computes, as a function; all take and return arrays."""
+    """Return functions of arrays by the name of the mode."""
     return {
         "jvp": lambda x: jax.jvp(f, (x,), (v,))[1],
         "linearize": lambda x: jax.linearize(f, x)[1](v),
@@ -55,7 +55,7 @@ def modes(f, x, v):
 
 @functools.cache
 def expected():
-    """Gradient at x and at x + v, and Hessian at x, of an unrolled solve."""
+    """Return the gradient at x and at x + v, and the Hessian at x, of an unrolled solve."""
     with jax.enable_x64(True):
         w, x, v = problem(batch=1)
         f = lambda x: loss(fixed_point(cell, jnp.zeros_like(x), w, x, gradient=Unroll(150)).value)  # noqa: E731
@@ -87,9 +87,34 @@ def test_every_mode_of_differentiation(mode):
 def test_looser_adjoint_costs_less_and_errs_more():
     with jax.enable_x64(True):
         w, x, _ = problem()
-        exact = gradients(run(w, x, TIGHT, Implicit()))[1]
-        error = [np.abs(gradients(run(w, x, TIGHT, Implicit(tol=t)))[1] - exact).max() for t in (1e-2, 1e-6)]
-        assert error[1] < 1e-5 < error[0]
+
+        @functools.partial(jax.jit, static_argnums=2)
+        @functools.partial(jax.grad, argnums=(0, 1))
+        def slope(x, probe, gradient):
+            return loss(fixed_point(cell, jnp.zeros_like(x), w, x, solver=TIGHT, gradient=gradient, probe=probe).value)
+
+        (exact, _), *others = (jax.device_get(slope(x, backward_probe(), Implicit(tol=t))) for t in (None, 1e-2, 1e-6))
+        (loose, tight), (few, many) = zip(*((np.abs(g - exact).max(), report[0]) for g, report in others), strict=True)
+        assert tight < 1e-5 < loose and few < many
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_of_the_table_solves_a_linear_equation_within_its_limits(name):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        j, b = 0.4 * rng.normal(size=(3, 6, 6)) / 6**0.5, rng.normal(size=(3, 6))
+        solver = SOLVERS[name](max_steps=2)
+        assert isinstance(solver, LinearSolver) and solver.with_limits() == solver
+        solver = solver.with_limits(tol=1e-9, max_steps=60)
+        x, stats = jax.jit(lambda j, b: solver.solve_linear(lambda x: jnp.einsum("bij,bj->bi", j, x), b))(j, b)
+        np.testing.assert_allclose(x, np.linalg.solve(np.eye(6) - j, b[:, :, None])[:, :, 0], rtol=1e-6)
+        assert stats.converged.all() and 2 < stats.nfe <= 61
+
+
+@pytest.mark.parametrize("solver", ["broyden", GMRES, 3])
+def test_what_solves_no_linear_equation_is_refused(solver):
+    with pytest.raises(TypeError, match=r"a Solver such as Broyden\(\)"):
+        Implicit(solver=solver)
 
 
 def test_statistics_and_initial_guess_carry_no_gradient():
@@ -106,7 +131,7 @@ def test_statistics_and_initial_guess_carry_no_gradient():
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, jnp.zeros_like(g)), slope((x, 0.1 * x)))
 
 
-def test_a_batch_member_that_fails_forward_leaves_the_gradients_of_others():
+def test_a_sample_that_fails_forward_leaves_the_gradients_of_others():
     w, x, _ = problem()
 
     @jax.jit
@@ -155,7 +180,7 @@ def test_leaves_that_do_not_depend_on_what_is_differentiated():
 
 def test_unroll_is_the_plain_composition():
     w, x, _ = problem()
-    sol = run(w, x, Picard(sample_steps=(0, 1, 7)), Unroll(2))
+    sol = run(w, x, Picard(trajectory_steps=(0, 1, 7)), Unroll(2))
     z1 = np.tanh(x)
     z2, z3 = np.tanh(z1 @ w + x), np.tanh(np.tanh(z1 @ w + x) @ w + x)
     np.testing.assert_allclose(sol.value, z2, rtol=1e-5)
@@ -178,14 +203,14 @@ def test_memory_of_the_gradient_does_not_grow_with_the_iterations():
     assert peak(60) == peak(10)
 
 
-def test_gmres_is_optimal_member_by_member_and_reports_the_true_residual():
-    """A rotation stops simple residual methods; a member in an invariant plane needs two steps; restarts go on."""
+def test_gmres_is_optimal_for_each_sample_and_reports_the_true_residual():
+    """A rotation stops simple residual methods; a sample in an invariant plane needs two steps; restarts go on."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         rotation = np.kron(np.eye(3), [[0.0, 1.0], [-1.0, 0.0]])
         j = np.stack([np.eye(6) - rotation, 0.9 * rng.normal(size=(6, 6)) / 6**0.5, np.zeros((6, 6)), np.full((6, 6), np.nan)])
         b = rng.normal(size=(4, 6))
-        solve = jax.jit(lambda j, b, s: solve_linear(lambda x: jnp.einsum("bij,bj->bi", j, x), b, s), static_argnums=2)
+        solve = jax.jit(lambda j, b, s: s.solve_linear(lambda x: jnp.einsum("bij,bj->bi", j, x), b), static_argnums=2)
         x, stats = solve(jnp.asarray(j), jnp.asarray(b), GMRES(tol=1e-10))
         for i in range(3):
             np.testing.assert_allclose(x[i], np.linalg.solve(np.eye(6) - j[i], b[i]), rtol=1e-7)

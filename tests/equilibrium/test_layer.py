@@ -1,4 +1,4 @@
-"""The `Equilibrium` module: parameters get gradients, random streams advance once per solve."""
+"""The `Equilibrium` module: gradients of parameters, random streams, aux, training."""
 
 import jax
 import jax.numpy as jnp
@@ -37,16 +37,46 @@ def test_one_dropout_mask_per_solve_and_a_new_one_for_the_next():
     assert jnp.abs(first.value - second.value).max() > 1e-2
 
 
-def test_evaluation_changes_nothing():
+def arrays(module):
+    """Return every array of a module's state, those of random streams included, as numpy arrays."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module)))
+    return [np.array(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_evaluation_changes_nothing_and_training_the_random_stream():
     layer = Equilibrium(Cell(8, rate=0.5, rngs=nnx.Rngs(0)))
-    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
-    count = int(layer.cell.dropout.rngs.count[...]) if hasattr(layer.cell.dropout.rngs, "count") else None
-    evaluation = nnx.view(layer, deterministic=True) if hasattr(nnx, "view") else layer
+    before = arrays(layer)
+    evaluation = nnx.view(layer, deterministic=True)
     a, b = (evaluation(jnp.zeros_like(X), X).value for _ in range(2))
     np.testing.assert_array_equal(a, b)
-    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
-    if count is not None:
-        assert int(layer.cell.dropout.rngs.count[...]) == count
+    assert equal(arrays(layer), before)
+    layer(jnp.zeros_like(X), X)
+    assert not equal(arrays(layer), before)
+
+
+def test_a_cell_without_a_batch_axis_and_with_aux():
+    """The same as the batched layer, for one sample; aux comes from the same dropout mask as the solve."""
+
+    class Pair(Cell):
+        def __call__(self, z, x):
+            h = self.dropout(self.linear(z))
+            return jnp.tanh(h + x), {"double": 2 * z, "dropped": h == 0}
+
+    make = lambda **options: Equilibrium(Pair(8, rngs=nnx.Rngs(0)), solver=Anderson(tol=1e-6), has_aux=True, **options)  # noqa: E731
+    batched, single = make()(jnp.zeros_like(X), X), make(batched=False)(jnp.zeros_like(X[0]), X[0])
+    np.testing.assert_allclose(single.value, batched.value[0], rtol=1e-5, atol=1e-6)
+    assert single.stats.steps.shape == () and batched.aux["double"].shape == X.shape
+    np.testing.assert_allclose(single.aux["double"], 2 * single.value, rtol=1e-6)
+    layer = Equilibrium(Pair(8, rate=0.5, rngs=nnx.Rngs(0)), solver=Anderson(tol=1e-6), has_aux=True)
+    solution = layer(jnp.zeros_like(X), X)
+    dropped = np.asarray(solution.aux["dropped"])
+    assert 0 < dropped.mean() < 1
+    np.testing.assert_allclose(solution.value[dropped], np.tanh(X)[dropped], rtol=1e-5)
 
 
 def test_trains_inside_a_users_own_model():

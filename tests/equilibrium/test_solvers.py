@@ -10,7 +10,7 @@ import pytest
 
 from deq_flax import GMRES, Anderson, Broyden, Picard, fixed_point
 from deq_flax.equilibrium import Solver
-from tests.equilibrium.problems import NAMES, SAMPLED, SOLVERS, TABLE, name, solved, solved_alone, solved_thousand, value_of
+from tests.equilibrium.problems import NAMES, RECORDED, SOLVERS, TABLE, name, solved, solved_alone, solved_thousand, value_of
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "data" / "reference" / "solvers.npz"
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=name)
@@ -24,7 +24,7 @@ def reference_problem(dtype):
 
 @pytest.mark.parametrize("tol,steps,key", [(0.0, 30, "tol0_n30"), (1e-3, 30, "tol1e-3_n30"), (1e-9, 80, "tol1e-9_n80")])
 def test_broyden_traces_are_the_published_ones(tol, steps, key):
-    """Same iterates as the reference's per-sample Broyden, which goes on iterating members that have converged."""
+    """Same iterates as the reference's per-sample Broyden, which goes on iterating samples that have converged."""
     with jax.enable_x64(True):
         f, z0, data = reference_problem(jnp.float64)
         solver = Broyden(tol=tol, max_steps=steps + 1, trace=True)
@@ -76,29 +76,29 @@ def test_converged_says_whether_the_residual_is_within_tolerance(solver):
 @every_solver
 def test_trace_leads_to_the_answer_and_nothing_in_it_is_better(solver):
     stats = solved(solver).stats
-    members, trace = np.arange(len(TABLE)), stats.relative_trace
-    np.testing.assert_array_equal(trace[members, stats.steps.astype(int)], stats.relative_residual)
+    samples, trace = np.arange(len(TABLE)), stats.relative_trace
+    np.testing.assert_array_equal(trace[samples, stats.steps.astype(int)], stats.relative_residual)
     np.testing.assert_array_equal(
         trace[:, -1] if stats.nfe < solver.max_steps else stats.relative_residual, stats.relative_residual
     )
     finite = np.where(np.isnan(trace), np.inf, trace)
-    sound = np.array([n != "not a number at the start" for n in NAMES])
+    sound = np.array([n != "NaN at the start" for n in NAMES])
     assert (stats.relative_residual[sound] <= finite[sound].min(axis=1)).all()  # so never worse than the start
-    np.testing.assert_array_equal(solved(solver).value[~sound], [TABLE["not a number at the start"].start])
+    np.testing.assert_array_equal(solved(solver).value[~sound], [TABLE["NaN at the start"].start])
 
 
 @every_solver
 def test_trajectory_holds_the_iterates_of_the_trace(solver):
     sol = solved(solver)
-    assert sol.trajectory.shape == (len(SAMPLED), *sol.value.shape)
-    for k, at in zip(SAMPLED, sol.trajectory, strict=True):
+    assert sol.trajectory.shape == (len(RECORDED), *sol.value.shape)
+    for k, at in zip(RECORDED, sol.trajectory, strict=True):
         for i, problem in enumerate(TABLE.values()):
             absolute = np.linalg.norm(value_of(problem, at[i]) - at[i])
             np.testing.assert_allclose(sol.stats.absolute_trace[i, k], absolute, rtol=1e-5, atol=1e-10)
 
 
 @every_solver
-def test_a_member_is_solved_as_if_alone(solver):
+def test_a_sample_is_solved_as_if_alone(solver):
     together = solved(solver)
     for i, problem in enumerate(TABLE.values()):
         alone = solved_alone(solver, problem)
@@ -109,7 +109,7 @@ def test_a_member_is_solved_as_if_alone(solver):
 
 
 @every_solver
-def test_members_without_a_solution_disturb_nobody(solver):
+def test_samples_without_a_solution_do_not_affect_the_others(solver):
     solvable = [i for i, problem in enumerate(TABLE.values()) if problem.solvable]
     with_them, without = solved(solver), solved(solver, healthy=True)
     np.testing.assert_array_equal(with_them.value[solvable], without.value[solvable])
@@ -135,21 +135,30 @@ def test_spectral_radius_two_is_too_much_for_plain_iteration_only():
 
 
 @pytest.mark.parametrize("solver", [Picard, Anderson, Broyden])
-def test_a_thousand_members_reach_the_floor_of_float32_and_say_so(solver):
+def test_a_thousand_samples_reach_the_floor_of_float32_and_report_it(solver):
     stats = solved_thousand(solver(tol=1e-9, max_steps=24)).stats
     assert (stats.relative_residual < 5e-7).all()
     np.testing.assert_array_equal(stats.converged == 1, stats.relative_residual <= 1e-9)
     assert 0 < stats.converged.mean() < 1
 
 
-def test_line_search_never_lets_the_accepted_residual_grow():
+def test_line_search_halves_a_step_until_the_residual_falls():
+    """On one element, where iterates are easily followed. Without the search the residual grows."""
     with jax.enable_x64(True):
-        f = lambda z: z - (jnp.arctan(3.0 * z) + 0.1 * z)  # noqa: E731  far from the root a full step overshoots
-        options = {"max_steps": 25, "stop": "absolute", "tol": 1e-9}
-        solve = jax.jit(lambda z0, s: fixed_point(f, z0, solver=Broyden(line_search=s, **options)).stats, static_argnums=1)
+        f = lambda z: z - 40 * jnp.arctan(z)  # noqa: E731  a full step overshoots
+        options = {"max_steps": 40, "stop": "absolute", "tol": 1e-9, "trace": True, "trajectory_steps": tuple(range(40))}
+        solve = jax.jit(lambda z0, s: fixed_point(f, z0, solver=Broyden(line_search=s, **options)), static_argnums=1)
         plain, searched = (jax.device_get(solve(np.full((1, 1), 3.0), s)) for s in (False, True))
-        assert searched.converged.all()
-        assert searched.nfe <= plain.nfe or not plain.converged.all()
+        residual, z = searched.stats.absolute_trace[0], searched.trajectory[:, 0, 0]
+        accepted, halvings = 0, 0
+        for k in range(1, int(searched.stats.steps[0])):
+            if residual[k] < residual[accepted]:
+                accepted = k
+            else:
+                halvings += 1
+                np.testing.assert_allclose(z[k + 1], (z[accepted] + z[k]) / 2, rtol=1e-12)
+        assert searched.stats.converged.all() and halvings > 0
+        assert np.diff(plain.stats.absolute_trace[0]).max() > 0
 
 
 def test_absolute_stop_looks_at_the_absolute_residual():
@@ -205,14 +214,14 @@ def test_what_cannot_be_a_fixed_point_problem_is_refused(f, z0, message):
     "make,message",
     [
         (lambda: Broyden(stop="rel"), "'relative' or 'absolute'"),
-        (lambda: Picard(damping=0.0), "damping"),
+        (lambda: Picard(relaxation=0.0), "relaxation"),
         (lambda: Anderson(memory=0), "memory"),
         (lambda: Anderson(max_steps=0), "max_steps"),
         (lambda: Broyden(tol=-1.0), "tol"),
         (lambda: Broyden(memory=1), "memory"),
-        (lambda: Picard(sample_steps=(4, 2)), "increasing"),
-        (lambda: Picard(sample_steps=(50,)), "below 50"),
-        (lambda: Picard(sample_steps=[1]), "tuple"),
+        (lambda: Picard(trajectory_steps=(4, 2)), "increasing"),
+        (lambda: Picard(trajectory_steps=(50,)), "below 50"),
+        (lambda: Picard(trajectory_steps=[1]), "tuple"),
         (lambda: GMRES(restart=0), "restart"),
         (lambda: GMRES(max_steps=0), "max_steps"),
         (lambda: GMRES(tol=-1.0), "tol"),
@@ -264,7 +273,7 @@ def test_a_state_without_a_batch_axis_is_one_problem():
     def run(x, batched):
         f = lambda z: {"a": jnp.tanh(z["a"] @ w + x), "b": jnp.cos(z["b"]) * 0.5}  # noqa: E731
         z0 = {"a": jnp.zeros_like(x), "b": jnp.zeros(x.shape[:-1])}
-        return fixed_point(f, z0, solver=Picard(trace=True, sample_steps=(2,)), batched=batched)
+        return fixed_point(f, z0, solver=Picard(trace=True, trajectory_steps=(2,)), batched=batched)
 
     x = np.float32([1.0, 2.0, 3.0])
     one, many = jax.device_get(jax.jit(lambda x: (run(x, False), run(x[None], True)))(x))

@@ -1,4 +1,4 @@
-"""What the gradients share."""
+"""The protocol of gradients, and the building blocks that several of them share."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -8,53 +8,47 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from deq_flax.equilibrium.loop import solve
-from deq_flax.equilibrium.solution import Solution, Solver
-from deq_flax.equilibrium.state import flattener
-
-Map = Callable[[Any], Any]
-Flat = Callable[[jax.Array], jax.Array]
+from deq_flax.equilibrium.loop import Solver
+from deq_flax.equilibrium.solution import SolverStats
+from deq_flax.equilibrium.state import FlatMap
 
 
 class Gradient(Protocol):
-    """See the package's head. `probe` is `backward_probe()` or None; a gradient without an adjoint solve leaves it zero."""
+    """A way to solve x = f(x) on flat states such that the result is differentiable in what f closes over."""
 
     def __call__(
         self,
-        f: Map,
-        z0: Any,
+        f: FlatMap,
+        x0: jax.Array,
         solver: Solver,
-        max_steps: jax.Array | int | None = None,
-        probe: jax.Array | None = None,
-    ) -> Solution: ...
+        max_steps: jax.Array | int | None,
+        probe: jax.Array | None,
+    ) -> tuple[jax.Array, SolverStats]:
+        """Return x, (B, N), differentiable, and statistics.
+
+        Args:
+          f: (B, N) -> (B, N), each sample by itself.
+          x0: (B, N) initial guess, without gradient.
+          solver: forward solver.
+          max_steps: lower limit on evaluations for this call, or None.
+          probe: `backward_probe()` or None; gradients without an adjoint solve leave it zero.
+        """
+        ...
 
 
-def backward_probe() -> jax.Array:
-    """Zeros (3,) to hand to `fixed_point(..., probe=)`: the gradient with respect to them is the adjoint solve's report.
-
-    [evaluations of the vector-Jacobian product, largest relative residual of a member, number of adjoint solves]: sums over
-    all solves that shared the probe, so that averages come out right under vmap, scan and gradient accumulation. Only
-    `Implicit` solves an adjoint equation; the others leave zeros.
-    """
-    return jnp.zeros(3)
-
-
-def flat_map(f: Map, z0: Any) -> tuple[Flat, jax.Array, Callable[[jax.Array], Any]]:
-    """f as a function of flat states (B, N), z0 as such a state, and the way back."""
-    flatten, unflatten = flattener(z0)
-    return lambda x: flatten(f(unflatten(x))), flatten(z0), unflatten
-
-
-def stopped(f: Flat) -> Flat:
-    """f without a gradient: a loop over it is not differentiated, whatever f closes over."""
+def stopped(f: FlatMap) -> FlatMap:
+    """Return f without a gradient: a loop over it is not differentiated, whatever f closes over."""
     return lambda x: jax.lax.stop_gradient(f(x))
 
 
-def closed_over(f: Flat, x: jax.Array) -> tuple[Callable[[jax.Array, list[Any], list[Any]], jax.Array], list[Any], list[Any]]:
-    """f as a function of what it closes over too: pure_f(x, floating, others), and the traced values it closes over.
+def closed_over(
+    f: FlatMap, x: jax.Array
+) -> tuple[Callable[[jax.Array, list[Any], list[Any]], jax.Array], list[Any], list[Any]]:
+    """Return (pure_f, floating, others): pure_f(x, floating, others) is f(x), with its traced closure as arguments.
 
     For `jax.custom_vjp`, which differentiates arguments only. `floating` may need a gradient; `others`, integers and random
-    keys, cannot have one, but must be arguments all the same: vmap and scan may have traced them.
+    keys, cannot have one, but must be arguments too, since vmap and scan may have traced them. `jax.closure_convert` does not
+    separate the two.
     """
     closed = jax.make_jaxpr(f)(x)
 
@@ -78,30 +72,10 @@ def closed_over(f: Flat, x: jax.Array) -> tuple[Callable[[jax.Array, list[Any], 
 
 @jax.custom_jvp
 def attach(value: jax.Array, surrogate: jax.Array) -> jax.Array:
-    """The value, bit for bit, with the gradient of the surrogate, in every mode of differentiation."""
+    """Return the value, bit for bit, with the gradient of the surrogate, in every mode of differentiation."""
     return value
 
 
 @attach.defjvp
 def _attach_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     return primals[0], tangents[1]
-
-
-def truncated_series(
-    f: Map, z0: Any, solver: Solver, max_steps: jax.Array | int | None, *, terms: int, damping: float
-) -> Solution:
-    """Solve, and differentiate with (I - J)^{-1} replaced by d sum_{i<terms} (d J + (1 - d) I)^i, d = damping, at z*.
-
-    In forward mode the sum is applied to (df/dtheta) dtheta, in reverse mode its transpose to the cotangent.
-    """
-    flat_f, x0, unflatten = flat_map(f, z0)
-
-    def tangent(minus: Flat, b: jax.Array) -> jax.Array:
-        # minus(x) = (J - I) x, and x with minus(x) = b is wanted. Horner's scheme: x <- first + (d J + (1 - d) I) x.
-        first = -damping * b
-        return jax.lax.fori_loop(1, terms, lambda _, x: first + x + damping * minus(x), first)
-
-    x, stats = jax.lax.custom_root(
-        lambda x: flat_f(x) - x, x0, lambda _, x: solve(flat_f, x, solver, max_steps), tangent, has_aux=True
-    )
-    return Solution(value=unflatten(x), stats=jax.lax.stop_gradient(stats))

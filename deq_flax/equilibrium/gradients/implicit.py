@@ -1,63 +1,66 @@
-"""The implicit function theorem."""
+"""The implicit gradient, by the implicit function theorem."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.gradients.base import Flat, Map, flat_map
-from deq_flax.equilibrium.loop import solve
-from deq_flax.equilibrium.solution import Solution, Solver, SolverStats
-from deq_flax.equilibrium.solvers.gmres import GMRES
+from deq_flax.equilibrium.linear import LinearSolver
+from deq_flax.equilibrium.loop import Solver, solve
+from deq_flax.equilibrium.solution import SolverStats
+from deq_flax.equilibrium.state import FlatMap
 
 
 @dataclass(frozen=True)
 class Implicit:
     """The exact gradient by the implicit function theorem (Bai et al. 2019, theorem 1).
 
-    dz* = (I - J)^{-1} (df/dtheta) dtheta at the fixed point, with one linear solve by the same kind of iteration: for the
-    adjoint, x = J^T x + grad. Memory does not depend on the number of steps. Reverse and forward mode, both nested, vmap and
-    scan all work. z0 gets a zero gradient.
+    dz* = (I - J)^{-1} (df/dtheta) dtheta at the fixed point, with one linear solve; in reverse mode this is the adjoint
+    equation x = J^T x + grad. Memory does not depend on the number of steps. Reverse and forward mode, both nested, vmap and
+    scan all work.
 
-    Args:
-      solver: for the linear solve; None: as the forward solver. Besides the solvers of `fixed_point`, `GMRES`; `Picard` sums
-        the Neumann series until it converges.
-      tol: overrides that solver's tolerance. The error of the gradient is about this plus the forward one's.
-      max_steps: overrides that solver's limit.
+    Raises:
+      TypeError: solver solves no linear equations.
     """
 
-    solver: Solver | GMRES | None = None
+    solver: LinearSolver | None = None
+    """Solver of the adjoint equation: any `Solver`, or `GMRES`; None takes the forward one. `Picard` sums a Neumann series."""
     tol: float | None = None
+    """Tolerance of the adjoint solve, if not its solver's. The error of the gradient is about this plus the forward one."""
     max_steps: int | None = None
+    """Limit on vector-Jacobian products of the adjoint solve, if not its solver's."""
+
+    def __post_init__(self):
+        if self.solver is not None and (isinstance(self.solver, type) or not isinstance(self.solver, LinearSolver)):
+            raise TypeError(f"Implicit: solver must be None, a Solver such as Broyden(), or GMRES(), not {self.solver!r}")
 
     def __call__(
         self,
-        f: Map,
-        z0: Any,
+        f: FlatMap,
+        x0: jax.Array,
         solver: Solver,
-        max_steps: jax.Array | int | None = None,
-        probe: jax.Array | None = None,
-    ) -> Solution:
-        linear_solver = self._linear_solver(solver)
-        flat_f, x0, unflatten = flat_map(f, z0)
+        max_steps: jax.Array | int | None,
+        probe: jax.Array | None,
+    ) -> tuple[jax.Array, SolverStats]:
+        linear_solver = (self.solver or solver).with_limits(tol=self.tol, max_steps=self.max_steps)
 
-        # The unknown is (flat state, probe). Flat, because custom_linear_solve can be transposed only if every leaf of its
-        # right-hand side depends on what is differentiated; a state's leaves need not, but their concatenation does.
+        # The unknown is (x, probe). x is one flat array, because custom_linear_solve can be transposed only if every leaf of
+        # its right-hand side depends on what is differentiated; a state's leaves need not, but their concatenation does.
         def residual(unknown: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
             x, p = unknown
-            return flat_f(x) - x, None if probe is None or p is None else probe - p
+            return f(x) - x, None if probe is None or p is None else probe - p
 
         def find(_, unknown: tuple[jax.Array, jax.Array | None]) -> Any:
-            x, stats = solve(flat_f, unknown[0], solver, max_steps)
+            x, stats = solve(f, unknown[0], solver, max_steps)
             return (x, probe), stats
 
         def linear(matvec: Callable[[Any], Any], b: tuple[jax.Array, jax.Array | None]) -> Any:
-            # matvec(x, p) = ((J - I) x, -p): two equations that do not meet. The second one's adjoint answers with a report.
+            # matvec(x, p) = ((J - I) x, -p): two independent equations. The adjoint of the second returns the report.
             def adjoint_or_tangent(matvec: Callable[[Any], Any], b: Any) -> tuple[jax.Array, SolverStats]:
                 p = None if probe is None else jnp.zeros_like(probe)
-                return solve_linear(lambda x: x + matvec((x, p))[0], -b[0], linear_solver)
+                return linear_solver.solve_linear(lambda x: x + matvec((x, p))[0], -b[0])
 
             def forward(matvec: Callable[[Any], Any], b: Any) -> Any:
                 return adjoint_or_tangent(matvec, b)[0], None if probe is None else -b[1]
@@ -69,28 +72,25 @@ class Implicit:
             return jax.lax.custom_linear_solve(matvec, _tie(*b), forward, transposed)
 
         (x, _), stats = jax.lax.custom_root(residual, (x0, probe), find, linear, has_aux=True)
-        return Solution(value=unflatten(x), stats=jax.lax.stop_gradient(stats))
-
-    def _linear_solver(self, forward: Solver) -> Solver | GMRES:
-        solver = self.solver or forward
-        given = {"tol": self.tol, "max_steps": self.max_steps}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return solver.quiet(**options) if isinstance(solver, Solver) else replace(solver, **options)
+        return x, stats
 
 
-def solve_linear(jacobian: Flat, b: jax.Array, solver: Solver | GMRES) -> tuple[jax.Array, SolverStats]:
-    """x = jacobian(x) + b, for a linear `jacobian` of flat states (B, N), by a solver of either kind."""
-    if isinstance(solver, GMRES):
-        return solver.solve_linear(jacobian, b)
-    return solve(lambda x: jacobian(x) + b, b, solver)
+def backward_probe() -> jax.Array:
+    """Return zeros (3,) for `fixed_point(..., probe=)`: the gradient with respect to them reports on the adjoint solve.
 
-
-def _tie(b: jax.Array, p: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """(b, p), each depending on the other by nothing, so that neither is a constant when only the other is differentiated."""
-    if p is None:
-        return b, None
-    return b + 0.0 * p[0].astype(b.dtype), p + 0.0 * b[:1, 0].astype(p.dtype)
+    [vector-Jacobian products, largest relative residual in the batch, number of adjoint solves]: sums over all solves that
+    shared the probe, so that averages are right under vmap, scan and gradient accumulation. Only `Implicit` solves an
+    adjoint equation; other gradients leave zeros.
+    """
+    return jnp.zeros(3)
 
 
 def _report(stats: SolverStats, dtype: Any) -> jax.Array:
     return jnp.stack([stats.nfe, jnp.max(stats.relative_residual), jnp.ones_like(stats.nfe)]).astype(dtype)
+
+
+def _tie(b: jax.Array, p: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Add zero times each of (b, p) to the other, so that neither is a constant when only one of them is differentiated."""
+    if p is None:
+        return b, None
+    return b + 0.0 * p[0].astype(b.dtype), p + 0.0 * b[:1, 0].astype(p.dtype)

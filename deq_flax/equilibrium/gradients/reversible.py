@@ -1,4 +1,4 @@
-"""The reversible iteration (McCallum et al. 2025), differentiated by running it backward."""
+"""The gradient of the reversible iteration (McCallum et al. 2025), by running it backward."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,66 +7,63 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.gradients.base import Map, closed_over, flat_map
-from deq_flax.equilibrium.loop import freeze_members, solve_with_state
-from deq_flax.equilibrium.solution import Solution, Solver
+from deq_flax.equilibrium.gradients.base import closed_over
+from deq_flax.equilibrium.loop import Solver, freeze_stopped, solve_with_state
+from deq_flax.equilibrium.solution import SolverStats
+from deq_flax.equilibrium.state import FlatMap
 
 
 @dataclass(frozen=True)
 class Reversible:
     """The exact gradient of an iteration that can be run backward, so that its states need not be kept.
 
-    With b = mixing, y_{n+1} = (1 - b) y_n + b f(z_n) and z_{n+1} = (1 - b) z_n + b f(y_{n+1}), from y_0 = z_0 (McCallum et
+    With b = relaxation, y_{n+1} = (1 - b) y_n + b f(z_n) and z_{n+1} = (1 - b) z_n + b f(y_{n+1}), from y_0 = z_0 (McCallum et
     al. 2025, reversible deep equilibrium models). Written as one sequence w_{2n} = z_n, w_{2n-1} = y_n this is
     w_{k+1} = (1 - b) w_{k-1} + b f(w_k): one evaluation a step, and backward w_{k-1} = (w_{k+1} - b f(w_k)) / (1 - b) with
     the same evaluation that the vector-Jacobian product needs. The value is the w_k of lowest residual. The gradient is that
-    of the steps which led to it, exact whether or not they converged, and costs one evaluation and one product for each.
+    of the steps that led to it, exact whether or not they converged, and costs one evaluation and one product for each.
 
-    Running backward amplifies rounding, by up to 1 / (1 - b) a step. So every `checkpoint_every` steps the pair of states is
-    kept and taken up again: 2 states in so many steps.
+    Running backward amplifies rounding errors by up to 1 / (1 - b) a step, so the pair of states is kept every
+    `checkpoint_every` steps and restored there.
 
-    Reverse mode, forward over reverse (Hessian-vector products), vmap, scan and checkpoint work. Forward mode alone and
-    reverse over reverse raise JAX's errors about custom_vjp and while_loop. The probe stays zero. z0 gets a zero gradient.
-
-    Args:
-      mixing: b, in (0, 1).
-      checkpoint_every: None keeps nothing but the end: constant memory, for float64 or few steps.
-
-    The `solver` of `fixed_point` gives tolerance, stop mode and limits; its own way of stepping is not used.
+    The `solver` of `fixed_point` gives tolerance, stop mode and limits; its rule for a step is not used. Reverse mode, forward
+    over reverse (Hessian-vector products), vmap, scan and checkpoint work. Forward mode alone and reverse over reverse raise
+    JAX's errors about custom_vjp and while_loop.
 
     Raises:
       ValueError: an option is out of range.
     """
 
-    mixing: float = 0.5
+    relaxation: float = 0.5
+    """Weight b of f in a step, in (0, 1); larger amplifies rounding errors more in the backward run."""
     checkpoint_every: int | None = 8
+    """Steps between kept pairs of states. None keeps only the end: constant memory, for float64 or few steps."""
 
     def __post_init__(self):
-        if not 0 < self.mixing < 1:
-            raise ValueError(f"Reversible: mixing must be in (0, 1), not {self.mixing}")
+        if not 0 < self.relaxation < 1:
+            raise ValueError(f"Reversible: relaxation must be in (0, 1), not {self.relaxation}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise ValueError(f"Reversible: checkpoint_every must be None or at least 1, not {self.checkpoint_every}")
 
     def __call__(
         self,
-        f: Map,
-        z0: Any,
+        f: FlatMap,
+        x0: jax.Array,
         solver: Solver,
-        max_steps: jax.Array | int | None = None,
-        probe: jax.Array | None = None,
-    ) -> Solution:
-        flat_f, x0, unflatten = flat_map(f, z0)
+        max_steps: jax.Array | int | None,
+        probe: jax.Array | None,
+    ) -> tuple[jax.Array, SolverStats]:
         limit = jnp.asarray(solver.max_steps if max_steps is None else max_steps, jnp.int32)
         stepper = _TwoStep(
             solver.tol,
             solver.max_steps,
             solver.stop,
-            self.mixing,
+            self.relaxation,
             self.checkpoint_every or solver.max_steps,
             trace=solver.trace,
-            sample_steps=solver.sample_steps,
+            trajectory_steps=solver.trajectory_steps,
         )
-        pure_f, floating, others = closed_over(flat_f, x0)
+        pure_f, floating, others = closed_over(f, x0)
 
         def forward(limit: jax.Array, x0: jax.Array, floating: list[Any], others: list[Any]) -> Any:
             f = lambda x: pure_f(x, floating, others)  # noqa: E731
@@ -81,8 +78,7 @@ class Reversible:
 
         run = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
         run.defvjp(forward, backward)
-        x, stats = run(limit, x0, floating, others)
-        return Solution(value=unflatten(x), stats=jax.lax.stop_gradient(stats))
+        return run(limit, x0, floating, others)
 
 
 class _State(NamedTuple):
@@ -93,14 +89,14 @@ class _State(NamedTuple):
     k: jax.Array
     """(B,) int32."""
     kept: jax.Array
-    """(C + 1, 2, B, N): (w_{k-1}, w_k) for every k that is a multiple of `every`; the last is for all others."""
+    """(C + 1, 2, B, N): (w_{k-1}, w_k) for every k that is a multiple of `every`; the last slot is scratch for all others."""
 
 
 @dataclass(frozen=True)
 class _TwoStep(Solver):
-    """w_{k+1} = (1 - mixing) w_{k-1} + mixing f(w_k)."""
+    """The step w_{k+1} = (1 - relaxation) w_{k-1} + relaxation f(w_k)."""
 
-    mixing: float = 0.5
+    relaxation: float = 0.5
     every: int = 8
 
     def init(self, z: jax.Array) -> _State:
@@ -111,13 +107,13 @@ class _TwoStep(Solver):
         before = state.at
         slot = jnp.where(k % self.every == 0, k // self.every, state.kept.shape[0] - 1)
         kept = jax.lax.dynamic_update_index_in_dim(state.kept, jnp.stack([before, z]), slot, axis=0)
-        after = (1.0 - self.mixing) * before + self.mixing * (z + g)
+        after = (1.0 - self.relaxation) * before + self.relaxation * (z + g)
         return after, _State(before, z, jnp.full_like(state.k, k), kept)
 
 
 def _freeze(going: jax.Array, new: _State, old: _State) -> _State:
-    """A stopped member's pair stays. What is kept of later steps does it no harm: they are not run backward for it."""
-    return _State(*freeze_members(going, new[:3], old[:3]), new.kept)
+    """Keep the pair of a stopped sample. Later checkpoints are written for it too, but it is not run backward from them."""
+    return _State(*freeze_stopped(going, new[:3], old[:3]), new.kept)
 
 
 class _Backward(NamedTuple):
@@ -125,9 +121,9 @@ class _Backward(NamedTuple):
     before: jax.Array
     at: jax.Array
     to_at: jax.Array
-    """(B, N): the cotangent of w_k, what the value itself contributes excepted."""
+    """(B, N): the cotangent of w_k, without the contribution of the returned value."""
     to_before: jax.Array
-    """(B, N): of w_{k-1}."""
+    """(B, N): the cotangent of w_{k-1}."""
     gradients: list[Any]
 
 
@@ -139,8 +135,8 @@ def _run_backward(
     cotangent: jax.Array,
     stepper: _TwoStep,
 ) -> list[Any]:
-    """The gradient with respect to `floating` of the iterates w_best, (B,), which have the cotangent (B, N)."""
-    b, every = stepper.mixing, stepper.every
+    """Return the gradient with respect to `floating`, given the cotangent (B, N) of the iterates w_best, best (B,)."""
+    b, every = stepper.relaxation, stepper.every
 
     def body(s: _Backward) -> _Backward:
         here = (s.k <= state.k)[:, None]

@@ -1,4 +1,4 @@
-"""SHINE: the forward solver's inverse used for the adjoint (Ramzi et al. 2022)."""
+"""SHINE: the forward solver's inverse Jacobian estimate used for the adjoint (Ramzi et al. 2022)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,56 +6,54 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.gradients.base import Map, attach, flat_map, stopped
-from deq_flax.equilibrium.loop import solve, solve_with_state
-from deq_flax.equilibrium.solution import Solution, Solver
+from deq_flax.equilibrium.gradients.base import attach, stopped
+from deq_flax.equilibrium.loop import Solver, solve, solve_with_state
+from deq_flax.equilibrium.solution import SolverStats
 from deq_flax.equilibrium.solvers.broyden import Broyden, BroydenState, apply_inverse_transpose
+from deq_flax.equilibrium.state import FlatMap, norm
 
 
 @dataclass(frozen=True)
-class Shine:
+class SHINE:
     """The implicit gradient with (I - J^T)^{-1} replaced by Broyden's own estimate, -H^T (Ramzi et al. 2022, section 2).
 
-    The adjoint then costs no product with J at all. The estimate is good along the steps the solver took, which need not
-    be where the gradient points; so a member whose direction H^T v is longer than `fallback` times the cotangent v takes v
-    instead, which is the Jacobian-free gradient (the fallback of section 3 there), and `refine_steps` iterations of the
-    adjoint equation may follow (the refinement there).
+    The adjoint then takes no product with J at all. The estimate is good along the steps of the solver, which need not include
+    the direction of the cotangent v. So a sample for which H^T v is longer than `fallback` times v takes v instead, which is
+    the Jacobian-free gradient (the fallback of section 3 there), and `refine_steps` iterations of the adjoint equation may
+    follow (the refinement there).
 
-    The solver must be `Broyden`. It keeps the history of members that have stopped, which costs a pass over it every step.
-    Reverse mode, vmap, scan and checkpoint work; forward mode raises JAX's error about custom_vjp. Second derivatives take z*
-    and H as constants. The probe stays zero.
-
-    Args:
-      refine_steps: further iterations of the adjoint equation, by Broyden's method from that direction; the best is taken.
-      fallback: the largest ratio of the norms allowed, the paper's is 1.3; None never falls back.
+    The forward solver must be `Broyden`. It keeps the history of samples that have stopped, which costs a pass over it every
+    step. Reverse mode, vmap, scan and checkpoint work; forward mode raises JAX's error about custom_vjp. Second derivatives
+    take z* and H as constants.
 
     Raises:
       ValueError: an option is out of range, or the solver is not `Broyden`.
     """
 
     refine_steps: int = 0
+    """Further iterations of the adjoint equation, by Broyden's method from the shared direction; the best iterate is taken."""
     fallback: float | None = 1.3
+    """Largest length of the shared direction relative to the cotangent, beyond which the latter is taken; None is no limit."""
 
     def __post_init__(self):
         if self.refine_steps < 0:
-            raise ValueError(f"Shine: refine_steps must be at least 0, not {self.refine_steps}")
+            raise ValueError(f"SHINE: refine_steps must be at least 0, not {self.refine_steps}")
         if self.fallback is not None and not self.fallback > 0:
-            raise ValueError(f"Shine: fallback must be None or positive, not {self.fallback}")
+            raise ValueError(f"SHINE: fallback must be None or positive, not {self.fallback}")
 
     def __call__(
         self,
-        f: Map,
-        z0: Any,
+        f: FlatMap,
+        x0: jax.Array,
         solver: Solver,
-        max_steps: jax.Array | int | None = None,
-        probe: jax.Array | None = None,
-    ) -> Solution:
+        max_steps: jax.Array | int | None,
+        probe: jax.Array | None,
+    ) -> tuple[jax.Array, SolverStats]:
         if not isinstance(solver, Broyden):
-            raise ValueError(f"Shine shares the inverse that Broyden builds: it needs that solver, not {type(solver).__name__}")
-        flat_f, x0, unflatten = flat_map(f, z0)
-        x, stats, state = jax.lax.stop_gradient(solve_with_state(stopped(flat_f), x0, solver, max_steps))
-        fx, pullback = jax.vjp(flat_f, x)
-        refiner = solver.quiet(max_steps=self.refine_steps + 1)
+            raise ValueError(f"SHINE shares the inverse that Broyden builds: it needs that solver, not {type(solver).__name__}")
+        x, stats, state = jax.lax.stop_gradient(solve_with_state(stopped(f), x0, solver, max_steps))
+        fx, pullback = jax.vjp(f, x)
+        refiner = solver.with_limits(max_steps=self.refine_steps + 1)
 
         def backward(kept: tuple[BroydenState, Any], cotangent: jax.Array) -> Any:
             state, pullback = kept
@@ -66,11 +64,11 @@ class Shine:
 
         share = jax.custom_vjp(lambda fx, state, pullback: fx)
         share.defvjp(lambda fx, state, pullback: (fx, (state, pullback)), backward)
-        return Solution(value=unflatten(attach(x, share(fx, state, pullback))), stats=stats)
+        return attach(x, share(fx, state, pullback)), stats
 
     def _direction(self, state: BroydenState, cotangent: jax.Array) -> jax.Array:
-        """(B, N): -H^T times the cotangent, or the cotangent itself where that is too long or not finite."""
+        """Return -H^T times the cotangent, (B, N), or the cotangent itself where that is too long or not finite."""
         direction = -apply_inverse_transpose(state, cotangent)
-        norm = jnp.sqrt(jnp.sum(direction * direction, axis=1))
-        limit = jnp.inf if self.fallback is None else self.fallback * jnp.sqrt(jnp.sum(cotangent * cotangent, axis=1))
-        return jnp.where((jnp.isfinite(norm) & (norm <= limit))[:, None], direction, cotangent)
+        length = norm(direction)
+        limit = jnp.inf if self.fallback is None else self.fallback * norm(cotangent)
+        return jnp.where((jnp.isfinite(length) & (length <= limit))[:, None], direction, cotangent)

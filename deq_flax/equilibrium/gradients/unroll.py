@@ -1,31 +1,31 @@
-"""Straight-through differentiation of a fixed number of steps."""
+"""The gradient of a fixed number of unrolled steps."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.gradients.base import Map, flat_map, stopped
-from deq_flax.equilibrium.loop import solve
-from deq_flax.equilibrium.solution import Solution, Solver
-from deq_flax.equilibrium.state import flattener
+from deq_flax.equilibrium.gradients.base import stopped
+from deq_flax.equilibrium.loop import Solver, solve
+from deq_flax.equilibrium.solution import SolverStats
+from deq_flax.equilibrium.state import FlatMap
 
 
 @dataclass(frozen=True)
 class Unroll:
-    """Apply f `steps` times from z0 and differentiate straight through; of the solver, only its tolerance is used.
+    """The gradient of f applied `steps` times from z0, differentiated straight through.
 
-    The value is f applied `steps` times. Memory grows with the steps, unless `remat` trades it for a second evaluation of
-    each. The statistics cost one evaluation more, which the compiler drops when nobody reads them. Every mode of
-    differentiation works; the probe stays zero.
+    The value is f applied `steps` times; of the solver, tolerance, stop mode and trajectory steps are used. The statistics take
+    one more evaluation, which the compiler drops when they are not read. Every mode of differentiation works.
 
     Raises:
       ValueError: steps is less than 1.
     """
 
     steps: int
+    """Evaluations of f."""
     remat: bool = False
+    """Keep the states alone and evaluate f again in the gradient (rematerialization); else memory holds every evaluation."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -33,24 +33,22 @@ class Unroll:
 
     def __call__(
         self,
-        f: Map,
-        z0: Any,
+        f: FlatMap,
+        x0: jax.Array,
         solver: Solver,
-        max_steps: jax.Array | int | None = None,
-        probe: jax.Array | None = None,
-    ) -> Solution:
-        flatten, _ = flattener(z0)
+        max_steps: jax.Array | int | None,
+        probe: jax.Array | None,
+    ) -> tuple[jax.Array, SolverStats]:
         once = jax.checkpoint(f) if self.remat else f
-        sampled = solver.sample_steps
+        wanted = solver.trajectory_steps
 
-        def body(z: Any, _: None) -> tuple[Any, jax.Array | None]:
-            return once(z), jax.lax.stop_gradient(flatten(z)) if sampled else None
+        def body(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array | None]:
+            return once(x), jax.lax.stop_gradient(x) if wanted else None
 
-        z, path = jax.lax.scan(body, z0, None, length=self.steps)
-        flat_f, x, _ = flat_map(f, jax.lax.stop_gradient(z))
-        _, stats = solve(stopped(flat_f), x, solver.quiet(max_steps=1))
-        stats = replace(stats, nfe=stats.nfe + self.steps, steps=stats.steps + self.steps)
+        x, path = jax.lax.scan(body, x0, None, length=self.steps)
+        last = jax.lax.stop_gradient(x)
+        _, stats = solve(stopped(f), last, solver.with_limits(max_steps=1))
         if path is not None:
             # Steps beyond the last are padded with it, as the loop does.
-            path = jnp.concatenate([path, x[None]])[jnp.minimum(jnp.asarray(sampled), self.steps)]
-        return Solution(value=z, stats=replace(stats, sampled=path))
+            path = jnp.concatenate([path, last[None]])[jnp.minimum(jnp.asarray(wanted), self.steps)]
+        return x, replace(stats, nfe=stats.nfe + self.steps, steps=stats.steps + self.steps, trajectory=path)

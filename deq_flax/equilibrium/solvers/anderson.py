@@ -6,49 +6,46 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import Solver
+from deq_flax.equilibrium.loop import Solver
 
 
 class AndersonState(NamedTuple):
     """The last `memory` iterates, in a ring; slot i holds iterate k with k mod memory = i."""
 
-    mixed: jax.Array
-    """(B, m, N): z_i + mixing g_i."""
+    relaxed: jax.Array
+    """(B, m, N): z_i + relaxation g_i."""
     residuals: jax.Array
     """(B, m, N): g_i."""
     gram: jax.Array
-    """(B, m, m): g_i . g_j, kept up to date by one row a step."""
+    """(B, m, m): g_i . g_j; each step replaces one row and column."""
 
 
 @dataclass(frozen=True)
 class Anderson(Solver):
     """Anderson acceleration, type II (Walker & Ni 2011, eq. 2.2; Bai et al. 2019, section 3.1.2).
 
-    z_{k+1} = sum_i a_i (z_i + mixing g_i) over the last `memory` iterates, where a minimises
-    ||sum_i a_i g_i||^2 subject to sum_i a_i = 1, with Tikhonov regularisation `ridge`. The Gram matrix is scaled to a unit
-    diagonal before the ridge is added: what counts as small is then relative to each residual, and the method goes on
-    improving where an absolute ridge of 1e-4 stalls at residuals of 1e-4.
-
-    Args:
-      tol, max_steps, stop, trace, sample_steps: see `Solver`.
-      memory: how many iterates to combine; the state is 2 x memory copies of z.
-      mixing: weight of the residuals in the combination; 1 combines the values of f.
-      ridge: relative Tikhonov regularisation.
+    z_{k+1} = sum_i a_i (z_i + relaxation g_i) over the last `memory` iterates, where g_i = f(z_i) - z_i and a minimizes
+    ||sum_i a_i g_i||^2 subject to sum_i a_i = 1, with Tikhonov regularization `ridge`. The Gram matrix is scaled to a unit
+    diagonal before the ridge is added: the ridge is then relative to each residual, and the method goes on improving where an
+    absolute ridge of 1e-4 stalls at residuals of 1e-4.
 
     Raises:
       ValueError: an option is out of range.
     """
 
     memory: int = 6
-    mixing: float = 1.0
+    """Iterates that are combined. Memory: 2 x as many copies of z."""
+    relaxation: float = 1.0
+    """Weight of f(z) against z in the combined iterates, in (0, 1]; 1 combines values of f alone."""
     ridge: float = 1e-4
+    """Tikhonov regularization of the combination's weights, relative to the squared residuals."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.memory < 1:
             raise ValueError(f"Anderson: memory must be at least 1, not {self.memory}")
-        if not 0 < self.mixing <= 1:
-            raise ValueError(f"Anderson: mixing must be in (0, 1], not {self.mixing}")
+        if not 0 < self.relaxation <= 1:
+            raise ValueError(f"Anderson: relaxation must be in (0, 1], not {self.relaxation}")
         if not self.ridge >= 0:
             raise ValueError(f"Anderson: ridge must be at least 0, not {self.ridge}")
 
@@ -62,16 +59,16 @@ class Anderson(Solver):
         slots = state.gram.shape[1]
         slot = k % slots
         # Both writes come before the reads: XLA then updates the buffers in place instead of copying them every step.
-        mixed = jax.lax.dynamic_update_index_in_dim(state.mixed, z + self.mixing * g, slot, axis=1)
+        relaxed = jax.lax.dynamic_update_index_in_dim(state.relaxed, z + self.relaxation * g, slot, axis=1)
         residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, g, slot, axis=1)
         row = jnp.einsum("bmn,bn->bm", residuals, g)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
         weights = _weights(gram, jnp.arange(slots) <= k, self.ridge)
-        return jnp.einsum("bm,bmn->bn", weights, mixed), AndersonState(mixed, residuals, gram)
+        return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram)
 
 
 def _weights(gram: jax.Array, used: jax.Array, ridge: float) -> jax.Array:
-    """(B, m) weights that sum to one and minimise a^T gram a, over the slots in `used` (m,)."""
+    """Return weights (B, m) that sum to one and minimize a^T gram a, over the slots in `used` (m,)."""
     slots = gram.shape[1]
     scale = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
     inverse = jnp.where(used[None] & (scale > 0), 1.0 / scale, 0.0)
@@ -83,9 +80,9 @@ def _weights(gram: jax.Array, used: jax.Array, ridge: float) -> jax.Array:
 
 
 def _solve_positive(matrix: jax.Array, b: jax.Array) -> jax.Array:
-    """(B, m): solutions of positive definite systems, by Gauss-Jordan elimination, which needs no pivoting for these.
+    """Solve positive definite systems, (B, m, m) and (B, m), by Gauss-Jordan elimination, which needs no pivoting for these.
 
-    LAPACK's and cuSOLVER's calls are made for large matrices: for some thousand of 6 x 6 they take 4 to 5 times as long.
+    LAPACK's and cuSOLVER's routines are made for large matrices: on thousands of 6 x 6 systems they take 4 to 5 times as long.
     """
     slots = matrix.shape[1]
     rows = jnp.concatenate([matrix, b[:, :, None]], axis=2)

@@ -5,14 +5,14 @@ Sherman-Morrison form of the update (Broyden 1965; Bai et al. 2019, eq. 9) is
 
     H_{k+1} = (I + u_k s_k^T) H_k,    u_k = (s_k - H_k y_k) / (s_k . H_k y_k),    y_k = g_{k+1} - g_k.
 
-Keeping the rank-one terms of H needs two buffers, read twice a step. But the next direction d_{k+1} = -H_{k+1} g_{k+1} is
+Storing the rank-one terms of H takes two buffers, each read twice a step. But the next direction d_{k+1} = -H_{k+1} g_{k+1} is
 itself a multiple of u_k plus a multiple of s_k (Kelley 1995, section 7.3): with step lengths l_k, s_k = l_k d_k,
 
     u_k = a_k s_{k+1} + b_k s_k,    a_k = l_k / (l_{k+1} |s_k|^2),    b_k = (l_k - 1) / |s_k|^2,
 
-so the steps alone hold everything. Applying the product of factors to g is then a triangular recursion in their inner
-products: c_j = s_j . w_j = -s_j . g + sum_{i<j} (s_j . u_i) c_i. The inverse of that triangular matrix grows by one row a
-step. A step reads the buffer twice, half of what two buffers need, and stores half as much.
+so a buffer of the steps alone determines H. Applying the product of factors to g is then a triangular recursion in inner
+products: c_j = -s_j . g + sum_{i<j} (s_j . u_i) c_i. The inverse of that triangular matrix grows by one row a step. A step
+reads one buffer twice, half of what two buffers need, and stores half as much.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import Solver
+from deq_flax.equilibrium.loop import Solver
 
 
 class BroydenState(NamedTuple):
@@ -32,18 +32,18 @@ class BroydenState(NamedTuple):
     inverse: jax.Array
     """(B, m, m): c = inverse (-s . g), row and column j for s_j."""
     toward_next: jax.Array
-    """(B, m): a_j, zero where the pair is not complete."""
+    """(B, m): a_j; zero until s_{j+1} is known."""
     toward_self: jax.Array
     """(B, m): b_j."""
     newest: jax.Array
-    """(B,) int32: j of the youngest step in the ring; negative before there is one."""
+    """(B,) int32: j of the newest step in the ring; negative while it is empty."""
     pending: jax.Array
-    """(B, N): the step that led to the iterate under evaluation; it enters the ring when that is known."""
+    """(B, N): the step that led to the current iterate; it enters the ring in the next call."""
     search: "_Search | None"
 
 
 class _Search(NamedTuple):
-    """Backtracking state, only with line search."""
+    """State of the backtracking line search."""
 
     base: jax.Array
     """(B, N): the iterate the step starts from."""
@@ -59,17 +59,20 @@ class _Search(NamedTuple):
 class Broyden(Solver):
     """Broyden's good method with H_0 = -I: superlinear where Picard is linear, whatever its spectral radius.
 
-    Args:
-      tol, max_steps, stop, trace, sample_steps: see `Solver`.
-      memory: how many steps to keep (None: all of them). The state is `memory` copies of z; past it the oldest is forgotten.
-      line_search: halve a step until |g|^2 falls (Armijo), up to 6 times. Trials count as evaluations.
+    By default all steps are kept: max_steps - 1 copies of z, 49 for the default limit, unlike the bounded state of `Anderson`.
+    At limits of 40 to 80 that takes 2 to 4 times the solver's own time per evaluation with `memory=10`. A bounded `memory`
+    loses convergence on problems that take more evaluations than it spans: of 1950 (contractions, rotations, non-normal and
+    ill-conditioned maps of 12 to 256 elements), 50 evaluations solve 1009 with all steps kept, 941 with `memory=30`, 824 with
+    20 and 742 with 10. It loses nothing where about as many evaluations suffice. Bound it where memory is scarce.
 
     Raises:
       ValueError: an option is out of range.
     """
 
     memory: int | None = None
+    """Iterates spanned by the kept steps, one more than the copies of z; past it the oldest step is dropped. None keeps all."""
     line_search: bool = False
+    """Halve a step until ||f(z) - z||^2 falls (Armijo), up to 6 times. Trial steps count as evaluations."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,7 +106,7 @@ class Broyden(Solver):
 
 
 def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
-    """Take the pending step, number `newest`, scalar or (B,), into the history. Returns direction -H g, (B, N), and state."""
+    """Add the pending step, number `newest`, scalar or (B,), to the history. Returns direction -H g, (B, N), and state."""
     slots = state.inverse.shape[1]
     slot = newest % slots
     here = jnp.broadcast_to(jnp.arange(slots)[None] == jnp.reshape(slot, (-1, 1)), state.toward_next.shape)
@@ -115,7 +118,7 @@ def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenSt
     along_g = jnp.einsum("bmn,bn->bm", steps, g)
     along_step = jnp.einsum("bmn,bn->bm", steps, state.pending)
 
-    # The slot's previous pair is forgotten; its successor's factor is complete, now that this step is known.
+    # The slot's previous step is dropped. The factor of the step before `pending` is complete, now that `pending` is known.
     a = jnp.where(here, 0.0, state.toward_next)
     b = jnp.where(here, 0.0, state.toward_self)
     row = jnp.einsum("bi,bij->bj", a * jnp.roll(along_step, -1, axis=1) + b * along_step, state.inverse)
@@ -128,7 +131,7 @@ def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenSt
     square = jnp.sum(jnp.where(here, along_step, 0.0), axis=1)
     along_h_g = jnp.sum(state.pending * h_g, axis=1)
     denominator = along_h_g + square / length
-    # No first step yet, or a singular update: leave H as it is.
+    # No step yet, or a singular update: H stays as it is.
     good = jnp.abs(denominator) > 1e-8 * square
     safe = jnp.where(good, denominator, 1.0)
     gain = jnp.where(good, (square / length) / safe, 1.0)
@@ -142,14 +145,14 @@ def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenSt
 
 
 def apply_inverse_transpose(state: BroydenState, x: jax.Array) -> jax.Array:
-    """H^T x, (B, N): the transposed inverse Jacobian estimate of g(z) = f(z) - z that a state holds, times x (B, N).
+    """Return H^T x, (B, N), for x (B, N) and the inverse Jacobian estimate H of g(z) = f(z) - z in a state.
 
     With S the rows s_j, U the rows u_j and L the triangular matrix `inverse`, H = -I - U^T L S.
     """
     slots = state.inverse.shape[1]
     along_x = jnp.einsum("bmn,bn->bm", state.steps, x)
     here = jnp.arange(slots)[None] == (state.newest % slots)[:, None]
-    # The step after the youngest in the ring is the pending one.
+    # The step after the newest in the ring is the pending one.
     along_next = jnp.where(here, jnp.sum(state.pending * x, axis=1)[:, None], jnp.roll(along_x, -1, axis=1))
     u_x = state.toward_next * along_next + state.toward_self * along_x
     weights = jnp.einsum("bij,bi->bj", state.inverse, u_x)
@@ -157,11 +160,11 @@ def apply_inverse_transpose(state: BroydenState, x: jax.Array) -> jax.Array:
 
 
 def _step_with_search(z: jax.Array, g: jax.Array, state: BroydenState, search: _Search) -> tuple[jax.Array, BroydenState]:
-    """Accept the iterate under evaluation and go on from it, or try half the step; member by member."""
+    """Accept the current iterate and go on from it, or try half the step, for each sample."""
     merit = jnp.sum(g * g, axis=1)
     accept = (merit <= (1.0 - 2e-4 * search.length) * search.merit) | (search.length < 2.0**-5.5)
     direction, updated = _update(search.count - 1, search.length, g, state)
-    # a_j was filled in for a full next step; it is divided by that step's length once known (below).
+    # a_j was computed for a full next step; every halving of that step doubles it (below).
     keep = lambda new, old: jnp.where(jnp.reshape(accept, (-1,) + (1,) * (new.ndim - 1)), new, old)  # noqa: E731
     length = jnp.where(accept, 1.0, 0.5 * search.length)
     base = keep(z, search.base)

@@ -1,0 +1,139 @@
+"""Solvers of the linear equation x = J x + b, the adjoint equation among them: their protocol, and GMRES.
+
+Every `Solver` fulfills the protocol by iterating on x -> J x + b. GMRES solves linear equations only.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, Self, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from deq_flax.equilibrium.solution import SolverStats
+from deq_flax.equilibrium.state import FlatMap, norm, relative_residual
+
+
+@runtime_checkable
+class LinearSolver(Protocol):
+    """A solver of x = J x + b on flat states, for `Implicit(solver=...)`."""
+
+    def solve_linear(self, jacobian: FlatMap, b: jax.Array) -> tuple[jax.Array, SolverStats]:
+        """Return x, (B, N), with x = jacobian(x) + b, and statistics. `jacobian` is linear, each sample by itself."""
+        ...
+
+    def with_limits(self, *, tol: float | None = None, max_steps: int | None = None) -> Self:
+        """Return this solver with another tolerance or limit, where given, recording nothing but statistics."""
+        ...
+
+
+@dataclass(frozen=True)
+class GMRES:
+    """Restarted GMRES (Saad & Schultz 1986) for x = J x + b, a linear equation: `Implicit(solver=GMRES())`.
+
+    Every iterate minimizes the residual over the Krylov space of A = I - J, for each sample. It is computed as generalized
+    conjugate residuals: directions p_j with orthonormal images q_j = A p_j, so that iterate and residual are available at
+    every step and a sample can stop at any. The next direction is the residual, or the last image when the residual has hardly
+    fallen (Jiranek & Rozloznik 2010), without which the method breaks down on a rotation.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+
+    tol: float = 1e-6
+    """Relative residual ||J x + b - x|| / ||J x + b|| at which a sample stops."""
+    max_steps: int = 50
+    """Limit on the products with J. One more product measures the reported residual."""
+    restart: int = 20
+    """Directions kept, after which the Krylov space is rebuilt. Memory: 2 x restart copies of x."""
+
+    def __post_init__(self):
+        if not self.tol >= 0:
+            raise ValueError(f"GMRES: tol must be at least 0, not {self.tol}")
+        if self.max_steps < 1:
+            raise ValueError(f"GMRES: max_steps must be at least 1, not {self.max_steps}")
+        if self.restart < 1:
+            raise ValueError(f"GMRES: restart must be at least 1, not {self.restart}")
+
+    def with_limits(self, *, tol: float | None = None, max_steps: int | None = None) -> Self:
+        """Return this solver with another tolerance or limit, where given."""
+        return replace(
+            self,
+            tol=self.tol if tol is None else tol,
+            max_steps=self.max_steps if max_steps is None else max_steps,
+        )
+
+    def solve_linear(self, jacobian: FlatMap, b: jax.Array) -> tuple[jax.Array, SolverStats]:
+        """Solve x = jacobian(x) + b, (B, N), from x = 0; see `LinearSolver`."""
+        slots = min(self.restart, self.max_steps)
+        blank = jnp.zeros((b.shape[0], slots, b.shape[1]), b.dtype)
+
+        def body(s: _State) -> _State:
+            p, q, directions, images = _next_pair(s, jacobian, s.k % slots)
+            alpha = jnp.sum(q * s.r, axis=1, keepdims=True)
+            go = s.active & jnp.all(jnp.isfinite(p) & jnp.isfinite(q), axis=1) & jnp.any(q != 0, axis=1)
+            x = jnp.where(go[:, None], s.x + alpha * p, s.x)
+            r = jnp.where(go[:, None], s.r - alpha * q, s.r)
+            direction = jnp.where((norm(r) > 0.9 * norm(s.r))[:, None], q, r)
+            step = jnp.where(go, (s.k + 1).astype(b.dtype), s.step)
+            active = go & (relative_residual(norm(r), norm(x + r)) > self.tol)
+            return _State(s.k + 1, x, r, step, active, direction, p, q, directions, images)
+
+        zero = jnp.zeros_like(b)
+        start = _State(
+            k=jnp.zeros((), jnp.int32),
+            x=zero,
+            r=b,
+            step=jnp.zeros(b.shape[:1], b.dtype),
+            active=jnp.isfinite(norm(b)) & (norm(b) > 0),
+            direction=b,
+            p=zero,
+            q=zero,
+            directions=blank,
+            images=blank,
+        )
+        end = jax.lax.while_loop(lambda s: (s.k < self.max_steps) & jnp.any(s.active), body, start)
+        fx = jacobian(end.x) + b
+        absolute = norm(fx - end.x)
+        relative = relative_residual(absolute, norm(fx))
+        return end.x, SolverStats(
+            nfe=end.k.astype(b.dtype) + 1,
+            steps=end.step,
+            relative_residual=relative,
+            absolute_residual=absolute,
+            converged=(relative <= self.tol).astype(b.dtype),
+        )
+
+
+class _State(NamedTuple):
+    k: jax.Array
+    x: jax.Array
+    r: jax.Array
+    step: jax.Array
+    active: jax.Array
+    direction: jax.Array
+    """(B, N): direction by which the space is extended next."""
+    p: jax.Array
+    q: jax.Array
+    """(B, N): the last pair; it enters the buffers at the start of the next step."""
+    directions: jax.Array
+    images: jax.Array
+    """(B, m, N): p_j and q_j."""
+
+
+def _next_pair(s: _State, jacobian: FlatMap, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return the next direction, its image, orthogonal to those of slots before `slot` and of unit norm, and both buffers."""
+    # Both writes come before the reads: XLA then updates the buffers in place instead of copying them every step.
+    slots = s.images.shape[1]
+    directions = jax.lax.dynamic_update_index_in_dim(s.directions, s.p, (s.k - 1) % slots, axis=1)
+    images = jax.lax.dynamic_update_index_in_dim(s.images, s.q, (s.k - 1) % slots, axis=1)
+    used = (jnp.arange(slots) < slot)[None]
+    p, image = s.direction, s.direction - jacobian(s.direction)
+    q = image
+    for _ in range(2):  # twice is enough for orthogonality to working precision
+        h = jnp.where(used, jnp.einsum("bmn,bn->bm", images, q), 0.0)
+        p = p - jnp.einsum("bm,bmn->bn", h, directions)
+        q = q - jnp.einsum("bm,bmn->bn", h, images)
+    size = norm(q)
+    # An image inside the space already searched leaves only rounding errors: no direction.
+    scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * norm(image), 1.0 / size, 0.0)[:, None]
+    return scale * p, scale * q, directions, images
