@@ -1,6 +1,6 @@
 """Image files in a folder or a zip file: listing, decoding in threads, and skipping of damaged ones.
 
-Axes: H height, W width, C channels.
+Axes: H height, W width.
 """
 
 import functools
@@ -127,7 +127,7 @@ class DamagedFiles:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Read the size of an image, whose pixels are decoded on first use. Raises any of the errors that `decode_all` handles."""
+    """Open an image, whose pixels are decoded on first use. Raises any of the errors that `decode_all` handles."""
     return Image.open(io.BytesIO(content))
 
 
@@ -159,10 +159,8 @@ def decode_all(
     return list(_pool().map(attempt, enumerate(names)))
 
 
-def to_array(image: Image.Image, channels: int = 3) -> np.ndarray:
-    """Convert to (H, W, C) uint8: C = 3 colors, or C = 1 gray value."""
-    if channels == 1:
-        return np.asarray(image.convert("L"))[:, :, None]
+def to_array(image: Image.Image) -> np.ndarray:
+    """Convert to (H, W, 3) uint8."""
     return np.asarray(image.convert("RGB"))
 
 

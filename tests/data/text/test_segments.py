@@ -68,7 +68,7 @@ def test_iteration_resumes_at_any_index():
             np.testing.assert_array_equal(next(batches)["inputs"], dataset[step]["inputs"])
 
 
-def test_bad_sizes_say_the_cure():
+def test_bad_sizes_give_a_clear_error():
     tokens = np.arange(10, dtype=np.int32)
     for kind in (TrainSegments, EvalSegments):
         for sizes in ((0, 1), (1, 0)):

@@ -142,7 +142,7 @@ def test_a_failed_encoding_leaves_nothing(tmp_path, cache):
     ("name", "file", "published"),
     [("ptb", "ptb.{train,valid,test}.txt", "Mikolov"), ("wt103", "wiki.{train,valid,test}", "zip")],
 )
-def test_missing_data_say_what_to_put_where(tmp_path, name, file, published):
+def test_missing_data_names_the_files_and_their_source(tmp_path, name, file, published):
     for path in ("", str(tmp_path), str(tmp_path / "absent")):
         message = error_of(name, path)
         assert file in message and published in message and "data.path" in message
