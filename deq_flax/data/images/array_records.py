@@ -1,6 +1,6 @@
-"""Labelled images in ArrayRecord files, as TensorFlow Datasets writes them: records are tf.train.Example messages.
+"""Labeled images in ArrayRecord files, as TensorFlow Datasets writes them: records are tf.train.Example messages.
 
-The few fields that are needed are read from the protocol buffers directly; TensorFlow is not.
+The few fields needed are read from the protocol buffers directly, without TensorFlow.
 """
 
 import os
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from deq_flax.data.text.files import readable
+from deq_flax.data.loading import readable
 from deq_flax.errors import UserError
 
 _SHARD = re.compile(r".*-(train|validation|valid|val|test)\.array_record(?:-\d+-of-\d+)?")
@@ -17,7 +17,7 @@ Value = bytes | int
 
 
 def find_shards(folder: Path) -> dict[str, list[Path]]:
-    """The files `*-SPLIT.array_record[-00000-of-00010]` of a folder, in order, by split as they name it."""
+    """Find the files `*-SPLIT.array_record[-00000-of-00010]` of a folder, in order, by the split in their names."""
     shards: dict[str, list[Path]] = {}
     with readable(folder):
         names = sorted(os.listdir(folder))
@@ -29,16 +29,16 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:
-    """The names of the classes in `label.labels.txt`, one a line. UserError: there is no such file."""
+    """Read the class names, one a line, from `label.labels.txt`. UserError: there is no such file."""
     with readable(folder / "label.labels.txt"):
         return tuple((folder / "label.labels.txt").read_text(encoding="utf-8").split("\n")[:-1])
 
 
 class ArrayRecords:
-    """The records of several shards, one after the other. Names are their numbers.
+    """The records of several shards in order; the name of a record is its number in decimal.
 
     Args:
-        shards: their files, at least one.
+        shards: the files, at least one.
         classes: the names of the labels 0, 1, ...
 
     Raises:
@@ -61,7 +61,7 @@ class ArrayRecords:
         return len(self._source)
 
     def read(self, name: str) -> tuple[bytes, int]:
-        """The encoded image and the label of record `name`. ValueError: it has none, or one that names no class."""
+        """Read the encoded image and the label of record `name`. ValueError: one is missing, or the label is out of range."""
         features = _features(self._source[int(name)])
         image, label = features.get("image"), features.get("label")
         if not isinstance(image, bytes) or not isinstance(label, int):
@@ -70,19 +70,20 @@ class ArrayRecords:
             raise ValueError(f"its label is {label} of {len(self.classes)} classes")
         return image, label
 
-    def describe(self, name: str) -> str:
+    def label(self, name: str) -> str:
+        """The full name of a record, for messages."""
         return f"{self._folder}: record {name}"
 
 
 def _features(record: bytes) -> Mapping[str, Value]:
-    """The first value of every feature of a tf.train.Example that is bytes or a whole number. ValueError: it is none."""
+    """Read the first value of every bytes or integer feature of a tf.train.Example. ValueError: it is not one."""
     found: dict[str, Value] = {}
     for number, features in _fields(record):
         for _, entry in _fields(features) if number == 1 and isinstance(features, bytes) else ():
-            parts = dict(_fields(_bytes(entry)))  # of the map's entry: 1 the name, 2 the feature
+            parts = dict(_fields(_bytes(entry)))  # a map entry: field 1 is the name, field 2 the feature
             for kind, values in _fields(_bytes(parts.get(2, b""))):
                 value = next((value for _, value in _fields(_bytes(values))), None)
-                if kind == 3 and isinstance(value, bytes):  # whole numbers, packed
+                if kind == 3 and isinstance(value, bytes):  # packed integers
                     value = _varint(value, 0)[0]
                 if kind in (1, 3) and value is not None:
                     found[_bytes(parts[1]).decode()] = value
@@ -90,7 +91,7 @@ def _features(record: bytes) -> Mapping[str, Value]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Value]]:
-    """(number, value) of each field of a protocol buffer message. ValueError: it is cut off or uses other wire types."""
+    """Yield (number, value) of each field of a protocol buffer message. ValueError: it is cut off or of another format."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -101,7 +102,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Value]]:
             length, at = _varint(message, at)
             value, at = message[at : at + length], at + length
         elif wire in (1, 5):
-            value, at = 0, at + (8 if wire == 1 else 4)  # a float, which nobody asks for
+            value, at = 0, at + (8 if wire == 1 else 4)  # a float, not needed
         else:
             raise ValueError(f"wire type {wire}")
         if at > len(message):

@@ -1,11 +1,10 @@
-"""CIFAR-10 in the forms it comes in: pickled batches, binary batches, and image files by class.
+"""CIFAR-10 in its published forms: pickled batches, binary batches, and image files by class.
 
 Axes: N examples, H height, W width, C channels.
 """
 
 import codecs
 import io
-import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -15,38 +14,34 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from deq_flax.data.images.files import Damaged, FileTree, decode_all, is_image, open_image, to_array
-from deq_flax.data.text.files import readable
+from deq_flax.data.images.files import DamagedFiles, FileTree, decode_all, is_image, open_image, to_array
+from deq_flax.data.images.labeled import LabeledArrays
+from deq_flax.data.loading import data_path, readable
 from deq_flax.errors import UserError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
 _CHUNK = 1000
+"""Image files that are decoded between updates of the progress bar."""
 _BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 _WANTED = (
     "set data.path to the folder of data_batch_{1..5} and test_batch (the python or the binary version), or to a folder or zip "
     "file of {train,test}/CLASS/*.png; published as cifar-10-{python,binary}.tar.gz by Krizhevsky, 'The CIFAR-10 dataset'"
 )
 
-Arrays = tuple[np.ndarray, np.ndarray]
 
-
-def load_cifar10(path: str, damaged: Damaged) -> dict[str, Arrays]:
-    """Images (N, 32, 32, 3) uint8 and labels (N,) of 'train' and 'test'.
+def load_cifar10(path: str, damaged: DamagedFiles) -> dict[str, LabeledArrays]:
+    """Load images (N, 32, 32, 3) uint8 and labels (N,) int32 of 'train' and 'test'.
 
     Args:
-        path: a folder with the batches, or one with a folder `cifar-10-batches-py` or `cifar-10-batches-bin` of them; or a
+        path: the folder of the batches, or its parent if it is named `cifar-10-batches-py` or `cifar-10-batches-bin`; or a
             folder or zip file of images.
-        damaged: notes images that cannot be read, which are left out.
+        damaged: records images that cannot be read, which are omitted.
 
     Raises:
-        UserError: there is no such data at `path`, or a file of it is damaged.
+        UserError: there is no such data at `path`, or a batch file is damaged.
     """
-    if not path:
-        raise UserError(f"data.path is not set: {_WANTED}")
-    place = Path(os.path.expanduser(path))
-    if not place.exists():
-        raise UserError(f"data.path {place} does not exist: {_WANTED}")
+    place = data_path(path, _WANTED)
     for folder in (place, place / "cifar-10-batches-py", place / "cifar-10-batches-bin"):
         for suffix, read in (("", read_pickled), (".bin", read_binary)):
             if (folder / f"test_batch{suffix}").is_file():
@@ -56,8 +51,8 @@ def load_cifar10(path: str, damaged: Damaged) -> dict[str, Arrays]:
     return _from_images(FileTree(place), damaged)
 
 
-def read_binary(path: Path) -> Arrays:
-    """A batch of records of one label byte and 3072 bytes of image. UserError: it is not that."""
+def read_binary(path: Path) -> LabeledArrays:
+    """Read a batch of records of one label byte and 3072 image bytes. UserError: it has another size or bad labels."""
     with readable(path):
         content = path.read_bytes()
     record = 1 + 3 * SIDE * SIDE
@@ -67,8 +62,8 @@ def read_binary(path: Path) -> Arrays:
     return _images(table[:, 1:]), _checked(table[:, 0].astype(np.int32), path)
 
 
-def read_pickled(path: Path) -> Arrays:
-    """A batch of the python version. Nothing in the file is executed, whatever it holds. UserError: it is no such batch."""
+def read_pickled(path: Path) -> LabeledArrays:
+    """Read a batch of the python version, without executing anything in the file. UserError: it is no such batch."""
     with readable(path):
         content = path.read_bytes()
     try:
@@ -83,7 +78,7 @@ def read_pickled(path: Path) -> Arrays:
 
 
 class _Array:
-    """Stands for a pickled NumPy array: keeps its bytes and shape, and builds nothing until it is asked."""
+    """Placeholder for a pickled NumPy array: keeps its bytes and shape until `array` builds it."""
 
     def __init__(self, *_: Any):
         self._state: tuple[Any, ...] = ()
@@ -99,17 +94,17 @@ class _Array:
 
 
 class _DType:
-    """Stands for a pickled NumPy dtype: keeps its name."""
+    """Placeholder for a pickled NumPy dtype: keeps its name."""
 
     def __init__(self, name: Any = None, *_: Any):
         self.name = name
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and the like, which bytes have none of."""
+        """Ignore byte order and the like, which bytes do not have."""
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 pickles bytes for Python 2."""
+    """Reproduce `codecs.encode` for bytes that Python 3 pickled for Python 2."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"unexpected encoding {encoding!r}")
     return codecs.encode(text, "latin1")
@@ -125,7 +120,7 @@ _ALLOWED = {
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, strings, numbers and byte arrays; a file that names anything else is refused."""
+    """Unpickler of dictionaries, lists, strings, numbers and byte arrays; a file that names anything else is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -135,7 +130,7 @@ class _BatchUnpickler(pickle.Unpickler):
 
 
 def _images(rows: np.ndarray) -> np.ndarray:
-    """(N, 3072), colour after colour, as (N, 32, 32, 3)."""
+    """Rearrange (N, 3072), one color plane after the other, as (N, 32, 32, 3)."""
     return np.ascontiguousarray(rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
 
 
@@ -145,7 +140,7 @@ def _checked(labels: np.ndarray, path: Path) -> np.ndarray:
     return labels
 
 
-def _joined(paths: list[Path], read: Callable[[Path], Arrays]) -> Arrays:
+def _joined(paths: list[Path], read: Callable[[Path], LabeledArrays]) -> LabeledArrays:
     missing = ", ".join(path.name for path in paths if not path.is_file())
     if missing:
         raise UserError(f"{paths[0].parent} lacks {missing}: {_WANTED}")
@@ -153,8 +148,8 @@ def _joined(paths: list[Path], read: Callable[[Path], Arrays]) -> Arrays:
     return np.concatenate(images), np.concatenate(labels)
 
 
-def _from_images(tree: FileTree, damaged: Damaged) -> dict[str, Arrays]:
-    """Image files of 32 x 32 below .../{train,test}/CLASS/, all of them decoded now: they are small."""
+def _from_images(tree: FileTree, damaged: DamagedFiles) -> dict[str, LabeledArrays]:
+    """Decode all 32 x 32 image files below .../{train,test}/CLASS/."""
     files: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
     for name in filter(is_image, tree.names()):
         *_, split, kind, _ = ("", "", *name.split("/"))
@@ -165,7 +160,7 @@ def _from_images(tree: FileTree, damaged: Damaged) -> dict[str, Arrays]:
     return {split: _decoded(tree, named, damaged, split) for split, named in files.items()}
 
 
-def _decoded(tree: FileTree, named: list[tuple[str, int]], damaged: Damaged, split: str) -> Arrays:
+def _decoded(tree: FileTree, named: list[tuple[str, int]], damaged: DamagedFiles, split: str) -> LabeledArrays:
     def decode(_: int, name: str) -> np.ndarray:
         image = open_image(tree.read(name))
         if image.size != (SIDE, SIDE):

@@ -1,6 +1,6 @@
-"""Image files in a folder or a zip file: listed, decoded, and, if damaged, skipped and named.
+"""Image files in a folder or a zip file: listing, decoding in threads, and skipping of damaged ones.
 
-Axes: H height, W width, C channels.
+Axes: H height, W width.
 """
 
 import functools
@@ -14,17 +14,17 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from deq_flax.data.text.files import readable
+from deq_flax.data.loading import readable
 from deq_flax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 THREADS = min(16, os.cpu_count() or 1)
-"""That decode: Pillow lets other threads run meanwhile."""
+"""Threads that decode; Pillow releases the GIL meanwhile."""
 
 _DAMAGE = (
     OSError,
@@ -36,16 +36,21 @@ _DAMAGE = (
     zipfile.BadZipFile,
     Image.DecompressionBombError,
 )
-"""What Pillow raises, one time or another, for a file that is no whole image."""
+"""Exceptions that Pillow and zipfile raise for damaged files."""
 
 _log = logging.getLogger("deq_flax")
 
+Decoded = TypeVar("Decoded")
+
 
 class FileTree:
-    """The files below a folder, or in a zip file, by names with '/' between the parts.
+    """The files below a folder or in a zip file, by names with '/' between the parts.
+
+    Args:
+        path: the folder or zip file.
 
     Raises:
-        UserError: there is nothing at `path`, or it cannot be read.
+        UserError: a zip file at `path` cannot be read.
     """
 
     def __init__(self, path: Path):
@@ -57,14 +62,14 @@ class FileTree:
                 self._zip = zipfile.ZipFile(path)
 
     def names(self) -> list[str]:
-        """All files, sorted."""
+        """The names of all files, sorted. UserError: the folder cannot be read."""
         if self._zip is not None:
             return sorted(name for name in self._zip.namelist() if not name.endswith("/"))
         with readable(self.path):
             return sorted(self._below(str(self.path), ""))
 
     def _below(self, folder: str, prefix: str) -> Iterator[str]:
-        # Not Path.rglob, which takes minutes over a million files.
+        # Path.rglob takes minutes for a million files.
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir():
@@ -73,27 +78,27 @@ class FileTree:
                     yield prefix + entry.name
 
     def read(self, name: str) -> bytes:
-        """The content of a file. Raises OSError or zipfile.BadZipFile."""
+        """Read the content of a file. Raises OSError or zipfile.BadZipFile."""
         if self._zip is None:
             return (self.path / name).read_bytes()
         with self._lock:
             return self._zip.read(name)
 
     def label(self, name: str) -> str:
-        """The file's name for a person."""
+        """The full name of a file, for messages."""
         return f"{self.path}:{name}" if self._zip is not None else str(self.path / name)
 
 
 def is_image(name: str) -> bool:
-    """By its suffix; the resource forks that macOS puts into archives are none."""
+    """Decide by the suffix of a name; the resource forks that macOS puts into archives are not images."""
     return name.lower().endswith(SUFFIXES) and not name.rsplit("/", 1)[-1].startswith("._")
 
 
-class Damaged:
-    """The files that could not be read: each is warned of once, by name, and more than `limit` of them end the run.
+class DamagedFiles:
+    """Record of the files that could not be read. Each is logged once as a warning; more than `limit` raise an error.
 
     Args:
-        limit: how many are tolerated.
+        limit: the number of damaged files that are tolerated.
     """
 
     def __init__(self, limit: int):
@@ -103,10 +108,11 @@ class Damaged:
 
     @property
     def names(self) -> list[str]:
+        """The full names of the files, sorted."""
         return sorted(self._reasons)
 
     def add(self, name: str, reason: object) -> None:
-        """Raises UserError if there are too many now."""
+        """Record a file. Raises UserError if there are more than `limit` now."""
         with self._lock:
             if name in self._reasons:
                 return
@@ -121,20 +127,29 @@ class Damaged:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """An image whose size is known and whose pixels are not decoded yet. Raises one of many errors: see `decode_all`."""
+    """Open an image, whose pixels are decoded on first use. Raises any of the errors that `decode_all` handles."""
     return Image.open(io.BytesIO(content))
 
 
 def decode_all(
-    names: Iterable[str], decode: Callable[[int, str], Any], damaged: Damaged, label: Callable[[str], str] = str
-) -> list[Any]:
-    """`decode(i, name)` of every name, in several threads; None where a file is damaged, which is noted.
+    names: Iterable[str], decode: Callable[[int, str], Decoded], damaged: DamagedFiles, label: Callable[[str], str] = str
+) -> list[Decoded | None]:
+    """Call `decode(i, name)` for every name, in several threads.
+
+    Args:
+        names: the names, in order.
+        decode: may raise any error of Pillow or zipfile for a damaged file.
+        damaged: records damaged files.
+        label: converts a name to one for messages.
+
+    Returns:
+        The results in order; None for a damaged file.
 
     Raises:
-        UserError: too many are damaged, or `decode` raised it.
+        UserError: too many files are damaged, or `decode` raised it.
     """
 
-    def attempt(item: tuple[int, str]) -> Any:
+    def attempt(item: tuple[int, str]) -> Decoded | None:
         try:
             return decode(*item)
         except _DAMAGE as error:
@@ -144,14 +159,12 @@ def decode_all(
     return list(_pool().map(attempt, enumerate(names)))
 
 
-def to_array(image: Image.Image, channels: int = 3) -> np.ndarray:
-    """(H, W, C) uint8 of 3 colours, or of 1 shade of grey."""
-    if channels == 1:
-        return np.asarray(image.convert("L"))[:, :, None]
+def to_array(image: Image.Image) -> np.ndarray:
+    """Convert to (H, W, 3) uint8."""
     return np.asarray(image.convert("RGB"))
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """One for the process, made when it is first needed."""
+    """The thread pool of the process, created on first use."""
     return ThreadPoolExecutor(THREADS, thread_name_prefix="decode")

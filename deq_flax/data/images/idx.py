@@ -1,28 +1,30 @@
-"""MNIST and the data sets in its form: four idx files, gzipped or not."""
+"""MNIST and data sets of the same format: four idx files, gzipped or not."""
 
 import gzip
-import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from deq_flax.data.text.files import readable
+from deq_flax.data.images.labeled import LabeledArrays
+from deq_flax.data.loading import data_path, readable
 from deq_flax.errors import UserError
 
 _PARTS = {"train": "train", "test": "t10k"}
 
 
-def load_idx(path: str, published: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images (N, H, W, 1) uint8 and labels (N,) uint8 of 'train' and 'test', from {train,t10k}-{images-idx3,labels-idx1}-ubyte.
+def load_idx(path: str, published: str) -> dict[str, LabeledArrays]:
+    """Read images (N, H, W, 1) uint8 and labels (N,) uint8 of 'train' and 'test'.
+
+    Args:
+        path: the folder of {train,t10k}-{images-idx3,labels-idx1}-ubyte, gzipped or not.
+        published: where the files are published, for messages.
 
     Raises:
-        UserError: a file is not there, damaged, or does not fit its partner; `published` says where they are to be had.
+        UserError: a file is missing or damaged, or the numbers of images and labels differ.
     """
     wanted = f"set data.path to the folder of {{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte[.gz]; published as {published}"
-    if not path:
-        raise UserError(f"data.path is not set: {wanted}")
-    folder = Path(os.path.expanduser(path))
+    folder = data_path(path, wanted)
     splits = {}
     for split, part in _PARTS.items():
         images = read_idx(_find(folder, f"{part}-images-idx3-ubyte", wanted), rank=3)
@@ -34,7 +36,7 @@ def load_idx(path: str, published: str) -> dict[str, tuple[np.ndarray, np.ndarra
 
 
 def read_idx(path: Path, rank: int) -> np.ndarray:
-    """The array of unsigned bytes in an idx file. UserError: it cannot be read or is no such file."""
+    """Read an idx file of unsigned bytes as an array of `rank` dimensions. UserError: it cannot be read or is no such file."""
     with readable(path):
         content = path.read_bytes()
     if path.suffix == ".gz":

@@ -1,32 +1,35 @@
-"""Images with one label each, as batches: from memory, or decoded as they are needed.
+"""Batches of labeled images: from arrays in memory, or from encoded images decoded when they are read.
 
 Axes: N examples, B batch, H height, W width, C channels.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from deq_flax.data.images.augment import Boxes, centre_boxes, flips, mirror, pad_crop, resized_crop_boxes
-from deq_flax.data.images.files import Damaged, decode_all, open_image, to_array
+from deq_flax.data.images.augment import Boxes, center_boxes, mirror, pad_crop, random_flips, resized_crop_boxes
+from deq_flax.data.images.files import DamagedFiles, decode_all, open_image, to_array
+from deq_flax.data.loading import Batch
 from deq_flax.errors import UserError
 
-Augment = Literal["none", "crop", "crop_flip", "resized_crop_flip"]
-AUGMENTS: tuple[Augment, ...] = ("none", "crop", "crop_flip", "resized_crop_flip")
+AUGMENTS = ("none", "crop", "crop_flip", "resized_crop_flip")
+
+LabeledArrays = tuple[np.ndarray, np.ndarray]
+"""Images (N, H, W, C) uint8, and labels (N,) of an integer type."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayExamples:
-    """Images of one size in memory. A batch holds `images` (B, H, W, C) uint8, `labels` (B,) int32 and `mask` (B,) float32."""
+    """Images of one size in memory. A batch is `images` (B, H, W, C) uint8, `labels` (B,) int32 and `mask` (B,) float32."""
 
     images_NHWC: np.ndarray
     labels_N: np.ndarray
-    augment: Augment = "none"
+    augment: str = "none"
+    """'none', 'crop' or 'crop_flip'."""
     pad: int = 0
-    """Pixels that 'crop' and 'crop_flip' shift by, at most."""
+    """Largest shift of 'crop' and 'crop_flip', in pixels."""
 
     def __post_init__(self):
         if self.augment == "resized_crop_flip":
@@ -37,14 +40,16 @@ class ArrayExamples:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(H, W, C)."""
         return self.images_NHWC.shape[1:]
 
-    def read(self, indices: np.ndarray, random: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray, random: np.random.Generator | None) -> Batch:
+        """Read the images at `indices` (B,); see `Examples.read`."""
         images = self.images_NHWC[indices]
         if random is not None and self.augment != "none":
             images = pad_crop(images, self.pad, random)
             if self.augment == "crop_flip":
-                images = mirror(images, flips(len(images), random))
+                images = mirror(images, random_flips(len(images), random))
         return {
             "images": images,
             "labels": self.labels_N[indices].astype(np.int32),
@@ -54,21 +59,23 @@ class ArrayExamples:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedExamples:
-    """Encoded images of any size, decoded when they are read. Batches as those of `ArrayExamples`, C = 3.
+    """Encoded images of any size, decoded when they are read. Batches are those of `ArrayExamples` with C = 3.
 
-    A damaged image is black, and its `mask` 0.
+    A damaged image is black, and its `mask` is 0.
     """
 
     names: Sequence[str]
     content: Callable[[str], tuple[bytes, int]]
-    """The encoded image of a name, and its label."""
+    """Reads the encoded image and the label of a name."""
     label: Callable[[str], str]
-    """The name for a person."""
-    damaged: Damaged
+    """Converts a name to one for messages."""
+    damaged: DamagedFiles
     image_size: int
+    """H and W of the batches."""
     resize: int
-    """In evaluation, what the shorter side is resized to before the central `image_size` is cropped."""
-    augment: Augment = "none"
+    """Length that the shorter side is resized to in evaluation, before the central crop."""
+    augment: str = "none"
+    """'none' or 'resized_crop_flip'."""
 
     def __post_init__(self):
         if self.augment not in ("none", "resized_crop_flip"):
@@ -83,21 +90,24 @@ class EncodedExamples:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(H, W, C)."""
         return self.image_size, self.image_size, 3
 
-    def read(self, indices: np.ndarray, random: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray, random: np.random.Generator | None) -> Batch:
+        """Decode and crop the images at `indices` (B,); see `Examples.read`."""
         names = [self.names[index] for index in indices]
         opened = decode_all(names, self._open, self.damaged, self.label)
         widths_B, heights_B = np.array([(1, 1) if each is None else each[0].size for each in opened]).T
         if random is not None and self.augment == "resized_crop_flip":
             boxes = resized_crop_boxes(widths_B, heights_B, random)
-            mirrored_B = flips(len(names), random)
+            mirrored_B = random_flips(len(names), random)
         else:
-            boxes = centre_boxes(widths_B, heights_B, size=self.image_size, resize=self.resize)
+            boxes = center_boxes(widths_B, heights_B, size=self.image_size, resize=self.resize)
             mirrored_B = np.zeros(len(names), bool)
 
-        def decode(i: int, name: str) -> np.ndarray | None:
-            return None if opened[i] is None else self._crop(opened[i][0], boxes, i)
+        def decode(i: int, _: str) -> np.ndarray | None:
+            pair = opened[i]
+            return None if pair is None else self._crop(pair[0], boxes, i)
 
         decoded = decode_all(names, decode, self.damaged, self.label)
         images = np.zeros((len(names), *self.shape), np.uint8)

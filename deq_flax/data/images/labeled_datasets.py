@@ -1,7 +1,9 @@
-"""Labelled images by name: each data set becomes three splits of examples and the names of its classes."""
+"""Labeled images by name: three splits of examples and the names of the classes.
 
-import os
-from collections.abc import Callable
+To add a data set: a loader function and a line in `LABELED`.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +12,10 @@ import numpy as np
 from deq_flax.data.images.array_records import ArrayRecords, find_shards, read_classes
 from deq_flax.data.images.cifar import CLASSES as CIFAR_CLASSES
 from deq_flax.data.images.cifar import load_cifar10
-from deq_flax.data.images.files import Damaged, FileTree, is_image
+from deq_flax.data.images.files import DamagedFiles, FileTree, is_image
 from deq_flax.data.images.idx import load_idx
-from deq_flax.data.images.labeled import AUGMENTS, ArrayExamples, Augment, EncodedExamples
-from deq_flax.data.splits import ON_DISK, SPLITS, Splits
+from deq_flax.data.images.labeled import AUGMENTS, ArrayExamples, EncodedExamples, LabeledArrays
+from deq_flax.data.loading import ON_DISK, SPLITS, Splits, check_least, data_path
 from deq_flax.errors import UserError
 
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -23,111 +25,96 @@ _FOLDERS_WANTED = (
     ".array_record-*; ImageNet is published at image-net.org (ILSVRC 2012) for those who sign up"
 )
 
-Labelled = ArrayExamples | EncodedExamples
-Arrays = tuple[np.ndarray, np.ndarray]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """How images are read: what the section `data` of a config says of it."""
+    """Section `data` of an image classifier's config."""
 
-    image_size: int
-    """Of images in files: they are cropped to this many pixels square. Those in memory stay as they are: 0."""
-    resize: int
-    """Of images in files: what the shorter side is resized to in evaluation, before its central crop. 0 for those in memory."""
-    augment: Augment
-    pad: int
-    valid_examples: int
-    """Training images that are held out to validate on; 0: 'valid' is the data's own, or its test split."""
-    max_damaged: int
+    name: str = "cifar10"
+    """Data set: mnist, fashion_mnist or cifar10, from the published files; folders, ImageNet-like; digits, of scikit-learn."""
+    path: str = ""
+    """Folder or zip file of the data set; digits needs none."""
+    batch_size: int = 128
+    """Images in a training step, over all devices and micro-batches."""
+    eval_batch_size: int = 200
+    """Images in an evaluation step, over all devices."""
+    image_size: int = 0
+    """Height and width that images read from files are cropped to; 0 for those in memory, which keep their size."""
+    resize: int = 0
+    """Length of the shorter side before the central crop in evaluation, of images read from files; 0 for those in memory."""
+    augment: str = "crop_flip"
+    """Augmentation in training: none; crop or crop_flip for images in memory; resized_crop_flip for those read from files."""
+    pad: int = 4
+    """Largest shift, in pixels, of the crop and crop_flip augmentations."""
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    """Mean of each color channel, subtracted from images scaled to 0..1."""
+    std: tuple[float, ...] = (0.2023, 0.1994, 0.2010)
+    """Standard deviation of each color channel, which images are divided by."""
+    valid_examples: int = 0
+    """Training images held out for validation; 0: validate on the data set's own validation split, or on the test images."""
+    max_damaged: int = 0
+    """Damaged images that are skipped before the run fails."""
+    pictures: int = 16
+    """Validation images shown with their predictions; 0: none."""
 
     def __post_init__(self):
+        check_least(self, 1, "batch_size", "eval_batch_size")
+        check_least(self, 0, "pad", "valid_examples", "max_damaged", "pictures")
         if self.augment not in AUGMENTS:
             raise UserError(f"unknown data.augment {self.augment!r}; known: {', '.join(AUGMENTS)}")
-        for name in ("pad", "valid_examples", "max_damaged"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData(Splits[Labelled]):
-    """Where a data set has no validation or no test split of its own, one of the two stands for both."""
+class ImageData(Splits[ArrayExamples | EncodedExamples]):
+    """Labeled images. A data set without a validation or test split of its own has the other one in its place."""
 
     class_names: tuple[str, ...]
-    damaged: Damaged
+    damaged: DamagedFiles
 
 
-def load_images(name: str, path: str, options: ImageOptions) -> ImageData:
-    """The data set `name`.
-
-    Args:
-        name: 'mnist' and 'fashion_mnist' read the four idx files in `path`; 'cifar10' the python or binary batches there, or
-            image files; 'folders' an ImageNet-like tree of images, or ArrayRecord files; 'digits' needs no file: 1797 images of
-            8 x 8 that scikit-learn carries.
-        path: where the files are.
-        options: see `ImageOptions`.
+def load_images(options: ImageOptions) -> ImageData:
+    """Load the data set `options.name`.
 
     Raises:
         UserError: an unknown name, files that are missing or damaged, or an option that does not suit them.
     """
-    if name not in _LOADERS:
-        raise UserError(f"no images {name!r}; known: {', '.join(_LOADERS)}")
-    return _LOADERS[name](path, options)
+    if options.name not in LABELED:
+        raise UserError(f"no images {options.name!r}; known: {', '.join(LABELED)}")
+    return LABELED[options.name](options)
 
 
-def _mnist(path: str, options: ImageOptions) -> ImageData:
+def _load_mnist(options: ImageOptions) -> ImageData:
     published = "train-images-idx3-ubyte.gz and so on, 'The MNIST database of handwritten digits' (LeCun, Cortes, Burges)"
-    return _in_memory(load_idx(path, published), DIGITS, options, Damaged(options.max_damaged))
+    return _in_memory(load_idx(options.path, published), DIGITS, options)
 
 
-def _fashion_mnist(path: str, options: ImageOptions) -> ImageData:
+def _load_fashion_mnist(options: ImageOptions) -> ImageData:
     published = "train-images-idx3-ubyte.gz and so on, Zalando Research's 'fashion-mnist'"
-    return _in_memory(load_idx(path, published), FASHION, options, Damaged(options.max_damaged))
+    return _in_memory(load_idx(options.path, published), FASHION, options)
 
 
-def _cifar10(path: str, options: ImageOptions) -> ImageData:
-    damaged = Damaged(options.max_damaged)
-    return _in_memory(load_cifar10(path, damaged), CIFAR_CLASSES, options, damaged)
+def _load_cifar10(options: ImageOptions) -> ImageData:
+    damaged = DamagedFiles(options.max_damaged)
+    return _in_memory(load_cifar10(options.path, damaged), CIFAR_CLASSES, options, damaged)
 
 
-def _digits(path: str, options: ImageOptions) -> ImageData:
-    try:
-        from sklearn.datasets import load_digits  # takes a second to import: only for those who want it
-    except ImportError as error:
-        raise UserError("the digits come with scikit-learn: pip install scikit-learn") from error
+def _load_digits(options: ImageOptions) -> ImageData:
+    from sklearn.datasets import load_digits  # imported here because it takes a second
+
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     # The last fifth, as in scikit-learn's own example: other writers than the first.
     cut = len(images) * 4 // 5
     splits = {"train": (images[:cut], bunch.target[:cut]), "test": (images[cut:], bunch.target[cut:])}
-    return _in_memory(splits, DIGITS, options, Damaged(options.max_damaged))
+    return _in_memory(splits, DIGITS, options)
 
 
-def _in_memory(splits: dict[str, Arrays], names: tuple[str, ...], options: ImageOptions, damaged: Damaged) -> ImageData:
-    if options.image_size or options.resize:
-        raise UserError("data.image_size and data.resize are for images in files: set them to 0, this data has one size")
-    (images, labels), test = splits["train"], ArrayExamples(images_NHWC=splits["test"][0], labels_N=splits["test"][1])
-    kept, held_out = hold_out(len(labels), options.valid_examples)
-    train = ArrayExamples(images_NHWC=images[kept], labels_N=labels[kept], augment=options.augment, pad=options.pad)
-    valid = ArrayExamples(images_NHWC=images[held_out], labels_N=labels[held_out]) if len(held_out) else test
-    return ImageData(train=train, valid=valid, test=test, class_names=names, damaged=damaged)
-
-
-def hold_out(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices that stay and indices that are held out, in order; always the same. UserError: none would stay."""
-    if held_out >= count:
-        raise UserError(f"data.valid_examples {held_out} leaves nothing of {count} training images: lower it")
-    order = np.random.default_rng(0).permutation(count)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
-def _folders(path: str, options: ImageOptions) -> ImageData:
-    if not path:
-        raise UserError(f"data.path is not set: {_FOLDERS_WANTED}")
-    place = Path(os.path.expanduser(path))
-    if not place.exists():
-        raise UserError(f"data.path {place} does not exist: {_FOLDERS_WANTED}")
-    damaged = Damaged(options.max_damaged)
+def _load_folders(options: ImageOptions) -> ImageData:
+    """Load image files by class, or ArrayRecord files."""
+    place = data_path(options.path, _FOLDERS_WANTED)
+    damaged = DamagedFiles(options.max_damaged)
     shards = find_shards(place) if place.is_dir() else {}
     splits, names = _from_records(place, shards, options, damaged) if shards else _from_tree(FileTree(place), options, damaged)
     if "train" not in splits or not splits.keys() & {"valid", "test"}:
@@ -138,8 +125,45 @@ def _folders(path: str, options: ImageOptions) -> ImageData:
     return ImageData(train=splits["train"], valid=valid, test=test, class_names=names, damaged=damaged)  # ty: ignore
 
 
-def _from_tree(tree: FileTree, options: ImageOptions, damaged: Damaged) -> tuple[dict[str, EncodedExamples], tuple[str, ...]]:
-    """Images below .../SPLIT/CLASS/, at any depth; classes in the order of their names, as is usual."""
+LABELED: dict[str, Callable[[ImageOptions], ImageData]] = {
+    "mnist": _load_mnist,
+    "fashion_mnist": _load_fashion_mnist,
+    "cifar10": _load_cifar10,
+    "folders": _load_folders,
+    "digits": _load_digits,
+}
+"""Loaders by `data.name`."""
+
+
+def _in_memory(
+    splits: Mapping[str, LabeledArrays],
+    class_names: tuple[str, ...],
+    options: ImageOptions,
+    damaged: DamagedFiles | None = None,
+) -> ImageData:
+    """Build the data set from the arrays of 'train' and 'test'."""
+    if options.image_size or options.resize:
+        raise UserError("data.image_size and data.resize are for images in files: set them to 0, this data has one size")
+    (images, labels), test = splits["train"], ArrayExamples(images_NHWC=splits["test"][0], labels_N=splits["test"][1])
+    kept, held_out = hold_out(len(labels), options.valid_examples)
+    train = ArrayExamples(images_NHWC=images[kept], labels_N=labels[kept], augment=options.augment, pad=options.pad)
+    valid = ArrayExamples(images_NHWC=images[held_out], labels_N=labels[held_out]) if len(held_out) else test
+    damaged = damaged or DamagedFiles(options.max_damaged)
+    return ImageData(train=train, valid=valid, test=test, class_names=class_names, damaged=damaged)
+
+
+def hold_out(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices that remain and indices that are held out, both sorted, always the same. UserError: none would remain."""
+    if held_out >= count:
+        raise UserError(f"data.valid_examples {held_out} leaves nothing of {count} training images: lower it")
+    order = np.random.default_rng(0).permutation(count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _from_tree(
+    tree: FileTree, options: ImageOptions, damaged: DamagedFiles
+) -> tuple[dict[str, EncodedExamples], tuple[str, ...]]:
+    """Find images below .../SPLIT/CLASS/, at any depth; the classes are numbered in alphabetical order, as is usual."""
     found: dict[str, list[tuple[str, str]]] = {}
     for name in filter(is_image, tree.names()):
         parts = name.split("/")
@@ -153,25 +177,26 @@ def _from_tree(tree: FileTree, options: ImageOptions, damaged: Damaged) -> tuple
     number = {kind: i for i, kind in enumerate(classes)}
     examples = {}
     for split, named in found.items():
-        kinds = {name: number[kind] for name, kind in named} if classes else {}
+        labels = {name: number[kind] for name, kind in named} if classes else {}
 
-        def read(name: str, kinds: dict[str, int] = kinds) -> tuple[bytes, int]:
-            return tree.read(name), kinds[name]
+        def read(name: str, labels: dict[str, int] = labels) -> tuple[bytes, int]:
+            return tree.read(name), labels[name]
 
-        examples[split] = _encoded(list(kinds), read, tree.label, damaged, options, split)
+        examples[split] = _encoded(list(labels), read, tree.label, damaged, options, split)
     return examples, tuple(classes)
 
 
 def _from_records(
-    place: Path, shards: dict[str, list[Path]], options: ImageOptions, damaged: Damaged
+    place: Path, shards: Mapping[str, list[Path]], options: ImageOptions, damaged: DamagedFiles
 ) -> tuple[dict[str, EncodedExamples], tuple[str, ...]]:
+    """Find the records of each split in ArrayRecord files."""
     classes, examples = read_classes(place), {}
     for split in SPLITS:
         files = [file for name, meant in ON_DISK.items() if meant == split for file in shards.get(name, ())]
         if files:
             records = ArrayRecords(files, classes)
             names = [str(i) for i in range(len(records))]
-            examples[split] = _encoded(names, records.read, records.describe, damaged, options, split)
+            examples[split] = _encoded(names, records.read, records.label, damaged, options, split)
     return examples, classes
 
 
@@ -179,10 +204,11 @@ def _encoded(
     names: list[str],
     content: Callable[[str], tuple[bytes, int]],
     label: Callable[[str], str],
-    damaged: Damaged,
+    damaged: DamagedFiles,
     options: ImageOptions,
     split: str,
 ) -> EncodedExamples:
+    """Apply the options to the images of one split; only training images are augmented."""
     return EncodedExamples(
         names=names,
         content=content,
@@ -192,12 +218,3 @@ def _encoded(
         resize=options.resize,
         augment=options.augment if split == "train" else "none",
     )
-
-
-_LOADERS: dict[str, Callable[[str, ImageOptions], ImageData]] = {
-    "mnist": _mnist,
-    "fashion_mnist": _fashion_mnist,
-    "cifar10": _cifar10,
-    "folders": _folders,
-    "digits": _digits,
-}

@@ -1,4 +1,4 @@
-"""A text encoded once: `{split}.npy`, `vocabulary.txt` and `meta.json` in a folder named by what they were made from."""
+"""Cache of encoded texts: `{split}.npy`, `vocabulary.txt` and `meta.json` in a folder named by a hash of their sources."""
 
 import hashlib
 import json
@@ -18,14 +18,16 @@ from deq_flax.data.text.vocabulary import Vocabulary, count_words
 from deq_flax.errors import UserError
 
 FORMAT = 1
+"""Version of the cache; part of the folder's hash."""
 QUIET_BYTES = 1 << 25
-"""Smaller texts are encoded without a progress bar."""
+"""Texts smaller than this are encoded without a progress bar."""
 
 Encoded = tuple[dict[str, np.ndarray], Vocabulary]
+"""Token ids (N,) int32 of each split, and the vocabulary."""
 
 
 def cache_root(cache: str) -> Path:
-    """The folder that holds the caches: `cache`, or deq_flax in the user's cache folder when it is ''.
+    """The folder of all caches: `cache`, or deq_flax in the user's cache folder if `cache` is empty.
 
     Raises:
         UserError: there is no home folder.
@@ -41,17 +43,17 @@ def cache_root(cache: str) -> Path:
 def load_or_encode(
     name: str, texts: Mapping[str, TextFile], *, lower_case: bool, counted: Sequence[str], cache: str = ""
 ) -> Encoded:
-    """The tokens of each split, memory-mapped int32 (N,), and the vocabulary: from the cache, or encoded into it.
+    """Load the memory-mapped token ids of each split and the vocabulary from the cache, after encoding them if necessary.
 
     Args:
-        name: of the dataset, the first part of the folder's name.
-        texts: by split.
-        lower_case: whether words are lower-cased.
-        counted: the splits whose words make the vocabulary.
-        cache: the folder to hold the caches; '': `$XDG_CACHE_HOME/deq_flax` or `~/.cache/deq_flax`.
+        name: the name of the text; the folder's name begins with it.
+        texts: the files by split.
+        lower_case: convert words to lower case.
+        counted: the splits whose words form the vocabulary.
+        cache: the folder of all caches; empty: `$XDG_CACHE_HOME/deq_flax` or `~/.cache/deq_flax`.
 
     Raises:
-        UserError: a text cannot be read or holds an unknown word, or the cache cannot be written.
+        UserError: a text cannot be read or contains an unknown word, or the cache cannot be written.
     """
     recipe = [FORMAT, lower_case, list(counted), {split: text.stamp() for split, text in texts.items()}]
     fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
@@ -83,7 +85,7 @@ def _encode(
     lower_case: bool,
     counted: Sequence[str],
 ) -> None:
-    """Fill the folder. The texts are read twice: to count their words, and to encode them."""
+    """Write the cache into `folder`. The texts are read twice: to count their words, and to encode them."""
     total = sum(sizes.values()) + sum(sizes[split] for split in counted)
     with tqdm(
         total=total, desc=f"encoding {name}", unit="B", unit_scale=True, file=sys.stderr, disable=total < QUIET_BYTES
@@ -101,7 +103,7 @@ def _encode(
 
 
 def _write_tokens(out: BinaryIO, text: TextFile, vocabulary: Vocabulary, progress: Callable[[int], object]) -> int:
-    """Append the tokens piece by piece behind a header that is written again once their number is known."""
+    """Write an array of tokens piece by piece and return its length; the header is rewritten once the length is known."""
     n_tokens = 0
     _write_header(out, n_tokens)
     start = out.tell()
@@ -123,7 +125,7 @@ def _write_header(out: BinaryIO, n_tokens: int) -> None:
 
 
 def _publish(scratch: Path, folder: Path) -> Encoded:
-    """Give the finished folder its name. Another process may have been faster: then its folder is as good."""
+    """Rename the finished folder and open it. If another process has published the same cache first, open that."""
     try:
         scratch.rename(folder)
     except OSError:
@@ -141,7 +143,7 @@ def _publish(scratch: Path, folder: Path) -> Encoded:
 
 
 def _open(folder: Path) -> Encoded | None:
-    """What the folder holds; None if it is absent, half there or damaged."""
+    """Open a cache folder; None if it is absent, incomplete or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokens = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in meta["tokens"]}

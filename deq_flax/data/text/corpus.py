@@ -1,14 +1,17 @@
-"""Word-level texts by name: each becomes three streams of token ids and, where there are words, their vocabulary."""
+"""Texts by name: three streams of token ids and, where the words are known, their vocabulary.
 
-import os
+To add a text: a loader function and a line in `TEXTS`.
+"""
+
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from deq_flax.data.splits import SPLITS, Splits
+from deq_flax.data.loading import SPLITS, Splits, check_least, data_path
 from deq_flax.data.text.cache import load_or_encode
 from deq_flax.data.text.files import Layout, find_texts
 from deq_flax.data.text.pydoc import pydoc_corpus
@@ -16,38 +19,44 @@ from deq_flax.data.text.vocabulary import Vocabulary
 from deq_flax.errors import UserError
 
 CHUNK = 1 << 22
+"""Tokens of a memory-mapped text that are examined at once."""
 
-LAYOUTS = {
-    "ptb": Layout(
-        patterns=("ptb.{}.txt", "{}.txt"),
-        lower_case=True,
-        counted=SPLITS,
-        published="the Penn Treebank of Mikolov's simple-examples, in its folder data (the treebank itself is LDC99T42)",
-    ),
-    "wt103": Layout(
-        patterns=("wiki.{}.tokens", "{}.txt"),
-        lower_case=False,
-        counted=("train",),
-        published="wikitext-103-v1.zip of Salesforce Research, 'The WikiText long term dependency language modeling dataset'",
-        zip_name="wikitext-103-v1.zip",
-    ),
-}
-_TOKENS_WANTED = "set data.path to the folder of train.npy, valid.npy and test.npy, 1-D int32 token ids"
-NAMES = (*LAYOUTS, "tokens", "pydoc")
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Section `data` of a language model's config."""
+
+    name: str = "wt103"
+    """Text: wt103 or ptb, from the published files; tokens, arrays of token ids; pydoc, English text included in Python."""
+    path: str = ""
+    """Folder of the text's files; for wt103 also the published zip file. pydoc needs none."""
+    cache: str = ""
+    """Folder for encoded texts; empty: $XDG_CACHE_HOME/deq_flax or ~/.cache/deq_flax."""
+    batch_size: int = 56
+    """Parallel streams of text in a training step, over all devices and micro-batches."""
+    seq_len: int = 150
+    """Tokens of each stream in a training step."""
+    eval_batch_size: int = 16
+    """Parallel streams of text in evaluation, over all devices."""
+    eval_seq_len: int = 150
+    """Tokens of each stream in an evaluation step."""
+
+    def __post_init__(self):
+        check_least(self, 1, "batch_size", "seq_len", "eval_batch_size", "eval_seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(Splits[np.ndarray]):
-    """A text as token ids. Each split is (N,) of an integer type (int32 unless the ids came ready made), perhaps a memmap."""
+    """A text as token ids. Each split is (N,) of an integer type, int32 except from `tokens`, possibly memory-mapped."""
 
     vocab_size: int
     vocabulary: Vocabulary | None = None
-    """None where only ids are known."""
+    """None if only ids are known."""
 
     def unigram_nll(self, split: str) -> float:
-        """Nats per token of a split under the training frequencies with add-one smoothing: what a model must beat.
+        """Nats per token of a split under the training frequencies with add-one smoothing: a baseline for any model.
 
-        Scored are all tokens but the first, as in language-model evaluation. Raises UserError for an unknown split.
+        All tokens but the first are scored, as in language-model evaluation. Raises UserError for an unknown split.
         """
         counts = _counts(self.train, self.vocab_size)
         log_p = np.log(counts + 1) - np.log(len(self.train) + self.vocab_size)
@@ -55,42 +64,47 @@ class Corpus(Splits[np.ndarray]):
         return float(-(targets @ log_p) / targets.sum())
 
 
-def load_text(name: str, path: str = "", cache: str = "", *, vocab_size: int = 0) -> Corpus:
-    """The text `name`.
+def load_text(options: TextOptions, vocab_size: int = 0) -> Corpus:
+    """Load the text `options.name`, encoding it into the cache if it is not there yet.
 
     Args:
-        name: 'ptb' and 'wt103' read the published files below `path` and encode them once, into a cache; 'tokens' maps
-            {train,valid,test}.npy of token ids in the folder `path`; 'pydoc' needs no file: English from the standard library.
-        path: the folder with the files; for 'wt103' also wikitext-103-v1.zip itself or the folder with it.
-        cache: the folder to hold the caches; '': `$XDG_CACHE_HOME/deq_flax` or `~/.cache/deq_flax`.
-        vocab_size: the number of ids a model knows; '0': as many as the text has. A text that has more is refused, and
-            'tokens', which has no vocabulary, takes this as its own.
+        options: which text, and where it is.
+        vocab_size: the number of ids that the model has; 0: that of the text. A text with more is refused, and 'tokens',
+            which has no vocabulary, takes this one as its own.
 
     Raises:
         UserError: an unknown name, a file that is missing or cannot be read, a cache that cannot be written, or more ids
             than `vocab_size`.
     """
-    if name in LAYOUTS:
-        layout = LAYOUTS[name]
-        splits, vocabulary = load_or_encode(
-            name, find_texts(layout, path), lower_case=layout.lower_case, counted=layout.counted, cache=cache
+    if options.name not in TEXTS:
+        raise UserError(f"no text {options.name!r}; known: {', '.join(TEXTS)}")
+    corpus = TEXTS[options.name](options, vocab_size)
+    if vocab_size and corpus.vocab_size > vocab_size:
+        raise UserError(
+            f"the text {options.name!r} has {corpus.vocab_size} words, the model only {vocab_size}: raise model.vocab_size"
         )
-    elif name == "tokens":
-        return _load_tokens(path, vocab_size)
-    elif name == "pydoc":
-        texts, vocabulary = pydoc_corpus()
-        splits = {split: vocabulary.encode(text) for split, text in texts.items()}
-    else:
-        raise UserError(f"no text {name!r}; known: {', '.join(NAMES)}")
-    if vocab_size and len(vocabulary) > vocab_size:
-        raise UserError(f"the text {name!r} has {len(vocabulary)} words, the model only {vocab_size}: raise model.vocab_size")
+    return corpus
+
+
+def _load_words(layout: Layout, options: TextOptions, _: int) -> Corpus:
+    """Load published files of whitespace-separated words."""
+    texts = find_texts(layout, options.path)
+    splits, vocabulary = load_or_encode(
+        options.name, texts, lower_case=layout.lower_case, counted=layout.counted, cache=options.cache
+    )
     return Corpus(**splits, vocab_size=len(vocabulary), vocabulary=vocabulary)
 
 
-def _load_tokens(path: str, vocab_size: int) -> Corpus:
-    if not path:
-        raise UserError(f"data.path is not set: {_TOKENS_WANTED}")
-    folder = Path(os.path.expanduser(path))
+def _load_pydoc(options: TextOptions, _: int) -> Corpus:
+    """Encode the documentation in the standard library."""
+    texts, vocabulary = pydoc_corpus()
+    splits = {split: vocabulary.encode(text) for split, text in texts.items()}
+    return Corpus(**splits, vocab_size=len(vocabulary), vocabulary=vocabulary)
+
+
+def _load_tokens(options: TextOptions, vocab_size: int) -> Corpus:
+    """Map {train,valid,test}.npy of token ids."""
+    folder = data_path(options.path, _TOKENS_WANTED)
     limit = vocab_size or np.iinfo(np.int32).max
     splits = {split: _map_tokens(folder / f"{split}.npy") for split in SPLITS}
     largest = 0
@@ -103,6 +117,30 @@ def _load_tokens(path: str, vocab_size: int) -> Corpus:
             if largest >= limit:
                 raise UserError(f"{file} holds the id {largest}, the ids must be below {limit}: see model.vocab_size")
     return Corpus(**splits, vocab_size=vocab_size or largest + 1)  # ty: ignore[invalid-argument-type]
+
+
+_TOKENS_WANTED = "set data.path to the folder of train.npy, valid.npy and test.npy, 1-D int32 token ids"
+_PTB = Layout(
+    patterns=("ptb.{}.txt", "{}.txt"),
+    lower_case=True,
+    counted=SPLITS,
+    published="the Penn Treebank of Mikolov's simple-examples, in its folder data (the treebank itself is LDC99T42)",
+)
+_WT103 = Layout(
+    patterns=("wiki.{}.tokens", "{}.txt"),
+    lower_case=False,
+    counted=("train",),
+    published="wikitext-103-v1.zip of Salesforce Research, 'The WikiText long term dependency language modeling dataset'",
+    zip_name="wikitext-103-v1.zip",
+)
+
+TEXTS: dict[str, Callable[[TextOptions, int], Corpus]] = {
+    "ptb": partial(_load_words, _PTB),
+    "wt103": partial(_load_words, _WT103),
+    "tokens": _load_tokens,
+    "pydoc": _load_pydoc,
+}
+"""Loaders by `data.name`: (options, vocabulary size of the model or 0) -> corpus."""
 
 
 def _map_tokens(file: Path) -> np.ndarray:
@@ -127,7 +165,7 @@ def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each id occurs, (vocab_size,), without a copy of the whole text."""
+    """Count each id, (vocab_size,), without copying the whole text."""
     counts = np.zeros(vocab_size, np.int64)
     for chunk in _chunks(tokens):
         counts += np.bincount(chunk.astype(np.int64, copy=False), minlength=vocab_size)

@@ -1,35 +1,21 @@
-"""The files that hold a text, plain or inside a zip, found and read in pieces."""
+"""Text files, plain or inside a zip file: found by their published names, and read in pieces."""
 
-import contextlib
-import os
 import zipfile
-import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from deq_flax.data.splits import SPLITS
+from deq_flax.data.loading import SPLITS, data_path, readable
 from deq_flax.errors import UserError
 
 PIECE_BYTES = 1 << 20
-"""Small: the words of a piece are Python strings, 20 times its size, and are faster while they fit the processor's cache."""
-
-
-@contextlib.contextmanager
-def readable(label: object) -> Generator[None]:
-    """Turn what can go wrong while reading a file into one line that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot read {label}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{label} is damaged or not a zip file that can be read ({error}); get it again") from error
+"""Bytes of text that are split into words at once. The words take 20 times as much and should fit the processor's cache."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One UTF-8 text: a file, or a member of a zip file."""
+    """A UTF-8 text: a file, or a member of a zip file."""
 
     path: Path
     member: str = ""
@@ -38,7 +24,7 @@ class TextFile:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
 
     def size(self) -> int:
-        """Bytes of text. Raises UserError if the file cannot be read or is empty."""
+        """Size of the text in bytes. Raises UserError if the file cannot be read or is empty."""
         with readable(self):
             if self.member:
                 with zipfile.ZipFile(self.path) as archive:
@@ -49,23 +35,27 @@ class TextFile:
             raise UserError(f"{self} is empty")
         return size
 
-    def stamp(self) -> list:
-        """What tells this file from a changed one: path, member, size and time of the last change."""
+    def stamp(self) -> list[str | int]:
+        """Identity of the file's content: path, member, size and time of the last change (ns)."""
         with readable(self):
             status = self.path.stat()
         return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
 
     def open(self) -> IO[bytes]:
+        """Open the text for reading. Raises OSError or zipfile.BadZipFile."""
         if not self.member:
             return self.path.open("rb")
         with zipfile.ZipFile(self.path) as archive:
             return archive.open(self.member)
 
     def pieces(self, progress: Callable[[int], object] = lambda n_bytes: None) -> Iterator[str]:
-        """The text in pieces of about PIECE_BYTES cut between words, every line ended by one '\\n'.
+        """Read the text in pieces of about PIECE_BYTES that end between words, every line ended by one '\\n'.
+
+        Args:
+            progress: called with the number of bytes read, after each piece.
 
         Raises:
-            UserError: the file cannot be read, is not UTF-8, or has no space or line break where one must be.
+            UserError: the file cannot be read, is not UTF-8, or has no space or line break in PIECE_BYTES.
         """
         with readable(self), self.open() as stream:
             offset, rest, data = 0, b"", b""
@@ -93,36 +83,37 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset is published: the names of its files, what to do with them, and where they are to be had."""
+    """Published form of a text: the names of its files, how they are encoded, and where to get them."""
 
     patterns: tuple[str, ...]
-    """File names, '{}' standing for the split; the first is the published one."""
+    """File names with '{}' for the split; the first is the published one."""
     lower_case: bool
+    """Convert words to lower case."""
     counted: tuple[str, ...]
-    """The splits whose words make the vocabulary."""
+    """Splits whose words form the vocabulary."""
     published: str
+    """Where to get the files, for messages."""
     zip_name: str = ""
+    """Published zip file that contains the files, if any."""
 
 
 def find_texts(layout: Layout, path: str) -> dict[str, TextFile]:
-    """The file of each split. `path`: the folder of the files, or the zip (or its folder) if the dataset has one.
+    """Find the file of each split.
+
+    Args:
+        layout: the published form of the text.
+        path: the folder of the files, or the zip file or its folder if the text is published as one.
 
     Raises:
-        UserError: a file is not there; the message says what to put where.
+        UserError: a file is missing; the message says which files are needed and where they are published.
     """
-    if not path:
-        raise UserError(f"data.path is not set: {_wanted(layout)}")
-    place = Path(os.path.expanduser(path))
+    place = data_path(path, _wanted(layout))
     with readable(place):
         if place.is_dir():
-            texts = _in_folder(layout, place)
-        elif not place.exists():
-            raise UserError(f"data.path {place} does not exist: {_wanted(layout)}")
-        elif layout.zip_name:
-            texts = _in_zip(layout, place)
-        else:
-            raise UserError(f"data.path {place} is a file: {_wanted(layout)}")
-    return texts
+            return _in_folder(layout, place)
+        if layout.zip_name:
+            return _in_zip(layout, place)
+    raise UserError(f"data.path {place} is a file: {_wanted(layout)}")
 
 
 def _in_folder(layout: Layout, folder: Path) -> dict[str, TextFile]:

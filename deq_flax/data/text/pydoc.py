@@ -1,7 +1,7 @@
-"""A small English corpus that every Python carries: the prose of the language reference in `pydoc_data.topics`.
+"""A small English corpus included in Python: the prose of the language reference in `pydoc_data.topics`.
 
-It serves to try things without a download. Its text differs from one Python version to the next, so scores on it compare
-only within one version.
+It allows trying a model without a download. The text differs between Python versions, so scores are comparable only within
+one version.
 """
 
 import re
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from deq_flax.data.text.vocabulary import UNK, Vocabulary, count_words
 
 MIN_COUNT = 2
-"""A word seen fewer times than this in the training text is '<unk>'."""
+"""Words that occur fewer times than this in the training text become '<unk>'."""
 SHARES = {"valid": 0.09, "test": 0.08}
-"""The most of the text that a held-out split may have."""
+"""Upper limits on the fraction of the words in each held-out split."""
 
 _WORD = re.compile(r"[^\W\d]\w*(?:-[^\W\d]\w*)*|\d+(?:\.\d+)*|'(?:s|t|re|ve|ll|d|m)\b|[^\w\s]")
 _RULE = re.compile(r"[-=*~^\"#+|\s]*")
@@ -23,24 +23,24 @@ _TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "�
 
 
 def tokenize(text: str) -> str:
-    """Lower-cased words, numbers and punctuation marks with single spaces between them; lines are joined."""
+    """Convert text to lower-case words, numbers and punctuation marks with single spaces between them, on one line."""
     return " ".join(_WORD.findall(text.translate(_TYPOGRAPHY).lower()))
 
 
 def pydoc_corpus() -> tuple[dict[str, str], Vocabulary]:
-    """The text of 'train', 'valid' and 'test', a paragraph a line, and the vocabulary that holds every word of it."""
+    """The texts of 'train', 'valid' and 'test', one paragraph a line, and a vocabulary of all their words."""
     from pydoc_data.topics import topics  # a module of half a megabyte that only this corpus needs
 
-    lines = split_topics(own_paragraphs({name: _paragraphs(text) for name, text in topics.items()}))
+    lines = split_topics(unique_paragraphs({name: _paragraphs(text) for name, text in topics.items()}))
     counts = count_words(lines["train"])
     known = {word for word, count in counts.items() if count >= MIN_COUNT}
     texts = {split: _with_unknown(lines[split], known) for split in lines}
     return texts, Vocabulary.from_counts(count_words([texts["train"]]), lower_case=True)
 
 
-def own_paragraphs(topics: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Each paragraph once, with the shortest topic it stands in: large topics repeat small ones word for word."""
-    owner = {}
+def unique_paragraphs(topics: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Keep each paragraph only in the shortest topic that contains it: long topics repeat short ones word for word."""
+    owner: dict[str, str] = {}
     for name in sorted(topics, key=lambda name: (sum(map(len, topics[name])), name)):
         for paragraph in topics[name]:
             owner.setdefault(paragraph, name)
@@ -50,9 +50,13 @@ def own_paragraphs(topics: Mapping[str, list[str]]) -> dict[str, list[str]]:
 
 
 def split_topics(topics: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Whole topics to splits, in order: the held-out split that most lacks text has a topic if that keeps it to its share."""
-    lines = {"train": [], "valid": [], "test": []}
-    sizes, seen = Counter(), 0
+    """Assign whole topics, in order, to splits.
+
+    A topic goes to the held-out split that is furthest below its share, if it fits into that share, else to training.
+    """
+    lines: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    sizes: Counter[str] = Counter()
+    seen = 0
     for paragraphs in topics.values():
         size = sum(len(paragraph.split()) for paragraph in paragraphs)
         seen += size
@@ -65,7 +69,7 @@ def split_topics(topics: Mapping[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _paragraphs(topic: str) -> list[str]:
-    """The tokenized prose of a topic: no headings, tables, grammar, signatures or programs."""
+    """Extract the tokenized prose of a topic, without headings, tables, grammar, signatures or programs."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", topic):
         lines = [line.strip() for line in block.split("\n")]

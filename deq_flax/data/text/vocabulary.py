@@ -1,6 +1,6 @@
-"""Words and their ids, in the order of the Transformer-XL vocabularies that published checkpoints were trained with."""
+"""Vocabularies: words and their ids, ordered as in Transformer-XL, with which the published checkpoints were trained."""
 
-import collections
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,16 +12,16 @@ EOS = "<eos>"
 UNK = "<unk>"
 
 
-def count_words(pieces: Iterable[str], *, lower_case: bool = False) -> collections.Counter:
-    """How often each whitespace-separated word occurs, in the order of first appearance."""
-    counts = collections.Counter()
+def count_words(pieces: Iterable[str], *, lower_case: bool = False) -> Counter[str]:
+    """Count each whitespace-separated word, in the order of first appearance."""
+    counts: Counter[str] = Counter()
     for piece in pieces:
         counts.update((piece.lower() if lower_case else piece).split())
     return counts
 
 
-class _Ids(dict):
-    """Word to id; a word that is not there has the id of '<unk>'."""
+class _Ids(dict[str, int]):
+    """Ids by word; an unknown word has the id of '<unk>'."""
 
     def __missing__(self, word: str) -> int:
         unknown = self.get(UNK)
@@ -31,14 +31,14 @@ class _Ids(dict):
 
 
 class Vocabulary:
-    """An ordered set of words; a word's id is its place in it.
+    """An ordered set of words; the id of a word is its index.
 
     Args:
-        words: the words in order of their ids, each once.
-        lower_case: whether text is lower-cased before its words are looked up.
+        words: the words in the order of their ids, each once.
+        lower_case: convert text to lower case before its words are looked up.
 
     Raises:
-        ValueError: a word stands there twice.
+        ValueError: a word occurs twice.
     """
 
     def __init__(self, words: Iterable[str], *, lower_case: bool = False):
@@ -46,11 +46,11 @@ class Vocabulary:
         self.lower_case = lower_case
         self._ids = _Ids((word, index) for index, word in enumerate(self.words))
         if len(self._ids) != len(self.words):
-            raise ValueError("a word stands in the vocabulary twice")
+            raise ValueError("a word occurs in the vocabulary twice")
 
     @classmethod
-    def from_counts(cls, counts: collections.Counter, *, lower_case: bool = False) -> "Vocabulary":
-        """'<eos>', then the words by falling count, equal counts by first appearance."""
+    def from_counts(cls, counts: Counter[str], *, lower_case: bool = False) -> "Vocabulary":
+        """Order words by decreasing count, equal counts by first appearance, after '<eos>'."""
         ranked = (word for word, _ in counts.most_common() if word != EOS)
         return cls((EOS, *ranked), lower_case=lower_case)
 
@@ -60,14 +60,10 @@ class Vocabulary:
     def __contains__(self, word: str) -> bool:
         return word in self._ids
 
-    def id_of(self, word: str) -> int:
-        """The id of a word, that of '<unk>' if it is unknown. Raises UserError if there is no '<unk>' either."""
-        return self._ids[word]
-
     def encode(self, text: str) -> np.ndarray:
-        """The ids (N,) int32 of the words of `text`, every line break standing for one '<eos>'.
+        """Encode the words of `text` as ids (N,) int32; every line break becomes one '<eos>'.
 
-        A last line without a line break gets no '<eos>', so a prompt can be continued.
+        A last line without a line break gets no '<eos>', so that a prompt can be continued.
 
         Raises:
             UserError: a word is unknown and the vocabulary has no '<unk>'.
@@ -77,10 +73,10 @@ class Vocabulary:
         return np.fromiter(map(self._ids.__getitem__, words), np.int32, count=len(words))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The words of `ids` with spaces between them, '<eos>' as a line break; the inverse of `encode` up to spacing.
+        """Decode ids to words with spaces between them and '<eos>' as a line break: the inverse of `encode` up to spacing.
 
         Raises:
-            IndexError: an id is negative or no less than the number of words.
+            IndexError: an id is negative, or too large for the vocabulary.
         """
         ids = np.asarray(ids, np.int64).reshape(-1)
         if ids.size and (ids.min() < 0 or ids.max() >= len(self.words)):
@@ -89,16 +85,20 @@ class Vocabulary:
         return "\n".join(line.strip(" ") for line in lines)
 
     def save(self, path: str | Path) -> None:
-        """Write the words, one a line, UTF-8."""
+        """Write the words to a UTF-8 file, one a line."""
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{word}\n" for word in self.words)
 
     @classmethod
     def load(cls, path: str | Path, *, lower_case: bool | None = None) -> "Vocabulary":
-        """Read what `save` wrote. `lower_case` None: true if no word has an upper-case letter.
+        """Read a file that `save` wrote.
+
+        Args:
+            path: the file.
+            lower_case: as in the constructor; None: true if no word has an upper-case letter.
 
         Raises:
-            UserError: the file cannot be read, is empty, or holds a word twice.
+            UserError: the file cannot be read, is empty, or contains a word twice.
         """
         try:
             text = Path(path).read_bytes().decode("utf-8")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deq_flax.data.images.augment import centre_boxes, flips, mirror, pad_crop, resized_crop_boxes, scaled_crops
+from deq_flax.data.images.augment import center_boxes, mirror, pad_crop, random_flips, resized_crop_boxes, scaled_crops
 
 IMAGES = np.random.default_rng(0).integers(1, 255, (64, 6, 5, 3), dtype=np.uint8)
 
@@ -24,7 +24,7 @@ def test_no_padding_changes_nothing():
 
 
 def test_images_and_labels_are_mirrored_alike():
-    which = flips(64, np.random.default_rng(2))
+    which = random_flips(64, np.random.default_rng(2))
     assert 16 < which.sum() < 48
     for images in (IMAGES, IMAGES[..., 0]):
         for image, source, flipped in zip(mirror(images, which), images, which, strict=True):
@@ -43,14 +43,14 @@ def test_resized_crops_have_the_published_areas_and_ratios():
 
 
 @pytest.mark.parametrize(("width", "height", "box"), [(1000, 10, (13.3333, 10)), (10, 1000, (10, 13.3333))])
-def test_a_thin_image_gives_its_centre(width, height, box):
+def test_a_thin_image_gives_its_center(width, height, box):
     boxes = resized_crop_boxes(np.array([width]), np.array([height]), np.random.default_rng(0))
     np.testing.assert_allclose((boxes.width_B[0], boxes.height_B[0]), box, rtol=1e-4)
     np.testing.assert_allclose((boxes.left_B * 2 + boxes.width_B, boxes.upper_B * 2 + boxes.height_B), [[width], [height]])
 
 
-def test_the_centre_box_is_that_of_resizing_first():
-    boxes = centre_boxes(np.array([512]), np.array([1024]), size=224, resize=256)
+def test_the_center_box_is_that_of_resizing_first():
+    boxes = center_boxes(np.array([512]), np.array([1024]), size=224, resize=256)
     np.testing.assert_allclose(boxes.corners(0), (32, 288, 480, 736))
 
 

@@ -1,4 +1,4 @@
-"""Labelled images in every form they come in, from small files made here."""
+"""Labeled images of every supported format, from small files."""
 
 import gzip
 import pickle
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deq_flax.data.images.files import Damaged
+from deq_flax.data.images.files import DamagedFiles
 from deq_flax.data.images.labeled_datasets import ImageOptions, load_images
 from deq_flax.errors import UserError
 
@@ -16,11 +16,10 @@ RANDOM = np.random.default_rng(0)
 
 
 def options(**changed):
-    defaults = dict(image_size=0, resize=0, augment="none", pad=0, valid_examples=0, max_damaged=0)
-    return ImageOptions(**defaults | changed)
+    return ImageOptions(**{"augment": "none", "pad": 0} | changed)
 
 
-FILES = options(image_size=8, resize=10)
+FILES = {"image_size": 8, "resize": 10}
 
 
 def all_of(examples):
@@ -44,24 +43,24 @@ def mnist(tmp_path):
 
 def test_idx_files_gzipped_or_not(mnist):
     folder, arrays = mnist
-    data = load_images("mnist", str(folder), options())
+    data = load_images(options(name="mnist", path=str(folder)))
     for examples, part in ((data.train, "train"), (data.test, "t10k"), (data.valid, "t10k")):
         batch = all_of(examples)
         np.testing.assert_array_equal(batch["images"][..., 0], arrays[part][0])
         np.testing.assert_array_equal(batch["labels"], arrays[part][1])
-    assert len(load_images("fashion_mnist", str(folder), options()).class_names) == 10
+    assert len(load_images(options(name="fashion_mnist", path=str(folder))).class_names) == 10
 
 
 def test_held_out_images_are_not_trained_on(mnist):
     folder, arrays = mnist
-    data = load_images("mnist", str(folder), options(valid_examples=4))
+    data = load_images(options(name="mnist", path=str(folder), valid_examples=4))
     parts = [{image.tobytes() for image in all_of(each)["images"]} for each in (data.train, data.valid)]
     assert (len(parts[0]), len(parts[1])) == (8, 4) and not parts[0] & parts[1]
     assert parts[0] | parts[1] == {image.tobytes() for image in arrays["train"][0]}
 
 
 @pytest.mark.parametrize("damage", ["cut", "magic", "gzip", "missing", "labels"])
-def test_damaged_idx_files_are_one_clear_line(mnist, damage):
+def test_damaged_idx_files_give_one_clear_line(mnist, damage):
     folder, arrays = mnist
     images, labels = folder / "t10k-images-idx3-ubyte", folder / "t10k-labels-idx1-ubyte"
     if damage == "cut":
@@ -76,7 +75,7 @@ def test_damaged_idx_files_are_one_clear_line(mnist, damage):
     else:
         write_idx(labels, arrays["t10k"][1][:-1])
     with pytest.raises(UserError, match=r"get it again|get them again|set data\.path"):
-        load_images("mnist", str(folder), options())
+        load_images(options(name="mnist", path=str(folder)))
 
 
 def cifar(count):
@@ -98,7 +97,7 @@ def test_cifar_batches(tmp_path, form):
         else:
             batch = {b"data": rows, b"labels": labels.tolist(), b"batch_label": b"batch"}
             (folder / name).write_bytes(pickle.dumps(batch, protocol=2 if form == "python2" else 4))
-    data = load_images("cifar10", str(tmp_path), options())
+    data = load_images(options(name="cifar10", path=str(tmp_path)))
     for examples, names in ((data.train, NAMES[:5]), (data.test, NAMES[5:])):
         batch = all_of(examples)
         np.testing.assert_array_equal(batch["images"], np.concatenate([arrays[name][0] for name in names]))
@@ -117,7 +116,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path):
     for name in NAMES:
         (tmp_path / name).write_bytes(pickle.dumps({b"data": Malice(tmp_path / "ran"), b"labels": [0]}))
     with pytest.raises(UserError, match=r"no batch of CIFAR-10 \(it refers to (_io|io).open\)"):
-        load_images("cifar10", str(tmp_path), options())
+        load_images(options(name="cifar10", path=str(tmp_path)))
     assert not (tmp_path / "ran").exists()
 
 
@@ -137,7 +136,7 @@ def test_cifar_as_image_files(tmp_path, zipped):
         with zipfile.ZipFile(path, "w") as archive:
             for file in sorted((tmp_path / "images").rglob("*.png")):
                 archive.write(file, str(file.relative_to(tmp_path / "images")))
-    data = load_images("cifar10", str(path), options())
+    data = load_images(options(name="cifar10", path=str(path)))
     for split in ("train", "test"):
         batch = all_of(getattr(data, split))
         assert batch["labels"].tolist() == [0, 9]
@@ -156,37 +155,38 @@ def folders(tmp_path):
 
 
 def test_image_folders(folders):
-    data = load_images("folders", str(folders), FILES)
+    data = load_images(options(name="folders", path=str(folders), **FILES))
     assert data.class_names == ("a", "b") and data.test is data.valid
     batch = all_of(data.valid)
     assert batch["labels"].tolist() == [0, 0, 1, 1] and batch["images"].shape == (4, 8, 8, 3)
     np.testing.assert_array_equal(batch["images"][:, 4, 4, 0], [1, 11, 101, 111])
-    train = load_images("folders", str(folders), options(image_size=8, resize=10, augment="resized_crop_flip")).train
+    train = load_images(options(name="folders", path=str(folders), image_size=8, resize=10, augment="resized_crop_flip")).train
     random = train.read(np.arange(4), np.random.default_rng(0))
-    np.testing.assert_array_equal(random["images"], np.broadcast_to(random["images"][:, :1, :1], (4, 8, 8, 3)))
+    expected = np.array([1, 11, 101, 111], np.uint8)[:, None, None, None]  # each image has one gray value
+    np.testing.assert_array_equal(random["images"], np.broadcast_to(expected, (4, 8, 8, 3)))
 
 
-def test_the_evaluated_part_is_the_centre_after_resizing(tmp_path):
+def test_the_evaluated_part_is_the_center_after_resizing(tmp_path):
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.fromarray(ramp).save(tmp_path / split / "a" / "0.png")
-    image = all_of(load_images("folders", str(tmp_path), options(image_size=40, resize=50)).valid)["images"][0]
+    image = all_of(load_images(options(name="folders", path=str(tmp_path), image_size=40, resize=50)).valid)["images"][0]
     np.testing.assert_allclose(image[20, :, 0], 60 + 2 * np.arange(40) + 0.5, atol=1)
 
 
-def test_a_damaged_image_is_skipped_named_and_counts_for_nothing(folders, caplog):
+def test_a_damaged_image_is_skipped_named_and_not_counted(folders, caplog):
     damaged = folders / "val" / "a" / "0.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
     (folders / "val" / "b" / "1.png").write_bytes(b"no image")
-    data = load_images("folders", str(folders), options(image_size=8, resize=10, max_damaged=2))
+    data = load_images(options(name="folders", path=str(folders), image_size=8, resize=10, max_damaged=2))
     for _ in range(2):
         batch = all_of(data.valid)
         assert batch["mask"].tolist() == [0, 1, 1, 0] and not batch["images"][[0, 3]].any()
     assert [name.split("/")[-3:] for name in data.damaged.names] == [["val", "a", "0.png"], ["val", "b", "1.png"]]
     assert len(caplog.records) == 2 and str(damaged) in caplog.text
     with pytest.raises(UserError, match=r"2 images are damaged .*0\.png.*max_damaged 1"):
-        all_of(load_images("folders", str(folders), options(image_size=8, resize=10, max_damaged=1)).valid)
+        all_of(load_images(options(name="folders", path=str(folders), image_size=8, resize=10, max_damaged=1)).valid)
 
 
 def field(number, content):
@@ -205,7 +205,7 @@ def test_array_records(tmp_path):
         file = writer.ArrayRecordWriter(str(tmp_path / f"pets-{split}.array_record-0000{shard}-of-00002"), "group_size:1")
         file.write(field(1, field(1, image) + field(1, number)))
         file.close()
-    data = load_images("folders", str(tmp_path), FILES)
+    data = load_images(options(name="folders", path=str(tmp_path), **FILES))
     assert data.class_names == ("cat", "dog")
     batch = all_of(data.train)
     assert batch["labels"].tolist() == [0, 1] and batch["images"][:, 0, 0, 0].tolist() == [7, 57]
@@ -213,24 +213,24 @@ def test_array_records(tmp_path):
 
 
 def test_the_digits_need_no_files():
-    data = load_images("digits", "", options())
+    data = load_images(options(name="digits"))
     assert data.train.shape == (8, 8, 1) and len(data.train) + len(data.test) == 1797
     assert all_of(data.test)["images"].max() == 255 and set(all_of(data.test)["labels"]) == set(range(10))
 
 
 @pytest.mark.parametrize(
-    ("name", "changed", "says"),
+    ("name", "says"),
     [
-        ("mnist", {}, "MNIST database"),
-        ("cifar10", {}, "cifar-10-{python,binary}.tar.gz"),
-        ("folders", {}, "image-net.org"),
-        ("pictures", {}, "known: mnist"),
+        ("mnist", "MNIST database"),
+        ("cifar10", "cifar-10-{python,binary}.tar.gz"),
+        ("folders", "image-net.org"),
+        ("pictures", "known: mnist"),
     ],
 )
-def test_missing_data_says_where_it_is_published(tmp_path, name, changed, says):
+def test_missing_data_says_where_it_is_published(tmp_path, name, says):
     for path in ("", str(tmp_path), str(tmp_path / "none")):
         with pytest.raises(UserError) as error:
-            load_images(name, path, options(**changed))
+            load_images(options(name=name, path=path))
         assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -240,11 +240,11 @@ def test_missing_data_says_where_it_is_published(tmp_path, name, changed, says):
 )
 def test_options_that_do_not_suit_are_refused(changed):
     with pytest.raises(UserError, match=r"data\."):
-        load_images("digits", "", options(**changed))
+        load_images(options(name="digits", **changed))
 
 
-def test_too_many_damaged_images_end_it():
-    damaged = Damaged(1)
+def test_too_many_damaged_images_are_an_error():
+    damaged = DamagedFiles(1)
     damaged.add("a", "cut")
     damaged.add("a", "cut")
     with pytest.raises(UserError, match="2 images are damaged"):

@@ -1,4 +1,4 @@
-"""Images with masks, in every layout, from small files made here."""
+"""Images with masks in every supported layout, from small files."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,7 @@ from deq_flax.errors import UserError
 
 
 def options(**changed):
-    defaults = dict(crop_size=(6, 8), eval_size=(12, 16), scales=(0.5, 1.0, 2.0), ignored=(), max_damaged=0)
-    return SceneOptions(**defaults | changed)
+    return SceneOptions(**{"crop_size": (6, 8), "eval_size": (12, 16), "scales": (0.5, 1.0, 2.0)} | changed)
 
 
 def write(root, image, labels, value=3, size=(12, 16)):
@@ -38,15 +37,15 @@ def test_camvid_and_folders(tmp_path, layout):
     for split, value in (("train", 3), ("val", 5), ("test", 11)):
         for name in ("x", "y"):
             write(tmp_path, image.format(split, name), labels.format(split, name), value)
-    data = load_scenes("camvid", str(tmp_path), options())
+    data = load_scenes(options(name="camvid", path=str(tmp_path)))
     assert data.class_names == CAMVID and [len(data.split(s)) for s in ("train", "valid", "test")] == [2, 2, 2]
     for split, value in (("valid", 5), ("test", IGNORE)):
         batch = data.split(split).read(np.arange(2), None)
         assert batch["images"].shape == (2, 12, 16, 3)
         assert (batch["labels"][:, :, :8] == value).all() and (batch["labels"][:, :, 8:] == 0).all()
     with pytest.raises(UserError, match=r"holds the label 5, which is none of the 4 classes"):
-        load_scenes("folders", str(tmp_path), options(), num_classes=4).valid.read(np.arange(2), None)
-    ignoring = load_scenes("folders", str(tmp_path), options(ignored=(5,)), num_classes=4)
+        load_scenes(options(name="folders", path=str(tmp_path)), num_classes=4).valid.read(np.arange(2), None)
+    ignoring = load_scenes(options(name="folders", path=str(tmp_path), ignored=(5,)), num_classes=4)
     assert (ignoring.valid.read(np.arange(2), None)["labels"][:, :, :8] == IGNORE).all()
 
 
@@ -56,17 +55,17 @@ def test_cityscapes_tree_and_list_agree(tmp_path):
         pair = (f"leftImg8bit/{split}/{city}/a_0_leftImg8bit.png", f"gtFine/{split}/{city}/a_0_gtFine_labelIds.png")
         write(tmp_path, *pair, value=26)
         pairs.append(pair)
-    tree = load_scenes("cityscapes", str(tmp_path), options())
+    tree = load_scenes(options(name="cityscapes", path=str(tmp_path)))
     assert tree.test.scenes == tree.valid.scenes  # its own test split has no labels to score on
     labels = tree.valid.read(np.arange(1), None)["labels"]
     assert (labels[0, :, :8] == list(CITYSCAPES).index(26)).all() and (labels[0, :, 8:] == IGNORE).all()
     (tmp_path / "train.lst").write_text("\t".join(pairs[0]) + "\n")
     (tmp_path / "val.lst").write_text("\t".join(pairs[1]) + "\n")
-    listed = load_scenes("cityscapes", str(tmp_path), options())
+    listed = load_scenes(options(name="cityscapes", path=str(tmp_path)))
     assert (listed.train.scenes, listed.valid.scenes) == (tree.train.scenes, tree.valid.scenes)
     (tmp_path / "val.lst").write_text("no/such.png no/labels.png\n")
     with pytest.raises(UserError, match=r"val\.lst line 1"):
-        load_scenes("cityscapes", str(tmp_path), options())
+        load_scenes(options(name="cityscapes", path=str(tmp_path)))
 
 
 @pytest.fixture
@@ -78,7 +77,7 @@ def camvid(tmp_path):
 
 
 def test_crops_keep_image_and_labels_together(camvid):
-    train = load_scenes("camvid", str(camvid), options()).train
+    train = load_scenes(options(name="camvid", path=str(camvid))).train
     for seed in range(20):
         batch = train.read(np.arange(3), np.random.default_rng(seed))
         images, labels = batch["images"][..., 0].astype(int), batch["labels"]
@@ -90,30 +89,30 @@ def test_crops_keep_image_and_labels_together(camvid):
 
 
 def test_small_images_are_filled_up_in_evaluation(camvid):
-    data = load_scenes("camvid", str(camvid), options(eval_size=(16, 16)))
+    data = load_scenes(options(name="camvid", path=str(camvid), eval_size=(16, 16)))
     batch = EvalBatches(data.valid, 2)[1]
     assert batch["mask"].tolist() == [1, 0]
     assert (batch["labels"][0, 12:] == IGNORE).all() and (batch["labels"][0, :12] != IGNORE).all()
     with pytest.raises(UserError, match=r"larger than data\.eval_size"):
-        load_scenes("camvid", str(camvid), options(eval_size=(12, 15))).valid.read(np.arange(1), None)
+        load_scenes(options(name="camvid", path=str(camvid), eval_size=(12, 15))).valid.read(np.arange(1), None)
 
 
 def test_damaged_scenes_are_ignored_and_named(camvid, caplog):
     (camvid / "val/labels/a.png").write_bytes(b"\x89PNG no image")
     write(camvid, "other/x.png", "val/labels/b.png", size=(4, 4))
-    data = load_scenes("camvid", str(camvid), options(max_damaged=2))
+    data = load_scenes(options(name="camvid", path=str(camvid), max_damaged=2))
     batch = data.valid.read(np.arange(3), None)
     assert batch["mask"].tolist() == [0, 0, 1]
     assert (batch["labels"][:2] == IGNORE).all()
     assert len(data.damaged.names) == 2 and "val/labels/b.png" in caplog.text
     with pytest.raises(UserError, match="max_damaged 1"):
-        load_scenes("camvid", str(camvid), options(max_damaged=1)).valid.read(np.arange(3), None)
+        load_scenes(options(name="camvid", path=str(camvid), max_damaged=1)).valid.read(np.arange(3), None)
 
 
-def test_coloured_masks_are_refused_by_name(camvid, caplog):
+def test_colored_masks_are_refused_by_name(camvid, caplog):
     write(camvid, "val/labels/a.png", "other/a.png")
     with pytest.raises(UserError, match="1 images are damaged"):
-        load_scenes("camvid", str(camvid), options()).valid.read(np.arange(3), None)
+        load_scenes(options(name="camvid", path=str(camvid))).valid.read(np.arange(3), None)
     assert "not RGB" in caplog.text
 
 
@@ -123,9 +122,9 @@ def test_coloured_masks_are_refused_by_name(camvid, caplog):
 def test_missing_data_says_where_it_is_published(tmp_path, name, says):
     for path in ("", str(tmp_path), str(tmp_path / "none")):
         with pytest.raises(UserError, match=says):
-            load_scenes(name, path, options())
+            load_scenes(options(name=name, path=path))
 
 
 def test_folders_need_the_number_of_classes(camvid):
     with pytest.raises(UserError, match=r"model\.num_classes"):
-        load_scenes("folders", str(camvid), options())
+        load_scenes(options(name="folders", path=str(camvid)))

@@ -1,4 +1,4 @@
-"""Texts are found, encoded once, and whatever is wrong with them is said in one line."""
+"""Texts are found and encoded once; every problem with them is reported in one line."""
 
 import json
 import math
@@ -10,12 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from deq_flax.data.text import corpus as corpora
 from deq_flax.data.text import files as text_files
 from deq_flax.data.text import pydoc as pydoc_text
-from deq_flax.data.text.corpus import NAMES, Corpus, load_text
-from deq_flax.data.text.pydoc import own_paragraphs, pydoc_corpus, split_topics
+from deq_flax.data.text.corpus import Corpus, TextOptions, load_text
+from deq_flax.data.text.pydoc import pydoc_corpus, split_topics, unique_paragraphs
 from deq_flax.data.text.vocabulary import UNK
 from deq_flax.errors import UserError
+
+
+def load(name, path="", cache="", vocab_size=0):
+    return load_text(TextOptions(name=name, path=path, cache=cache), vocab_size)
+
 
 TEXTS = {"train": " a b a <unk> \n\n c é\n", "valid": "a c\n", "test": "b Q\n"}
 
@@ -29,7 +35,7 @@ def write(folder, pattern, texts=TEXTS):
 
 def error_of(*args, **options):
     with pytest.raises(UserError) as caught:
-        load_text(*args, **options)
+        load(*args, **options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -57,7 +63,7 @@ def test_wikitext_is_the_same_from_files_and_from_the_zip(tmp_path, cache, kind)
         path = zipped if kind == "zip" else path
     else:
         write(data, "wiki.{}.tokens" if kind == "tokens" else "{}.txt")
-    corpus = load_text("wt103", path, cache)
+    corpus = load("wt103", path, cache)
     assert corpus.vocabulary.words == ("<eos>", "a", "b", "<unk>", "c", "é")
     assert corpus.train.tolist() == [1, 2, 1, 3, 0, 0, 4, 5, 0]
     assert corpus.test.tolist() == [2, 3, 0]
@@ -65,7 +71,7 @@ def test_wikitext_is_the_same_from_files_and_from_the_zip(tmp_path, cache, kind)
 
 
 def test_penn_treebank_is_lower_cased_and_counts_every_split(tmp_path, cache):
-    corpus = load_text("ptb", write(tmp_path / "d", "ptb.{}.txt", {"train": "A b\n", "valid": "B c", "test": "C B d\n"}), cache)
+    corpus = load("ptb", write(tmp_path / "d", "ptb.{}.txt", {"train": "A b\n", "valid": "B c", "test": "C B d\n"}), cache)
     assert corpus.vocabulary.words == ("<eos>", "b", "c", "a", "d")
     assert corpus.valid.tolist() == [1, 2, 0]
 
@@ -84,11 +90,11 @@ def test_pieces_join_to_the_text_whatever_their_size(tmp_path, monkeypatch, end)
 
 def test_the_cache_is_used_until_a_source_changes(tmp_path, cache):
     path = write(tmp_path / "d", "{}.txt")
-    first = load_text("wt103", path, cache).train
+    first = load("wt103", path, cache).train
     assert isinstance(first, np.memmap)
-    assert load_text("wt103", path, cache).train.filename == first.filename
+    assert load("wt103", path, cache).train.filename == first.filename
     os.utime(tmp_path / "d" / "test.txt", ns=(1, 1))
-    changed = load_text("wt103", path, cache).train
+    changed = load("wt103", path, cache).train
     assert changed.filename != first.filename
     assert len(os.listdir(cache)) == 2
 
@@ -96,7 +102,7 @@ def test_the_cache_is_used_until_a_source_changes(tmp_path, cache):
 def test_several_may_encode_the_same_text_at_once(tmp_path, cache):
     path = write(tmp_path / "d", "{}.txt", TEXTS | {"train": "a b c é <unk>\n" * 2000})
     with ThreadPoolExecutor(4) as pool:
-        corpora = list(pool.map(lambda _: load_text("wt103", path, cache), range(4)))
+        corpora = list(pool.map(lambda _: load("wt103", path, cache), range(4)))
     assert {corpus.train.tobytes() for corpus in corpora} == {corpora[0].train.tobytes()}
     assert len(os.listdir(cache)) == 1
 
@@ -104,10 +110,10 @@ def test_several_may_encode_the_same_text_at_once(tmp_path, cache):
 @pytest.mark.parametrize("victim", ["meta.json", "train.npy", "vocabulary.txt"])
 def test_a_damaged_cache_is_made_again(tmp_path, cache, victim):
     path = write(tmp_path / "d", "{}.txt")
-    before = load_text("wt103", path, cache)
+    before = load("wt103", path, cache)
     (folder,) = (tmp_path / "cache").iterdir()
     (folder / victim).write_bytes((folder / victim).read_bytes()[:-4])
-    after = load_text("wt103", path, cache)
+    after = load("wt103", path, cache)
     assert after.train.tolist() == before.train.tolist()
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
     assert json.loads((folder / "meta.json").read_text())["tokens"]["train"] == len(after.train)
@@ -115,7 +121,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, victim):
 
 def test_the_default_cache_follows_xdg(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    load_text("wt103", write(tmp_path / "d", "{}.txt"))
+    load("wt103", write(tmp_path / "d", "{}.txt"))
     (folder,) = (tmp_path / "xdg" / "deq_flax").iterdir()
     assert folder.name.startswith("wt103-")
 
@@ -136,7 +142,7 @@ def test_a_failed_encoding_leaves_nothing(tmp_path, cache):
     ("name", "file", "published"),
     [("ptb", "ptb.{train,valid,test}.txt", "Mikolov"), ("wt103", "wiki.{train,valid,test}", "zip")],
 )
-def test_missing_data_say_what_to_put_where(tmp_path, name, file, published):
+def test_missing_data_names_the_files_and_their_source(tmp_path, name, file, published):
     for path in ("", str(tmp_path), str(tmp_path / "absent")):
         message = error_of(name, path)
         assert file in message and published in message and "data.path" in message
@@ -178,10 +184,10 @@ def save_tokens(folder, **changes):
 
 def test_ready_made_tokens_are_mapped(tmp_path):
     path = save_tokens(tmp_path, test=np.array([7, 0], np.uint16))
-    corpus = load_text("tokens", path)
+    corpus = load("tokens", path)
     assert (corpus.vocab_size, corpus.vocabulary, corpus.test.tolist()) == (8, None, [7, 0])
     assert isinstance(corpus.train, np.memmap)
-    assert load_text("tokens", path, vocab_size=100).vocab_size == 100
+    assert load("tokens", path, vocab_size=100).vocab_size == 100
     assert "holds the id 7" in error_of("tokens", path, vocab_size=7)
 
 
@@ -204,7 +210,7 @@ def test_unreadable_tokens_are_named(tmp_path):
 
 
 def test_unknown_names_list_the_known():
-    assert all(name in error_of("wikitext") for name in NAMES)
+    assert all(name in error_of("wikitext") for name in corpora.TEXTS)
     tokens = np.zeros(2, np.int32)
     with pytest.raises(UserError, match="train, valid, test"):
         Corpus(train=tokens, valid=tokens, test=tokens, vocab_size=1).split("dev")
@@ -212,7 +218,7 @@ def test_unknown_names_list_the_known():
 
 def test_a_text_larger_than_the_model_is_refused(tmp_path, cache):
     path = write(tmp_path / "d", "{}.txt")
-    assert load_text("wt103", path, cache, vocab_size=6).vocab_size == 6
+    assert load("wt103", path, cache, vocab_size=6).vocab_size == 6
     assert "6 words" in error_of("wt103", path, cache, vocab_size=5)
 
 
@@ -223,7 +229,7 @@ def test_unigram_nll_is_the_smoothed_cross_entropy():
 
 
 def test_pydoc_is_english_in_three_disjoint_parts():
-    corpus = load_text("pydoc")
+    corpus = load("pydoc")
     sizes = np.array([len(corpus.split(split)) for split in ("train", "valid", "test")])
     np.testing.assert_allclose(sizes / sizes.sum(), [0.85, 0.08, 0.07], atol=0.03)
     assert sizes.sum() > 30_000 and 1000 < corpus.vocab_size < 5000
@@ -237,7 +243,7 @@ def test_pydoc_is_english_in_three_disjoint_parts():
 
 def test_topics_share_no_paragraph_and_stay_whole():
     topics = {"big": ["p q", "r", "s t"], "small": ["r"], "two": ["p q", "u"]}
-    assert own_paragraphs(topics) == {"big": ["s t"], "small": ["r"], "two": ["p q", "u"]}
+    assert unique_paragraphs(topics) == {"big": ["s t"], "small": ["r"], "two": ["p q", "u"]}
     splits = split_topics({str(topic): [f"{topic} a b", f"{topic} c"] for topic in range(100)})
     lines = [*splits["train"], *splits["valid"], *splits["test"]]
     assert sorted(lines) == sorted(f"{topic} {end}" for topic in range(100) for end in ("a b", "c"))

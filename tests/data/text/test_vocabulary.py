@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deq_flax.data.text.corpus import load_text
+from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.vocabulary import Vocabulary, count_words
 from deq_flax.errors import UserError
 
@@ -99,7 +99,7 @@ def check_reference(reference, corpus):
 
 @pytest.mark.skipif(not (REAL_DATA / "ptb").is_dir(), reason="no Penn Treebank here")
 def test_penn_treebank_is_encoded_as_in_the_original(tmp_path):
-    check_reference(REFERENCE["ptb"], load_text("ptb", str(REAL_DATA / "ptb"), str(tmp_path)))
+    check_reference(REFERENCE["ptb"], load_text(TextOptions(name="ptb", path=str(REAL_DATA / "ptb"), cache=str(tmp_path))))
 
 
 @pytest.mark.skipif(not (REAL_DATA / "wikitext-2-valid-test").is_dir(), reason="no WikiText here")
@@ -108,4 +108,4 @@ def test_wikitext_is_encoded_as_in_the_original(tmp_path):
     head = "".join(text.splitlines(keepends=True)[:300])
     for split, content in (("train", text), ("valid", head), ("test", head)):
         (tmp_path / f"{split}.txt").write_text(content, encoding="utf-8")
-    check_reference(REFERENCE["wt103"], load_text("wt103", str(tmp_path), str(tmp_path / "cache")))
+    check_reference(REFERENCE["wt103"], load_text(TextOptions(name="wt103", path=str(tmp_path), cache=str(tmp_path / "cache"))))
