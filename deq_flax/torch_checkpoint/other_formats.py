@@ -1,4 +1,4 @@
-"""The same names in other files: .safetensors and .npz."""
+"""Readers of .safetensors and .npz files."""
 
 import io
 import json
@@ -29,7 +29,7 @@ SAFETENSORS = {
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: the length of a JSON header (uint64), the header, then the elements without gaps."""
+    """The tensors of a .safetensors file by name. Layout: length of a JSON header (uint64), header, elements without gaps."""
     size = path.stat().st_size
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -63,7 +63,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_npz(archive: Archive) -> dict[str, Tensor]:
-    """The arrays of an .npz file."""
+    """The arrays of an .npz file by name. FormatError: it is damaged, or holds something else than numbers."""
     return {name.removesuffix(".npy"): _npy(archive, name) for name in archive.sizes}
 
 
@@ -88,7 +88,7 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int,
 
 
 def _npy(archive: Archive, name: str) -> Tensor:
-    """One array, by its header alone."""
+    """An array whose header alone has been read."""
     if not name.endswith(".npy"):
         raise FormatError(f"holds {name!r}: an .npz file holds .npy files")
     head = io.BytesIO(archive.head(name, 1 << 16))

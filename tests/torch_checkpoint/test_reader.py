@@ -1,4 +1,4 @@
-"""Laws of reading: what PyTorch wrote comes back bit for bit, in whatever form it was written."""
+"""Reading: tensors that PyTorch wrote come back bit for bit, from every format."""
 
 import ml_dtypes
 import numpy as np
@@ -53,7 +53,7 @@ def test_views_of_one_storage_are_known_as_such():
         assert whole.same_elements(whole) and not whole.same_elements(transposed)
 
 
-def test_both_ways_to_write_weight_normalisation_read_alike():
+def test_both_forms_of_weight_normalization_read_alike():
     found = read(DATA / "torch" / "weight_norm.pth")
     assert set(found) == {f"{layer}.{leaf}" for layer in ("old", "new") for leaf in ("weight_g", "weight_v", "bias")}
     for leaf in ("weight_g", "weight_v"):

@@ -1,4 +1,4 @@
-"""Laws of refusal: whatever is not a dictionary of tensors is one UserError that says why, and nothing in it is executed."""
+"""Refusals: a file that is not a dictionary of tensors is one UserError that says why, and nothing in it is executed."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ from tests.torch_checkpoint.files import DATA, ODD, ODD_LEGACY, Evil, legacy, wr
 
 
 def refused(path, words):
-    """Opening or reading `path` is one line that names it and says `words`."""
+    """Check that opening or reading `path` fails with one line that names it and contains `words`."""
     with pytest.raises(UserError) as caught, open_tensors(path) as file:
         for name in file.tensors:
             file.read(name)
