@@ -1,5 +1,6 @@
 """Open a file of named tensors in any known format."""
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -28,15 +29,14 @@ class TensorFile:
         normalization is spelled `weight_g`, `weight_v` where the file has `parametrizations.weight.original0` and `1`.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor], archive: Archive | None = None):
-        self.path, self.tensors, self._archive = path, dict(tensors), archive
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], files: contextlib.ExitStack):
+        self.path, self.tensors, self._files = path, dict(tensors), files
 
     def __enter__(self) -> "TensorFile":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._archive is not None:
-            self._archive.close()
+        self._files.close()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -59,27 +59,21 @@ def open_tensors(path: str | Path) -> TensorFile:
       UserError: there is no such file, it is damaged, or it is not a dictionary of tensors.
     """
     path = Path(path)
-    archive: Archive | None = None
-    with readable(path):
+    with readable(path), contextlib.ExitStack() as files:
         with path.open("rb") as file:
             start = file.read(len(LEGACY_START))
-        try:
-            if start.startswith(b"PK"):
-                archive = Archive(path)
-                is_npz = bool(archive.sizes) and all(name.endswith(".npy") for name in archive.sizes)
-                tensors = read_npz(archive) if is_npz else _state_dict(read_zip(archive))
-            elif start == LEGACY_START:
-                tensors = _state_dict(read_legacy(path))
-            elif start[8:9] == b"{":
-                tensors = read_safetensors(path)
-            else:
-                raise FormatError(_why_unknown(start))
-            check_total(tensors)
-            return TensorFile(path, _renamed(tensors), archive)
-        except BaseException:
-            if archive is not None:
-                archive.close()
-            raise
+        if start.startswith(b"PK"):
+            archive = files.enter_context(contextlib.closing(Archive(path)))
+            is_npz = bool(archive.sizes) and all(name.endswith(".npy") for name in archive.sizes)
+            tensors = read_npz(archive) if is_npz else _state_dict(read_zip(archive))
+        elif start == LEGACY_START:
+            tensors = _state_dict(read_legacy(path))
+        elif start[8:9] == b"{":
+            tensors = read_safetensors(path, files)
+        else:
+            raise FormatError(_why_unknown(start))
+        check_total(tensors)
+        return TensorFile(path, _renamed(tensors), files.pop_all())
 
 
 def _why_unknown(start: bytes) -> str:

@@ -1,4 +1,7 @@
-"""Readers of both formats of `torch.save`: zip files (since PyTorch 1.6), and before, pickles followed by raw storages."""
+"""Readers of both formats of `torch.save`: zip files (since PyTorch 1.6), and before, pickles followed by raw storages.
+
+No package but PyTorch itself reads them, and nothing else here needs PyTorch.
+"""
 
 import itertools
 import struct
