@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""Collectives of a compiled program, read from its HLO text."""
 
 import math
 import re
@@ -17,13 +17,13 @@ class Collective:
 
     kind: str
     bytes: int
-    """Of its result on a device; of a reduce-scatter, of its operand."""
+    """Bytes of its result on a device; for a reduce-scatter, of its operand."""
     in_loop: bool
-    """Whether it stands in the body or condition of a while loop."""
+    """True if it is in the body or condition of a while loop."""
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """All collectives in `compiled.as_text()`, those of a single device left out."""
+    """All collectives in `compiled.as_text()`, except those within a single device."""
     computations = _computations(hlo)
     looped = _reachable_from_loops(computations)
     found = []
@@ -39,7 +39,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def table(found: list[Collective]) -> dict[str, tuple[int, int]]:
-    """Kind -> (how many, bytes together)."""
+    """Kind -> (number of collectives, sum of their bytes)."""
     count, size = Counter(), Counter()
     for collective in found:
         count[collective.kind] += 1
@@ -84,7 +84,7 @@ def _bytes(shape: str) -> int:
 
 
 def _group_size(rest: str) -> int:
-    """Devices that take part together, in any of XLA's three notations; 0 where none is given, as of a permutation."""
+    """The number of devices in a group, in any of XLA's three notations; 0 if none is given, as for a permutation."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
         return listed[1].count(",") + 1
