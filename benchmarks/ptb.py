@@ -20,7 +20,7 @@ from benchmarks import tables, training, turns
 
 VARIANTS = {
     "ift": "Broyden both ways",
-    "base": "Anderson, regularised",
+    "base": "Anderson, regularized",
     "reversible": "reversible iteration",
     "deq_lm": "3 blocks, 12 unrolled",
     "explicit": "Transformer-XL, 4 blocks",

@@ -72,7 +72,7 @@ def convert(source: Path, directory: Path, config: "Config", *, auto: bool = Fal
     Raises:
       UserError: the file cannot be read or does not fit the config, or the directory is in use. Nothing has been written then.
     """
-    from deq_flax.checkpoints.checkpoints import Checkpoints
+    from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints
     from deq_flax.config import to_dict
     from deq_flax.models import abstract_model
     from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, family_of, mismatches, open_tensors, set_arrays
@@ -98,8 +98,8 @@ def convert(source: Path, directory: Path, config: "Config", *, auto: bool = Fal
     # Device arrays, because checkpoints copy NumPy arrays; popped, so that no array is held twice.
     set_arrays(model, {path: jax.device_put(arrays.pop(path)) for path in list(arrays)})
     _, params, variables = split_model(model)
-    with Checkpoints(directory / "checkpoints", keep_latest=1, keep_best=0) as checkpoints:
-        checkpoints.save(0, params, {"variables": variables}, {"step": 0}, meta)
+    with Checkpoints(directory / "checkpoints", CheckpointOptions(keep_latest=1, keep_best=0)) as checkpoints:
+        checkpoints.save(0, params=params, rest={"variables": variables}, meta=meta)
     try:
         (directory / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
     except OSError as error:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.checkpoints.checkpoints import load_meta, load_params
+from deq_flax.checkpoints.loading import load_meta, load_params
 from deq_flax.config import from_stored, make_task, phases_of, resolve
 from deq_flax.convert import _with_model, convert, to_torch
-from deq_flax.equilibrium import Picard, fixed_point
+from deq_flax.equilibrium import Picard
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model
 from deq_flax.pretrained import load_model
@@ -50,14 +50,10 @@ def converted(name, directory):
     return directory
 
 
-def solve(f, z0):
-    return fixed_point(f, z0, solver=Picard(tol=1e-6, max_steps=200)), None
-
-
 @partial(jax.jit, static_argnums=0, compiler_options=reference.QUICK_COMPILE)
 def run(graphdef, state, tokens_BL, targets_BL, memory):
     model = nnx.merge(graphdef, state)
-    out = model(tokens_BL, memory, solve=solve)
+    out = model(tokens_BL, memory, solve=reference.solving(solver=Picard(tol=1e-6, max_steps=200)))
     return model.nll(out.hidden_BLD, targets_BL), out.memory
 
 
@@ -88,9 +84,8 @@ def test_the_result_is_an_ordinary_checkpoint(tmp_path):
     folder = converted("lm_deq_postln", tmp_path / "dir")
     meta, written = load_meta(folder), json.loads((folder / "config.json").read_text())
     assert meta["step"] == 0 and meta["config"] == written and written["model"]["vocab_size"] == 1000
-    weights = load_params(
-        folder, split_model(abstract_model(from_stored(written).model))[1]
-    ).weights  # what checkpoint.init_from does
+    params = split_model(abstract_model(from_stored(written).model))[1]
+    weights = load_params(folder, params).eval_params  # as checkpoint.init_from does
     stored = reference.load("lm_deq_postln_weights")["word_emb.emb_layers.1.weight"]
     np.testing.assert_array_equal(weights["embedding"]["tables_NE"][1], stored)
 

@@ -90,7 +90,7 @@ FAMILIES: dict[str, Family] = {
             Row("crit.out_layers.{i}.bias", "softmax/biases_N/{i}", SAME_1),
             Row("crit.out_projs.{i}.weight", "softmax/projections_ED/{i}", TRANSPOSED),
         ],
-        buffers={"pos_emb.inv_freq": lambda model: inverse_frequencies(model.d_model)},
+        buffers={"pos_emb.inv_freq": lambda model: inverse_frequencies(model.options.d_model)},
         infer=_infer_transformer,
     ),
     "mdeq": mdeq("fullstage"),

@@ -9,7 +9,7 @@ from flax import nnx
 
 from deq_flax.config import resolve
 from deq_flax.convert import _without_auto, convert, to_torch
-from deq_flax.equilibrium import Picard, fixed_point
+from deq_flax.equilibrium import Picard
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model
 from deq_flax.pretrained import load_model
@@ -17,7 +17,7 @@ from deq_flax.torch_checkpoint import FAMILIES, family_of, mismatches, open_tens
 from deq_flax.torch_checkpoint.mapping import counters
 from deq_flax.train.step import split_model
 from tests import mdeq_reference as reference
-from tests.reference import QUICK_COMPILE, load, parameters
+from tests.reference import QUICK_COMPILE, load, parameters, solving
 
 LARGE = dict(channels=(32, 64, 128, 256), head_channels=(14, 28, 56, 112), final_channels=1680, num_classes=10)
 TINY = dict(channels=(24, 24), head_channels=(8, 16), final_channels=200, num_classes=10)
@@ -26,6 +26,16 @@ SMALL_IMAGENET = IMAGENET | dict(channels=(32, 64, 128, 256), head_channels=(24,
 LARGE_IMAGENET = IMAGENET | dict(channels=(80, 160, 320, 640), head_channels=(32, 64, 128, 256))
 XL_IMAGENET = LARGE_IMAGENET | dict(channels=(88, 176, 352, 704), expansion=6)
 CITYSCAPES = dict(num_classes=19, downsample=2, fuse_norm_affine=True)
+COMMON = dict(
+    expansion=5,
+    fuse_weight_norm="post",
+    fuse_norm_affine=False,
+    weight_norm=True,
+    in_channels=3,
+    big_kernels=(),
+    downsample=0,
+)
+"""Options of the published models, where FULL_SIZE has no others."""
 FULL_SIZE = {
     "deq_cifar/cls_mdeq_LARGE": LARGE,
     "deq_cifar/cls_mdeq_LARGE_reg": LARGE,
@@ -55,7 +65,7 @@ def published(name):
     """(original shapes by name, number of parameters, our model of the published options)."""
     facts = reference.facts()["full_size"][name]
     shapes = {theirs: tuple(shape) for theirs, shape in facts["state_dict"].items()}
-    return shapes, facts["n_params"], abstract_model(config(name, **FULL_SIZE[name]).model)
+    return shapes, facts["n_params"], abstract_model(config(name, **COMMON | FULL_SIZE[name]).model)
 
 
 def test_all_published_models_are_here():
@@ -76,10 +86,7 @@ def test_the_published_files_are_covered_name_by_name(name):
 def test_published_options_are_read_off_the_shapes(name):
     shapes, _, _ = published(name)
     found = FAMILIES[family_of("mdeq", shapes)].infer(shapes)
-    defaults = dict(expansion=5, fuse_weight_norm="post", fuse_norm_affine=False, weight_norm=True, in_channels=3)
-    if "seg" in name:
-        defaults |= dict(last_kernel=1)
-    expected = defaults | dict(big_kernels=(), downsample=0) | FULL_SIZE[name]
+    expected = COMMON | (dict(last_kernel=1) if "seg" in name else {}) | FULL_SIZE[name]
     # A model with more than two branches, or one that halves the resolution, has the same layers however often it does.
     assert found == expected | dict(downsample=0 if len(expected["channels"]) == 2 else None)
 
@@ -92,14 +99,10 @@ def converted(name, directory):
     return directory
 
 
-def solve(f, z0):
-    return fixed_point(f, z0, solver=Picard(tol=1e-6, max_steps=100)), None
-
-
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
 def run(graphdef, state, images):
     model = nnx.merge(graphdef, state)
-    out = model(images, solve=solve)
+    out = model(images, solve=solving(solver=Picard(tol=1e-6, max_steps=100)))
     return out.logits if out.logits.ndim == 2 else model.head(out.branches, False)
 
 
