@@ -2,8 +2,8 @@
 
     python -m benchmarks.compile_time [--config configs/wt103.py ...] [--write]
 
-Each in a process of its own, at 14 sequences a device: tracing and lowering, which no cache spares, and compiling. A run caches
-its programs where the environment variable JAX_COMPILATION_CACHE_DIR says.
+Each in a process of its own, at 14 sequences a device: tracing and lowering, which are never cached, and compiling. A run
+caches its programs in the folder that the environment variable JAX_COMPILATION_CACHE_DIR names.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CONFIGS = ("configs/wt103.py:base", "configs/wt103.py:ift", "configs/wt103.py:de
 
 
 def seconds(path: str) -> dict[str, float | str]:
-    """Of the step of this config."""
+    """Seconds to lower and to compile the training step of a config, and the device."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
@@ -36,6 +36,7 @@ def seconds(path: str) -> dict[str, float | str]:
 
 
 def measured(path: str, cache: str) -> dict[str, float | str]:
+    """`seconds` in a process of its own, with the programs cached in this folder."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-m", "benchmarks.compile_time", "--config", path, "--worker"]
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout)

@@ -1,11 +1,11 @@
-"""Whether a device would wait for its host: what the loaders give in a second, and the host's time between two steps.
+"""Throughput of the data loaders, and the host's time for each training step: whether a device would wait for its host.
 
     python -m benchmarks.data [--rounds 9] [--write]
 
-Loaders: batches as the trainer takes them, with each config's sizes and augmentation, from made-up data in files: random
-words, and pictures of noise as CIFAR's binary files and as JPEG of 500 x 375. Headroom is their rate over that of training
-steps here, of the smallest model of that kind at its full number of evaluations. Host: what the training loop does for each
-step besides waiting for the device; it does so while the device is at work on the step before.
+Loaders: batches as in training, with each config's sizes and augmentation, from synthetic data in files: random words, and
+images of noise as CIFAR's binary files and as JPEG of 500 x 375. Headroom is their throughput over that of training steps on
+this machine, of the smallest model of that kind at its full number of evaluations. Host: the work of the training loop for
+each step besides waiting for the device, which overlaps with the device's work on the step before.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ IMAGENET = {"model.num_classes": 2, "data.pictures": 0, "deq.pretrain_steps": 0}
 
 
 def loaders() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, the config whose batches are taken, and one whose steps are."""
+    """(name, config whose batches are loaded, config whose training steps are timed) of every case."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as small:
         words = training.text(folder, 267_735, 56 * 150 * 40 + 1)
         yield (
@@ -70,7 +70,7 @@ def photographs(folder: Path, count: int) -> None:
 
 
 def loading(config: dict[str, Any], rounds: int) -> float:
-    """Seconds for each batch, in the long run: those read ahead at the start do not count."""
+    """Seconds for each batch once the batches that are read ahead at the start are used up."""
     from deq_flax.tasks import make_task
 
     batches = make_task(config).train_batches(0)
@@ -83,12 +83,12 @@ def loading(config: dict[str, Any], rounds: int) -> float:
 
 
 def examples(config: dict[str, Any]) -> int:
-    """Tokens or images of a batch."""
+    """The number of tokens or images in a batch."""
     return config["data"]["batch_size"] * config["data"].get("seq_len", 1)
 
 
 def stepping(config: dict[str, Any], rounds: int) -> float:
-    """Median seconds of a training step."""
+    """The median time of a training step, in seconds."""
     step = training.Training(config).stepping()
     step()
     times = []
@@ -100,10 +100,10 @@ def stepping(config: dict[str, Any], rounds: int) -> float:
 
 
 def host(blocks: int, rounds: int) -> list[str]:
-    """A row: arrays of the parameters and of the whole state, and milliseconds of what the training loop does for each step.
+    """A table row: numbers of arrays in the parameters and in the state, and the host's milliseconds for each part of a step.
 
-    The device idles meanwhile, so that it takes no time from the host's cores. What is dispatched has the step's arguments and
-    results, of small arrays, and adds 1 to them: of a real step, the CPU backend begins to compute on the caller's time.
+    The device idles meanwhile, so that it takes no time from the host's cores. The dispatched program has the step's arguments
+    and results, small arrays to which it adds 1: the CPU backend would begin to compute a real step on the caller's time.
     """
     import jax
 
@@ -131,7 +131,9 @@ def host(blocks: int, rounds: int) -> list[str]:
             state, _ = dispatch(state, batch, controls, np.int32(number))
             lap.append(perf_counter())
             jax.block_until_ready(state)
-            fresh = jax.block_until_ready(jax.tree.map(lambda x: x + 0, metrics))  # an array keeps what was read
+            fresh = jax.block_until_ready(
+                jax.tree.map(lambda x: x + 0, metrics)
+            )  # an array caches its host copy once it has been read
             before = perf_counter()
             fetch(fresh)
             laps.append([*np.diff(lap), perf_counter() - before])

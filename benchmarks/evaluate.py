@@ -1,10 +1,11 @@
-"""Evaluation of the DEQ-Transformer with longer and longer memory, beside the same in PyTorch.
+"""Evaluation of the DEQ-Transformer with memories of three lengths, in this library and in PyTorch.
 
     pip install -r requirements.txt -r requirements-bench.txt
     python -m benchmarks.evaluate [--rounds 9] [--mode bfloat16] [--write]
 
-Sizes as in train_step.py: 8 x 64 tokens a segment, 12 evaluations at tolerance 0; memory full. The limit is 12 times f in a
-loop at that memory, and what is outside of the solve: a segment with one evaluation, less that evaluation.
+Sizes as in train_step.py: 8 x 64 tokens a segment, 12 evaluations at tolerance 0; memory full. The sum of parts is 12
+evaluations of f in a loop at that memory, plus the work outside of the solve: a segment with one evaluation, less that
+evaluation.
 """
 
 import tempfile
@@ -84,10 +85,10 @@ def table(times: turns.Times, facts: turns.Facts) -> str:
     for memory in MEMORIES:
         for name in facts:
             f, one, segment = (times[name, f"{part} {memory}"] for part in ("f", "segment of one evaluation", "segment"))
-            limit = f + one - f / STEPS
-            numbers = [f"{1e3 * f:.0f}", f"{1e3 * segment:.0f}", f"{segment / limit:.2f}", f"{BATCH * LENGTH / segment:,.0f}"]
+            parts = f + one - f / STEPS
+            numbers = [f"{1e3 * f:.0f}", f"{1e3 * segment:.0f}", f"{segment / parts:.2f}", f"{BATCH * LENGTH / segment:,.0f}"]
             rows.append([str(memory), name, *numbers])
-    head = ["memory", "library", f"{STEPS} x f, ms", "segment, ms", "segment / limit", "tokens/s"]
+    head = ["memory", "library", f"{STEPS} x f, ms", "segment, ms", "segment / sum of parts", "tokens/s"]
     return "Medians.\n\n" + tables.markdown(head, rows)
 
 

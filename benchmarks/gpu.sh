@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The tables of this folder on one accelerator, or a model trained there, in ten minutes.
+# Measure the tables of this folder on one accelerator, or train a model there, in ten minutes.
 #
 #   benchmarks/gpu.sh OUT [WHEELS] [PTB]
 #
-# Writes OUT/tables.md, and logs beside it. WHEELS is a folder of wheels to install first, where nothing can be downloaded. With PTB,
-# one of Penn Treebank's three files, a model is trained on it instead, in OUT/ptb; a further call goes on with it. SMALL=1 makes
-# everything small enough to try the script on a CPU. What fails or takes too long is said at the end, and keeps nothing else from
-# running.
+# Writes OUT/tables.md, and logs beside it. WHEELS is a folder of wheels to install first, for machines without network access. With
+# PTB, the folder of Penn Treebank's three files, a model is trained on it instead, in OUT/ptb; another call continues it. SMALL=1
+# makes everything small enough to try the script on a CPU. Benchmarks that fail or take too long are listed at the end; the others
+# run nevertheless.
 set -u
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -19,7 +19,7 @@ if [ -n "$wheels" ]; then
 fi
 "$python" -c 'import jax; print(jax.__version__, jax.devices())' | tee "$out/device.txt"
 
-# measure NAME SECONDS ARGUMENT...: one benchmark, in at most so many seconds
+# measure NAME SECONDS ARGUMENT...: run one benchmark for at most SECONDS
 measure() {
   local name=$1 limit=$2
   shift 2
@@ -33,11 +33,11 @@ measure() {
 small=(--config.model.d_inner=64 --config.train.steps=20)
 if [ -n "$ptb" ]; then
   train=("$python" -m deq_flax.main --config configs/ptb.py --workdir "$out/ptb" --config.data.path="$ptb" ${SMALL:+"${small[@]}"})
-  # Ended by a signal, a run saves what it has; --mode eval then tells its best perplexity.
+  # Ended by a signal, a run saves its state; --mode eval then prints its best perplexity.
   timeout --signal=TERM $((end - SECONDS - 60)) "${train[@]}" >> "$out/ptb.log" 2>&1
   "${train[@]}" --mode eval 2>&1 | tee "$out/ptb_eval.log" | tail -1
 elif [ -n "${SMALL:-}" ]; then
-  measure utilisation 200 --small --batch 4 --rounds 2
+  measure utilization 200 --small --batch 4 --rounds 2
   measure memory 100 --only layer
   for mode in float32 tf32 bfloat16; do
     measure solvers 100 --rounds 1 --mode $mode
@@ -45,7 +45,7 @@ elif [ -n "${SMALL:-}" ]; then
     measure evaluate 100 --rounds 1 --mode $mode
   done
 else
-  measure utilisation 200 --rounds 5
+  measure utilization 200 --rounds 5
   for mode in float32 tf32 bfloat16; do
     measure solvers 45 --rounds 5 --mode $mode
     measure train_step 60 --rounds 5 --mode $mode

@@ -1,12 +1,12 @@
-"""What an equilibrium costs and buys: models of equal parameters on Penn Treebank, perplexity against time and memory.
+"""Perplexity against time and memory of models with equal numbers of parameters, on Penn Treebank.
 
     pip install -r requirements.txt -r requirements-plot.txt
     python -m benchmarks.ptb --path DIR [--steps 480] [--workdir runs/ptb] [--full] [--draw docs/ptb.png] [--write]
 
-DIR has ptb.{train,valid,test}.txt. Each variant of configs/ptb.py is trained by the command that users have, one after the
-other; a second call goes on where the first was stopped. By default they are of 1.95M parameters, for two CPU cores; `--full`:
-of 24M, as configured. Time is that of training steps, without compilation and evaluation; memory is the step's peak as its
-compiler tells it.
+DIR has ptb.{train,valid,test}.txt. The variants of configs/ptb.py are trained one after the other by the public command; a
+second call continues where the first was stopped. By default they have 1.95M parameters, for two CPU cores; with `--full`
+24M, as configured. Time is that of training steps, without compilation and evaluation; memory is a step's peak by its
+compiler's analysis.
 """
 
 import json
@@ -20,7 +20,7 @@ from benchmarks import tables, training, turns
 
 VARIANTS = {
     "ift": "Broyden both ways",
-    "base": "Anderson, regularised",
+    "base": "Anderson, regularized",
     "reversible": "reversible iteration",
     "deq_lm": "3 blocks, 12 unrolled",
     "explicit": "Transformer-XL, 4 blocks",
@@ -30,30 +30,31 @@ SMALL = {
     **{"model.n_head": 4, "model.d_head": 32, "model.d_inner": 2048, "model.mem_len": 48, "model.dropout": 0.1},
     **{"model.attention_dropout": 0.0, "optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 50, "train.ema_decay": 0.0},
 }
-"""Changes of all variants to 1.95M parameters, of which 0.67M are not embeddings."""
+"""Changes to all variants, for 1.95M parameters, of which 0.67M are not embeddings."""
 OWN: dict[str, dict[str, Any]] = {
     "base": {"deq.pretrain_steps": 100},
     "deq_lm": {"model.d_inner": 463},
     "explicit": {"model.d_inner": 315, "model.blocks": 4},
 }
-"""Further ones of each, so that parameters are equal."""
+"""Further changes to each variant, so that the numbers of parameters are equal."""
 
 
 def changes(variant: str, path: str, steps: int, full: bool) -> dict[str, Any]:
+    """The overrides of a variant, {'section.key': value}."""
     often = {"train.steps": steps, "train.log_every": steps // 30, "train.eval_every": steps // 6}
     often |= {"train.checkpoint_every": steps // 6, "data.path": path}
     return ({} if full else SMALL | OWN.get(variant, {})) | often
 
 
 def train(variant: str, workdir: Path, options: dict[str, Any]) -> None:
-    """The command, which does nothing more than evaluate when its run is complete."""
+    """Run the training command, which only evaluates if the run is complete."""
     flags = [f"--config.{key}={value}" for key, value in options.items()]
     command = [sys.executable, "-m", "deq_flax.main", "--config", f"configs/ptb.py:{variant}", "--workdir", str(workdir)]
     subprocess.run([*command, *flags], check=True)
 
 
 def curve(workdir: Path) -> tuple[list[float], list[float], dict[str, float]]:
-    """Minutes of training and perplexity at each evaluation, and the last training line."""
+    """(minutes of training at each evaluation, perplexity there, last training line) of a run."""
     minutes, perplexity, last, spent, before = [], [], {}, 0.0, 0
     for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()):
         if line["split"] == "train":
@@ -66,7 +67,7 @@ def curve(workdir: Path) -> tuple[list[float], list[float], dict[str, float]]:
 
 
 def facts(variant: str, options: dict[str, Any]) -> tuple[int, float]:
-    """Parameters, and megabytes live at the peak of a step."""
+    """The number of parameters, and the peak memory of a training step in megabytes."""
     import jax
 
     from benchmarks.memory import peak
@@ -79,6 +80,7 @@ def facts(variant: str, options: dict[str, Any]) -> tuple[int, float]:
 
 
 def draw(results: dict[str, Any], file: str) -> None:
+    """Draw perplexity against time and against memory; `results`: variant -> (minutes, perplexities, megabytes)."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,11 @@
-"""What a mesh costs: what is stored and sent, and a model of the time of a step on pods of 8 to 512 chips.
+"""Memory and communication of meshes, and a model of the time of a step on pods of 8 to 512 chips.
 
     python -m benchmarks.scaling [--config configs/wt103.py] [--seconds S] [--chip v5e|h100] [--batch 7]
 
-The first two tables are of a small model on 8 host devices: what is sent does not depend on the solver's iterations, and what a
-device stores falls with `fsdp`. The third is a model, not a measurement: a step on one chip takes --seconds (measured there,
-at --batch sequences a chip), and a pod adds the time to gather parameters and to reduce gradients over its links, none of it
-hidden behind the solve.
+The first two tables are of a small model on 8 host devices: communication does not depend on the solver's iterations, and the
+bytes stored on a device fall with `fsdp`. The third is a model, not a measurement: a step on one chip takes --seconds
+(measured there, at --batch sequences a chip), and a pod adds the time to gather parameters and to reduce gradients over its
+links, without overlap with the solve.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import math
 import os
 from dataclasses import dataclass
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # these programs are looked at, hardly run
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # these programs are analyzed, hardly run
 
 import jax
 import numpy as np
@@ -32,15 +32,15 @@ LIMITS = (4, 16)
 
 @dataclass(frozen=True)
 class Chip:
-    """Published speeds; links are one chip's, in one direction, along the axis that a ring uses."""
+    """Published speeds of the links of one chip, in one direction, along the axis that a ring uses."""
 
     name: str
     link: float
     """Bytes a second within a slice or node."""
     per_node: int
-    """Chips that these links join."""
+    """Number of chips that these links connect."""
     between: float
-    """Bytes a second and chip beyond that."""
+    """Bytes a second and chip between slices or nodes."""
 
 
 CHIPS = {
@@ -50,6 +50,7 @@ CHIPS = {
 
 
 def config(path: str, **changes) -> dict:
+    """The config `FILE[:VARIANT]` with changes, as plain data."""
     spec = importlib.util.spec_from_file_location("config", path.split(":")[0])
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -60,6 +61,7 @@ def config(path: str, **changes) -> dict:
 
 
 def run_on(mesh: tuple[int, int, int], limit: int):
+    """A run of a small model on a mesh (data, fsdp, tensor), with at most `limit` evaluations each way."""
     changes = {
         "model.d_model": 64, "model.d_embed": 64, "model.n_head": 4, "model.d_head": 16, "model.d_inner": 512,
         "data.seq_len": 8, "model.mem_len": 8, "deq.max_steps": limit, "deq.backward_max_steps": limit,
@@ -71,7 +73,7 @@ def run_on(mesh: tuple[int, int, int], limit: int):
 
 
 def measure(mesh: tuple[int, int, int], limit: int) -> tuple[list, int, int]:
-    """Collectives of a step, and bytes of parameters and of optimizer state on one device."""
+    """(collectives of a step, bytes of parameters, bytes of optimizer state on one device)."""
     run = run_on(mesh, limit)
     arguments = (run.state, jax.device_put(next(run.task.train_batches(0))), run.task.controls(0), np.int32(0))
     hlo = run.train_step.lower(*arguments, phase=run.task.phase(0)).compile().as_text()
@@ -83,7 +85,7 @@ def measure(mesh: tuple[int, int, int], limit: int) -> tuple[list, int, int]:
 
 
 def seconds_sending(chips: int, parameters: int, chip: Chip) -> float:
-    """To gather float32 parameters once, and to reduce and scatter their gradients: rings within a node, then between nodes."""
+    """Seconds to gather float32 parameters and to reduce-scatter gradients once: rings within a node, then between nodes."""
     part = (chips - 1) / chips * 4 * parameters
     inside = min(chips, chip.per_node)
     within = 2 * (inside - 1) / inside * 4 * parameters / chip.link
@@ -92,6 +94,7 @@ def seconds_sending(chips: int, parameters: int, chip: Chip) -> float:
 
 
 def parameters_of(path: str) -> int:
+    """The number of parameters of a config's model."""
     c = config(path)
     model = nnx.eval_shape(
         lambda: DEQTransformer(**(c["model"] | {"vocab_size": c["model"]["vocab_size"] or 267_735}), rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""README.md's tables, each written by the command that measures it, between two marks of its name."""
+"""The tables of README.md: each is written by the command that measures it, between two marks with its name."""
 
 import argparse
 from pathlib import Path
@@ -7,20 +7,20 @@ README = Path(__file__).parent / "README.md"
 
 
 def parser(doc: str | None, rounds: int = 0) -> argparse.ArgumentParser:
-    """The options of every benchmark; more may be added. `rounds`: 0 where nothing is timed."""
+    """A parser with the options of every benchmark. `rounds`: default of --rounds, 0 if nothing is timed."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
         parser.add_argument(
-            "--rounds", type=int, default=rounds, help=f"timings of each case, of which the median is told ({rounds})"
+            "--rounds", type=int, default=rounds, help=f"timings of each case, of which the median is reported ({rounds})"
         )
     parser.add_argument(
-        "--write", nargs="?", const=str(README), help="put the tables in their place in benchmarks/README.md, or FILE"
+        "--write", nargs="?", const=str(README), help="write the tables to their place in benchmarks/README.md, or in FILE"
     )
     return parser
 
 
 def publish(name: str, text: str, path: str | None) -> None:
-    """Print a benchmark's tables, and put them in their place in the file at `path`, or at its end if it has no such place."""
+    """Print a benchmark's tables and write them to their place in the file at `path`, or to its end if it has no such place."""
     print(text, flush=True)
     if path is None:
         return
@@ -34,6 +34,6 @@ def publish(name: str, text: str, path: str | None) -> None:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

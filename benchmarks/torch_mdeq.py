@@ -1,9 +1,9 @@
-"""The multiscale DEQ for CIFAR-10 in PyTorch, on torchdeq: what `deq_flax.models.mdeq` is timed against.
+"""The multiscale DEQ for CIFAR-10 in PyTorch, on torchdeq, which `deq_flax.models.mdeq` is timed against.
 
-The same sizes and the same work: weight norm in blocks and after fusion, computed once a solve, group norm, batch norm in stem
-and head, cross entropy, Broyden's method both ways. Written for speed as PyTorch users would: channels last, in the state as
-well, so that torchdeq's flattening copies it as it lies; the first convolutions from a branch to all finer ones as one, and so
-those to all coarser ones; in place what no gradient needs.
+The sizes and the work are the same: weight norm in blocks and after fusion, computed once a solve, group norm, batch norm in
+stem and head, cross entropy, Broyden's method both ways. Written for speed as PyTorch users would: channels last, in the
+state too, so that torchdeq's flattening needs no transposition; the first convolutions from a branch to all finer ones as
+one, likewise those to all coarser ones; operations in place where no gradient needs the operand.
 """
 
 from itertools import pairwise
@@ -80,7 +80,7 @@ class Block(nn.Module):
 
 
 def path(c_in, c_out, levels, groups):
-    """From a branch to one that is `levels` coarser: the first convolution, and what follows it."""
+    """The path from a branch to one that is `levels` coarser: the first convolution, and the layers after it."""
     if levels < 0:
         follow = [nn.GroupNorm(groups, c_out), nn.Upsample(scale_factor=2**-levels)]
         return nn.Sequential(convolution(c_in, c_out, 1), nn.Sequential(*follow))
@@ -104,7 +104,7 @@ def side_by_side(paths):
 
 
 def send(x, paths, first):
-    """What a branch makes for every other one."""
+    """The contributions of a branch to all others."""
     parts = []
     for kernel, stride, padding, widths in first:
         parts += functional.conv2d(x, kernel, None, stride, padding).split(widths, 1)
@@ -112,7 +112,7 @@ def send(x, paths, first):
 
 
 class Cell(nn.Module):
-    """A block per branch, then every branch from all of them, then one more convolution each."""
+    """A block for each branch, then fusion of all branches into each, then one more convolution each."""
 
     def __init__(self, channels, expansion, groups):
         super().__init__()
@@ -125,7 +125,7 @@ class Cell(nn.Module):
         self.post_norms = nn.ModuleList(nn.GroupNorm(groups // 2, c, affine=False) for c in channels)
 
     def context(self, injection):
-        """What is constant during a solve."""
+        """Tensors that are constant during a solve."""
         blocks = [(laid_out(block.conv1.weight), laid_out(block.conv2.weight)) for block in self.blocks]
         first = [[side_by_side(to) for to in (paths[:j], paths[j:]) if len(to)] for j, paths in enumerate(self.paths)]
         return injection, blocks, first, [laid_out(conv.weight) for conv in self.post]
@@ -163,7 +163,7 @@ class Model(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def equation(self, images):
-        """f, a branch an argument, and where to start."""
+        """(f, z0); f takes one argument for each branch."""
         context = self.cell.context(self.stem(laid_out(images)))
         batch, _, height, width = images.shape
         z0 = [torch.zeros(batch, height >> i, width >> i, c) for i, c in enumerate(self.channels)]

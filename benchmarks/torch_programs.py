@@ -1,13 +1,14 @@
-"""The parts of a training step in PyTorch, as programs: those of `training.Training.programs`.
+"""The parts of a training step in PyTorch as programs, the same as those of `training.Training.programs`.
 
 A network has `equation(*inputs)` -> (f, z0), `solve(*inputs)` -> z, `loss(z, targets)` and `forward(*inputs, targets)` -> loss.
-Its state z is a tensor or a tuple of them, and f takes them one by one.
+Its state z is a tensor, or a tuple of tensors that f takes as separate arguments.
 """
 
 import torch
 
 
 def programs(network, inputs, targets, steps):
+    """The programs to time, by case."""
     optimizer = torch.optim.Adam(network.parameters(), 2.5e-4)
 
     def update(loss):
@@ -37,7 +38,7 @@ def programs(network, inputs, targets, steps):
 
 
 def repeated(network, inputs, steps):
-    """f, so many times, without a gradient."""
+    """A program with `steps` evaluations of f, without a gradient."""
 
     @torch.no_grad()
     def run():
@@ -49,4 +50,5 @@ def repeated(network, inputs, steps):
 
 
 def parts(z):
+    """The tensors of a state, a tuple."""
     return z if isinstance(z, tuple | list) else (z,)

@@ -1,8 +1,8 @@
-"""The DEQ-Transformer in PyTorch, on torchdeq: what `deq_flax.models.deq_transformer` is timed against.
+"""The DEQ-Transformer in PyTorch, on torchdeq, which `deq_flax.models.deq_transformer` is timed against.
 
-The same sizes and the same work: adaptive embedding, Transformer-XL attention with memory of states and injections, weight norm
-computed once a solve, post-norm, adaptive softmax, Adam, clipping. Written for speed as PyTorch users would: memory's keys and
-relative keys are computed once a solve too. B batch, L length, M memory, K keys, D features.
+The sizes and the work are the same: adaptive embedding, Transformer-XL attention with memory of states and injections, weight
+norm computed once a solve, post-norm, adaptive softmax, Adam, clipping. Written for speed as PyTorch users would: keys of the
+memory and relative keys are computed once a solve too. B batch, L length, M memory, K keys, D features.
 """
 
 from itertools import pairwise
@@ -56,7 +56,7 @@ class Cell(nn.Module):
         return x.view(*x.shape[:2], -1, self.heads, self.width // self.heads).permute(2, 0, 3, 1, 4)
 
     def context(self, injection, memory, memory_injection):
-        """What is constant during a solve."""
+        """Tensors that are constant during a solve."""
         length, n_keys = injection.shape[1], injection.shape[1] + memory.shape[1]
         qkv = self.qkv.weight
         memory_kv = self.split(functional.linear(memory, qkv[self.width :]) + memory_injection[..., self.width :])
@@ -97,7 +97,7 @@ class Model(nn.Module):
         self.deq = torchdeq.get_deq(f_solver="anderson", f_max_iter=steps, ift=True, **options)
 
     def equation(self, tokens, memory):
-        """f, and where a solve begins."""
+        """(f, z0)."""
         injection = self.injection(self.embedding(tokens))
         context = self.cell.context(injection, *memory)
         return lambda z: self.cell(z, context), torch.zeros(*tokens.shape, self.cell.width)

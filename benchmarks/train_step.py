@@ -1,11 +1,11 @@
-"""A training step of each model, beside the same in PyTorch, and beside the evaluations of f that it cannot do without.
+"""Training steps of each model, in this library and in PyTorch, compared with the sum of their parts.
 
     pip install -r requirements.txt -r requirements-bench.txt
     python -m benchmarks.train_step [--rounds 9] [--mode bfloat16] [--write]
 
 Transformer: 10,000 words, cutoffs 2000 and 5000, 256 features, 8 heads, 1024 inner features, sequence and memory 64, batch 8;
 12 evaluations each way, Anderson forward and Broyden adjoint, Adam, clipping. Multiscale DEQ: CIFAR-10's `tiny` and `large`,
-batch 8, 8 evaluations each way with Broyden's method. Tolerance 0. The limit is explained in `training.py`.
+batch 8, 8 evaluations each way with Broyden's method. Tolerance 0. The sum of parts is defined in `training.py`.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from benchmarks.training import CASES
 
 LIBRARIES = {"deq_flax": "jax", "torchdeq": "torchdeq"}
 MODELS = {"transformer": 12, "mdeq tiny": 8, "mdeq large": 8}
-"""Evaluations each way."""
+"""The numbers of evaluations of f in a forward solve, and of vector-Jacobian products in an adjoint solve."""
 
 
 def ours(model: str, dtype: str) -> dict[str, Callable]:
@@ -54,15 +54,15 @@ def table(times: turns.Times, facts: turns.Facts) -> str:
     for model, steps in MODELS.items():
         for name in facts:
             seconds = {case: times[name, f"{model}: {case}"] for case in CASES}
-            limit = training.limit(seconds, steps, 2 if name == "deq_flax" else 1)
+            parts = training.sum_of_parts(seconds, steps, 2 if name == "deq_flax" else 1)
             peer = times.get(("torchdeq", f"{model}: step"))
             numbers = [
                 *(f"{1e3 * seconds[case]:.0f}" for case in CASES),
-                f"{1e3 * limit:.0f}",
-                f"{seconds['step'] / limit:.2f}",
+                f"{1e3 * parts:.0f}",
+                f"{seconds['step'] / parts:.2f}",
             ]
             rows.append([f"{model}, n = {steps}", name, *numbers, f"{seconds['step'] / peer:.2f}" if peer else ""])
-    head = ["model", "library", "n x f", "n x vjp", *CASES[2:], "the limit", "step / limit", "step / torchdeq's"]
+    head = ["model", "library", "n x f", "n x vjp", *CASES[2:], "sum of parts", "step / sum", "step / torchdeq's"]
     return "Milliseconds (medians).\n\n" + tables.markdown(head, rows)
 
 

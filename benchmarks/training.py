@@ -1,8 +1,8 @@
-"""What benchmarks time and analyse of a config: evaluations of f, vector-Jacobian products, training steps, as programs.
+"""The programs of a config that benchmarks time and analyze: evaluations of f, vector-Jacobian products, training steps.
 
-The limit of a step is what it cannot do without: its evaluations of f and its vector-Jacobian products, each alone in a loop,
-and the rest (embedding or stem, context, one vector-Jacobian product with the parameters, loss, optimizer), which is timed as a
-step with one unrolled evaluation, less that evaluation.
+The sum of parts of a step: its evaluations of f and its vector-Jacobian products, each alone in a loop, and the rest
+(embedding or stem, context, one vector-Jacobian product with the parameters, loss, optimizer), timed as a step with one
+unrolled evaluation, less that evaluation. A compiler can fuse across parts, so that a step may take less than their sum.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ CASES = ("f", "vjp", "step of one evaluation", "step")
 
 
 def resolved(path: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config `FILE[:VARIANT]` with `changes` ('section.key': value) of those sections that it has, as plain data."""
+    """The config `FILE[:VARIANT]` as plain data, with `changes` ('section.key': value) to the sections that it has."""
     file, *variant = path.split(":")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec and spec.loader
@@ -28,27 +28,27 @@ def resolved(path: str, changes: Mapping[str, Any] | None = None) -> dict[str, A
 
 
 def exactly(steps: int) -> dict[str, Any]:
-    """Changes to a config: so many evaluations each way, nothing random, no Jacobian loss."""
+    """Changes to a config: exactly this number of evaluations each way, nothing random, no Jacobian loss."""
     limits = {"tol": 0.0, "max_steps": steps, "backward_tol": 0.0, "backward_max_steps": steps, "max_steps_jitter": 0}
     pretraining = {"pretrain_steps": 0, "pretrain_layers": 1, "jacobian_weight": 0.0, "jacobian_frequency": 0.0}
     return {f"deq.{name}": value for name, value in (limits | pretraining).items()}
 
 
 def words(vocabulary: int, count: int) -> np.ndarray:
-    """(count,) int32, as rare as in a text: the r-th has a probability of about 1 / r."""
+    """Random word ids, (count,) int32, as rare as in a text: id r has a probability proportional to 1 / (r + 1)."""
     weights = 1 / np.arange(1, vocabulary + 1)
     return np.random.default_rng(0).choice(vocabulary, count, p=weights / weights.sum()).astype(np.int32)
 
 
 def text(folder: str, vocabulary: int, count: int) -> dict[str, Any]:
-    """Changes to a config: a text of `count` tokens, made up and saved in `folder`."""
+    """Changes to a config: a text of `count` random tokens, which is saved in `folder`."""
     for split in ("train", "valid", "test"):
         np.save(Path(folder) / f"{split}.npy", words(vocabulary, count))
     return {"data.name": "tokens", "data.path": folder, "data.cache": "", "model.vocab_size": vocabulary}
 
 
 def images(folder: str, count: int) -> dict[str, Any]:
-    """Changes to a config: `count` images of CIFAR-10's shape in each of its files, of noise and saved in `folder`."""
+    """Changes to a config: files like CIFAR-10's with `count` images of noise each, which are saved in `folder`."""
     random = np.random.default_rng(0)
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         records = random.integers(0, 256, (count, 1 + 3072)).astype(np.uint8)
@@ -58,7 +58,7 @@ def images(folder: str, count: int) -> dict[str, Any]:
 
 
 def timing_text(folder: str, steps: int) -> dict[str, Any]:
-    """Changes to `configs/wt103.py`: the sizes on which libraries are compared, 10,000 words, 256 features, 8 x 64 tokens."""
+    """Changes to `configs/wt103.py`: the sizes at which libraries are compared, 10,000 words, 256 features, 8 x 64 tokens."""
     sizes = {"d_model": 256, "d_embed": 256, "n_head": 8, "d_head": 32, "d_inner": 1024, "mem_len": 64, "dropout": 0.0}
     sizes |= {"cutoffs": (2_000, 5_000), "div_value": 4}
     data = {"batch_size": 8, "seq_len": 64, "eval_batch_size": 8, "eval_seq_len": 64}
@@ -82,7 +82,7 @@ class Training:
         self.arguments = (self.batch, self.task.controls(0), np.int32(0))
 
     def stepping(self, *, unrolled: bool = False) -> Callable[[], None]:
-        """A step, as a program; `unrolled` through `deq.pretrain_layers` evaluations instead of a solve."""
+        """A training step as a program; `unrolled`: through `deq.pretrain_layers` evaluations instead of a solve."""
         import jax
 
         from deq_flax.task import Phase
@@ -94,14 +94,14 @@ class Training:
         return step
 
     def traced(self, *, unrolled: bool = False, jacobian_loss: bool = False) -> Any:
-        """The step as JAX traces it: `.jaxpr` to be looked at, `.lower().compile()` to be analysed."""
+        """The traced training step, with `.jaxpr` and `.lower().compile()` for analysis."""
         from deq_flax.task import Phase
 
         phase = Phase(unrolled=unrolled, jacobian_loss=jacobian_loss)
         return self.run.train_step.trace(self.run.state, *self.arguments, phase=phase)
 
     def equation(self, model: Any) -> tuple[Callable, Any]:
-        """f and z0 of a model for the batch, memory full."""
+        """(f, z0) of a model for the batch, with a full memory."""
         import jax.numpy as jnp
 
         if "images" in self.batch:
@@ -110,7 +110,7 @@ class Training:
         return model.equation(self.batch["inputs"], memory._replace(length_B=jnp.full((rows,), model.mem_len)))[:2]
 
     def loops(self) -> tuple[Callable, Callable]:
-        """f and its vector-Jacobian product, each as often as a solve may evaluate, as functions of (params, variables)."""
+        """deq.max_steps evaluations of f, and of its vector-Jacobian product, as functions of (params, variables)."""
         import jax
         import jax.numpy as jnp
         from flax import nnx
@@ -132,21 +132,21 @@ class Training:
         return f, vjp
 
     def programs(self) -> dict[str, Callable[[], None]]:
-        """By case."""
+        """The programs to time, by case."""
         import jax
 
-        def of_the_weights(function: Callable) -> Callable[[], None]:
+        def at_current_weights(function: Callable) -> Callable[[], None]:
             compiled, run = jax.jit(function), self.run  # whose arrays change with every step
             return lambda: jax.block_until_ready(compiled(run.state.params, run.state.variables))
 
-        f, vjp = map(of_the_weights, self.loops())
+        f, vjp = map(at_current_weights, self.loops())
         return {"f": f, "vjp": vjp, "step of one evaluation": self.stepping(unrolled=True), "step": self.stepping()}
 
 
-def limit(seconds: Mapping[str, float], steps: int, evaluations_of_one: int) -> float:
-    """The limit of a step, in seconds, from those of its parts by case.
+def sum_of_parts(seconds: Mapping[str, float], steps: int, evaluations_of_one: int) -> float:
+    """The sum of a step's parts, in seconds, from the times of the cases.
 
-    `evaluations_of_one`: how often the step of one evaluation evaluates f: ours twice, once for the residual that it tells.
+    `evaluations_of_one`: evaluations of f in the step of one evaluation: ours has two, one of them for the residual it reports.
     """
     f, vjp = seconds["f"] / steps, seconds["vjp"] / steps
     return seconds["f"] + seconds["vjp"] + seconds["step of one evaluation"] - evaluations_of_one * f - vjp

@@ -1,7 +1,7 @@
-"""Timing libraries against each other: one process each, all alive at once, taking turns.
+"""Timing of libraries against each other, in one process each, in turns.
 
-A slow spell of the machine then hits all of them, and medians are compared. Each turn runs the program twice and times the
-second, so that what the others have evicted from the caches is back.
+A temporary slowdown of the machine then affects all of them, and medians are compared. Each turn runs the program twice and
+times the second run, so that data that the others have evicted from the caches is back.
 """
 
 import json
@@ -21,16 +21,16 @@ from benchmarks import tables
 THREADS = 2
 
 MODES = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default"}
-"""What JAX calls the precision of float32 products; in the last mode operands are bfloat16."""
+"""JAX's names for the precision of float32 products; in the last mode operands are bfloat16."""
 
 Times = dict[tuple[str, str], float]
 """Median seconds by (library, case)."""
 
 Facts = dict[str, dict[str, Any]]
-"""What each library's worker told, by library."""
+"""Facts that a library's worker reported, by library."""
 
 Programs = Mapping[str, Callable[[], object]]
-"""By case."""
+"""Functions to time, by case."""
 
 
 def command(
@@ -43,12 +43,16 @@ def command(
     programs: Callable[[str, str], tuple[Programs, Mapping[str, Any]]],
     table: Callable[[Times, Facts], str],
 ) -> None:
-    """The command line of a benchmark: `script`, with the table `name`.
+    """Run the command line of a benchmark.
 
     Args:
+      name: of the table in README.md.
+      script: path of the benchmark, which is started again for each library.
+      doc: the help text.
       libraries: name -> the distribution that must be installed; the first is ours.
-      programs: (library, dtype of the model) -> what to time, and facts to tell beside it.
-      table: of what was measured.
+      cases: names of the programs to time, in this order.
+      programs: (library, dtype of the model) -> the programs, and facts to report with them.
+      table: (times, facts) -> the text to publish.
     """
     parser = tables.parser(doc, rounds=9)
     parser.add_argument("--mode", choices=MODES, default="float32", help="of matrix products; PyTorch takes part in float32")
@@ -67,7 +71,7 @@ def command(
 
 
 def work(programs: Programs, facts: Mapping[str, Any]) -> None:
-    """What a worker does: answer each line on stdin, a case, with the seconds that its program took."""
+    """Run a worker: for each line on stdin, the name of a case, time its program and print the seconds."""
     for program in programs.values():
         program()
     print(json.dumps({"cases": list(programs), "facts": {"device": _device()} | dict(facts)}), flush=True)
@@ -80,7 +84,7 @@ def work(programs: Programs, facts: Mapping[str, Any]) -> None:
 
 
 def measure(script: str, libraries: Mapping[str, str], cases: tuple[str, ...], rounds: int, mode: str) -> tuple[Times, Facts]:
-    """Times and facts. A library that is not installed or does not run in this mode is left out, and said to be."""
+    """Times and facts of all libraries. One that is not installed or fails in this mode is left out, with a note on stderr."""
     environment = os.environ | {
         "PYTHONPATH": os.getcwd(),
         "OMP_NUM_THREADS": str(THREADS),
@@ -125,7 +129,7 @@ def measure(script: str, libraries: Mapping[str, str], cases: tuple[str, ...], r
 
 
 def machine(distributions: list[str], facts: Mapping[str, Any] | None = None) -> str:
-    """What a table was measured on; `facts` of a worker name its accelerator, if it has one."""
+    """Description of the machine and of installed versions; `facts` of a worker name its accelerator, if it has one."""
     versions = ", ".join(f"{name} {version(name)}" for name in distributions)
     on = f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} threads"
     device = (facts or {}).get("device", "cpu")
@@ -133,7 +137,7 @@ def machine(distributions: list[str], facts: Mapping[str, Any] | None = None) ->
 
 
 def _device() -> str:
-    """JAX's name of the device that this process uses."""
+    """JAX's name of the device that this process uses, 'cpu' without JAX."""
     if "jax" not in sys.modules:
         return "cpu"
     import jax

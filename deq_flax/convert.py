@@ -1,24 +1,25 @@
-"""Turn weights of the original PyTorch code into a checkpoint of ours, or back.
+"""Convert weights of the original PyTorch code to a checkpoint, or back.
 
   python -m deq_flax.convert SOURCE.pth DIR --config configs/wt103.py:VARIANT [--config.section.key=value ...]
   python -m deq_flax.convert SOURCE.pth DIR --config auto
   python -m deq_flax.convert DIR OUT.pth --to_torch
 
-SOURCE is a state_dict: .pth, .pt or .pkl of torch.save, .safetensors, or .npz. DIR is then what a training run leaves:
-`deq_flax.main --mode eval --workdir DIR` evaluates it, `--config.checkpoint.init_from=DIR` trains on from it, and
-`deq_flax.generate --checkpoint DIR` writes with it. PyTorch is not needed. `--config auto` is the config of wt103, cifar10 or
-cityscapes with the sizes of the file. What cannot be read off a file stays as that config has it: a language model's memory,
-span and order of normalisation, an image model's groups of channels. How often an image model halves the resolution at first
-must be given, as --config.model.downsample, where the file does not show it.
+SOURCE is a state_dict: .pth, .pt or .pkl of torch.save, .safetensors, or .npz. PyTorch is not needed. DIR becomes a workdir:
+`deq_flax.main --mode eval --workdir DIR` evaluates it, `--config.checkpoint.init_from=DIR` starts training from it, and
+`deq_flax.generate --checkpoint DIR` generates text with it. `--config auto` is the config of wt103, cifar10 or cityscapes with
+the model's sizes read from the file. Options that do not show in a file keep that config's values: a language model's memory,
+attention span and order of normalization, an image model's groups of channels. The number of times an image model halves the
+resolution at first must be given as --config.model.downsample if the file does not show it.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -27,111 +28,110 @@ from absl import flags
 from deq_flax import cli
 from deq_flax.errors import UserError
 
+if TYPE_CHECKING:
+    from deq_flax.config import Config
+    from deq_flax.torch_checkpoint import Family
+
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
 _CONFIG = cli.config_flag(_FLAGS)
 _TO_TORCH = flags.DEFINE_bool(
     "to_torch", False, "write a state_dict that the original code loads, from a checkpoint of ours", flag_values=_FLAGS
 )
 
-AUTO_CONFIGS = {"language": "wt103.py", "classification": "cifar10.py", "segmentation": "cityscapes.py"}
-"""What `--config auto` begins from, by the task that the file is for."""
+AUTO_CONFIGS: dict[tuple[str, str | None], str] = {
+    ("deq_transformer", None): "wt103.py",
+    ("mdeq", "classification"): "cifar10.py",
+    ("mdeq", "segmentation"): "cityscapes.py",
+}
+"""The config that `--config auto` starts from, by the model and head of the file."""
 
 
 def main(source: str, destination: str) -> int:
-    """The command."""
+    """Run the command."""
     if _TO_TORCH.value:
         count, names = to_torch(source, Path(destination))
         print(f"wrote {names} tensors, {count:,} parameters, to {destination}")
         return 0
     cli.require(_CONFIG.value is not None, "--config is missing: a config file, or auto")
-    config = cli.config_to_kwargs(_CONFIG.value)
-    flag: Any = _FLAGS["config"]
-    given = {key.removeprefix("model.") for key in flag.override_values if key.startswith("model.")}
-    count = convert(Path(source), Path(destination), config, auto=_auto_wanted(sys.argv), given=given)
+    given = {key.removeprefix("model.") for key in cli.given_keys(_FLAGS) if key.startswith("model.")}
+    count = convert(Path(source), Path(destination), cli.resolved(_FLAGS), auto=_is_auto(sys.argv), given=given)
     print(f"wrote {count:,} parameters to {destination}; evaluate them with --mode eval --workdir {destination}")
     return 0
 
 
-def convert(
-    source: Path, directory: Path, config: Mapping[str, Any], *, auto: bool = False, given: Collection[str] = ()
-) -> int:
-    """Write a checkpoint of the weights in `source`; returns how many parameters it has.
+def convert(source: Path, directory: Path, config: "Config", *, auto: bool = False, given: Collection[str] = ()) -> int:
+    """Write the weights in `source` as a checkpoint; returns the number of its parameters.
 
     Args:
       source: a file that `torch_checkpoint.open_tensors` reads.
-      directory: for `checkpoints/0` and `config.json`.
-      config: the resolved config as plain data. A `model.vocab_size` of 0 becomes that of the file.
-      auto: take all options of the model that shapes tell from the file, but those in `given`.
+      directory: the workdir to create, with `checkpoints/0` and `config.json`.
+      config: the config that the checkpoint will hold. A `model.vocab_size` of 0 becomes that of the file.
+      auto: take all model options that follow from shapes from the file, except those in `given`.
+      given: names of model options that keep the config's values.
 
     Raises:
       UserError: the file cannot be read or does not fit the config, or the directory is in use. Nothing has been written then.
     """
-    from deq_flax.checkpoints.checkpoints import Checkpoints
-    from deq_flax.checkpoints.stored_step import named_leaves
-    from deq_flax.pretrained import abstract_model
-    from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, family_of, match, open_tensors
+    from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints
+    from deq_flax.config import to_dict
+    from deq_flax.models import abstract_model
+    from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, family_of, mismatches, open_tensors, set_arrays
     from deq_flax.train.step import split_model
 
     _require_unused(directory)
     with open_tensors(source) as file:
-        family_name = family_of(config["task"], file.shapes)
+        family_name = family_of(config.model.name, file.shapes)
         family = FAMILIES[family_name]
         found = family.infer(file.shapes)
-        config = _completed(config, found, source, auto=auto, given=given)
+        wanted = _from_file(config, found, source, auto=auto, given=given)
         try:
-            model = abstract_model(config)
-            problems = "; ".join(match(family, model, file.shapes))
+            config = _with_model(config, wanted)
+            model = abstract_model(config.model)
+            problems = "; ".join(mismatches(family, model, file.shapes))
         except UserError as error:
             problems = str(error)
         if problems:
             raise UserError(f"{source} does not fit the config: {problems}{_advice(family, config, found, file.shapes)}")
         arrays, buffers = convert_tensors(family, model, file)
     beside = {name: values.tolist() for name, values in buffers.items()}
-    meta = {"config": config, "converted": {"file": source.name, "family": family_name, "buffers": beside}}
+    meta = {"config": to_dict(config), "converted": {"file": source.name, "family": family_name, "buffers": beside}}
+    # Device arrays, because checkpoints copy NumPy arrays; popped, so that no array is held twice.
+    set_arrays(model, {path: jax.device_put(arrays.pop(path)) for path in list(arrays)})
     _, params, variables = split_model(model)
-    with Checkpoints(directory / "checkpoints", keep_latest=1, keep_best=0) as checkpoints:
-        # Device arrays, because checkpoints copy those of NumPy.
-        on_device = {path: jax.device_put(arrays.pop(path)) for path in list(arrays)}
-        params, variables = (
-            jax.tree.unflatten(jax.tree.structure(tree), [on_device[name] for name in named_leaves(tree)])
-            for tree in (params, variables)
-        )
-        checkpoints.save(0, params, {"variables": variables}, {"step": 0}, meta)
+    with Checkpoints(directory / "checkpoints", CheckpointOptions(keep_latest=1, keep_best=0)) as checkpoints:
+        checkpoints.save(0, params=params, rest={"variables": variables}, meta=meta)
     try:
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
-    return sum(x.size for x in jax.tree.leaves(params))
+    return _count(params)
 
 
 def to_torch(checkpoint: str | Path, path: Path) -> tuple[int, int]:
     """Write the weights of a checkpoint as a state_dict; returns the numbers of parameters and of tensors.
 
     Raises:
-      UserError: there is no checkpoint, there is no name for its weights, or the file cannot be written.
+      UserError: there is no checkpoint, its model has no counterpart in the original code, or the file cannot be written.
     """
-    from deq_flax.checkpoints.checkpoints import load_meta, load_params
-    from deq_flax.checkpoints.stored_step import named_leaves
-    from deq_flax.pretrained import abstract_model, stored_config
-    from deq_flax.torch_checkpoint import FAMILIES, export_tensors, family_of, write_state_dict
+    from deq_flax.pretrained import load_model
+    from deq_flax.torch_checkpoint import FAMILIES, export_tensors, family_name, family_of, get_arrays, write_state_dict
     from deq_flax.train.step import split_model
 
-    meta = load_meta(checkpoint)
-    config = stored_config(meta)
-    model = abstract_model(config)
-    templates = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), split_model(model)[1:])
-    restored = load_params(checkpoint, *templates)
-    arrays = named_leaves(restored.weights) | named_leaves(restored.variables)
-    converted = meta.get("converted", {})
+    loaded = load_model(checkpoint)
+    converted = loaded.meta.get("converted", {})
     buffers = {name: _buffer(values) for name, values in converted.get("buffers", {}).items()}
-    family = FAMILIES[converted.get("family") or family_of(config["task"])]
-    tensors = list(export_tensors(family, model, arrays, buffers))
+    name = family_name(converted["family"]) if "family" in converted else family_of(loaded.config.model.name)
+    tensors = list(export_tensors(FAMILIES[name], loaded.model, get_arrays(loaded.model), buffers))
     write_state_dict(path, tensors)
-    return sum(leaf.size for leaf in jax.tree.leaves(restored.weights)), len(tensors)
+    return _count(split_model(loaded.model)[1]), len(tensors)
+
+
+def _count(params: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def _buffer(values: Any) -> np.ndarray:
-    """Of float32, as models are, or of whole numbers."""
+    """An array from JSON: float32, as models are, or integers."""
     array = np.array(values)
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
@@ -141,71 +141,74 @@ def _require_unused(directory: Path) -> None:
         raise UserError(f"{directory} holds a run already: choose another folder")
 
 
-def _completed(
-    config: Mapping[str, Any], found: Mapping[str, Any], source: Path, *, auto: bool, given: Collection[str]
+def _from_file(
+    config: "Config", found: Mapping[str, Any], source: Path, *, auto: bool, given: Collection[str]
 ) -> dict[str, Any]:
-    """The config with what the file tells of the model, as far as that is asked for."""
-    if auto:
-        wanted = {key: value for key, value in found.items() if key not in given}
-        if untold := [key for key, value in wanted.items() if value is None]:
-            raise UserError(f"{source} does not tell the model's {untold[0]}: add --config.model.{untold[0]}=...")
-    else:
-        wanted = {} if config["model"].get("vocab_size") != 0 else {k: v for k, v in found.items() if k == "vocab_size"}
-    return dict(config) | {"model": dict(config["model"]) | wanted}
+    """The model options to take from the file. UserError: one is needed that the file does not show."""
+    if not auto:
+        unknown_size = getattr(config.model, "vocab_size", None) == 0 and "vocab_size" in found
+        return {"vocab_size": found["vocab_size"]} if unknown_size else {}
+    wanted = {key: value for key, value in found.items() if key not in given}
+    if untold := [key for key, value in wanted.items() if value is None]:
+        raise UserError(f"{source} does not tell the model's {untold[0]}: add --config.model.{untold[0]}=...")
+    return wanted
 
 
-def _advice(family: Any, config: Mapping[str, Any], found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The overrides that would make it fit, if there are such."""
-    from deq_flax.pretrained import abstract_model
-    from deq_flax.torch_checkpoint import match
-
-    old = config["model"]
-    new = {key: value for key, value in found.items() if value is not None and value != _as_read(old.get(key))}
+def _with_model(config: "Config", options: Mapping[str, Any]) -> "Config":
+    """The config with other model options. UserError: the model's options class refuses them."""
     try:
-        fits = new and not match(family, abstract_model(dict(config) | {"model": old | new}), shapes)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
+    except ValueError as error:
+        raise UserError(f"section model: {error}") from error
+
+
+def _advice(family: "Family", config: "Config", found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A sentence with the overrides that would make the config fit, empty if there are none."""
+    from deq_flax.models import abstract_model
+    from deq_flax.torch_checkpoint import mismatches
+
+    new = {key: value for key, value in found.items() if value is not None and value != getattr(config.model, key, None)}
+    try:
+        fits = new and not mismatches(family, abstract_model(_with_model(config, new).model), shapes)
     except UserError:
         fits = False
     overrides = " ".join(f"--config.model.{key}={_literal(value)}" for key, value in new.items())
     return f". It fits with {overrides}" if fits else ""
 
 
-def _as_read(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _literal(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) and len(value) > 1 else str(value).replace(" ", "")
 
 
-def _is_auto(before: str, argument: str) -> bool:
+def _is_auto(argv: Sequence[str]) -> bool:
+    return any(itertools.starmap(_names_auto, itertools.pairwise(argv)))
+
+
+def _names_auto(before: str, argument: str) -> bool:
     return argument == "--config=auto" or (before, argument) == ("--config", "auto")
 
 
-def _auto_wanted(argv: Sequence[str]) -> bool:
-    return any(itertools.starmap(_is_auto, itertools.pairwise(argv)))
-
-
-def _task_of_source(argv: Sequence[str]) -> str:
-    """The task of the first file on the command line; what cannot be read is complained of later."""
-    from deq_flax.torch_checkpoint import open_tensors, task_of
+def _auto_config(argv: Sequence[str]) -> str:
+    """The entry of AUTO_CONFIGS for the first file on the command line; one that cannot be read is reported later."""
+    from deq_flax.torch_checkpoint import head_of, model_of, open_tensors
 
     for argument in argv[1:]:
         if Path(argument).is_file():
             with contextlib.suppress(UserError), open_tensors(argument) as file:
-                return task_of(file.tensors)
-    return "language"
+                return AUTO_CONFIGS[model_of(file.tensors), head_of(file.tensors)]
+    return AUTO_CONFIGS["deq_transformer", None]
 
 
 def _without_auto(argv: Sequence[str]) -> list[str]:
-    """The command line with the config file that `auto` begins from, and with `--to-torch` spelled as flags are."""
+    """The command line with 'auto' replaced by the config file it starts from, and `--to-torch` by `--to_torch`."""
     argv = ["--to_torch" if argument == "--to-torch" else argument for argument in argv]
-    if not _auto_wanted(argv):
+    if not _is_auto(argv):
         return argv
-    config = Path("configs") / AUTO_CONFIGS[_task_of_source(argv)]
+    config = Path("configs") / _auto_config(argv)
     base = Path(__file__).resolve().parent.parent / config
     file = str(base if base.exists() else config)
     pairs = itertools.pairwise(["", *argv])
-    return [argument.replace("auto", file) if _is_auto(before, argument) else argument for before, argument in pairs]
+    return [argument.replace("auto", file) if _names_auto(before, argument) else argument for before, argument in pairs]
 
 
 if __name__ == "__main__":

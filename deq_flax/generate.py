@@ -1,56 +1,66 @@
-"""Write on from a prompt with a language model.
+"""Generate text from a prompt with a language model.
 
   python -m deq_flax.generate --checkpoint DIR --prompt "the value of the" [--tokens 100] [--temperature 0.8] [--top_p 0.9]
 
-DIR is the workdir of a run or of `deq_flax.convert`. Words appear as they are chosen; speed, and evaluations per word, follow
-on stderr. The same seed gives the same text. Words are separated by spaces, as in the text that the model was trained on.
+DIR is the workdir of a run or of `deq_flax.convert`. Words are printed as they are chosen; then the speed, and the evaluations
+of f per token, on stderr. The same seed gives the same text. Words are separated by spaces, as in the training text.
 """
 
+import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from absl import flags
 
 from deq_flax import cli
-from deq_flax.data.text.corpus import load_text
+from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.pydoc import tokenize
 from deq_flax.data.text.vocabulary import EOS, UNK, Vocabulary
 from deq_flax.errors import UserError
+
+if TYPE_CHECKING:
+    from deq_flax.config import Config
+    from deq_flax.equilibrium import Solver
+    from deq_flax.train.phases import DEQOptions
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "a workdir, its checkpoints folder, or the folder of one step", flag_values=_FLAGS
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "the beginning of the text; empty: the beginning of a line", flag_values=_FLAGS)
-_TOKENS = flags.DEFINE_integer("tokens", 100, "how many words to write", flag_values=_FLAGS)
+_TOKENS = flags.DEFINE_integer("tokens", 100, "number of words to generate", flag_values=_FLAGS)
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", 1.0, "0 always takes the likeliest word; 1 draws from the model's distribution", flag_values=_FLAGS
+    "temperature", 1.0, "0: always the most likely word; 1: draw from the model's distribution", flag_values=_FLAGS
 )
-_TOP_K = flags.DEFINE_integer("top_k", 0, "draw from so many of the likeliest words; 0: from all", flag_values=_FLAGS)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "draw from this number of the most likely words; 0: from all", flag_values=_FLAGS)
 _TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "draw from the likeliest words that together have this probability", flag_values=_FLAGS
+    "top_p", 1.0, "draw from the most likely words that together have this probability", flag_values=_FLAGS
 )
-_SEED = flags.DEFINE_integer("seed", 0, "of the draws", flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the draws", flag_values=_FLAGS)
 _VOCABULARY = flags.DEFINE_string(
-    "vocabulary", None, "the model's words, one a line; default: those of its run or its text", flag_values=_FLAGS
+    "vocabulary",
+    None,
+    "file of the model's vocabulary, one word a line; default: that of its run or its text",
+    flag_values=_FLAGS,
 )
-_MEMORY = flags.DEFINE_integer("memory", None, "tokens remembered; default: as in training", flag_values=_FLAGS)
+_MEMORY = flags.DEFINE_integer("memory", None, "number of tokens in memory; default: as in training", flag_values=_FLAGS)
 _MAX_STEPS = flags.DEFINE_integer(
-    "max_steps", None, "limit on the evaluations per token; default: as in training", flag_values=_FLAGS
+    "max_steps", None, "limit on the evaluations of f per token; default: as in training", flag_values=_FLAGS
 )
-_TOL = flags.DEFINE_float("tol", None, "tolerance of a solve; default: as in training", flag_values=_FLAGS)
+_TOL = flags.DEFINE_float("tol", None, "tolerance of the solver; default: as in training", flag_values=_FLAGS)
 
 VOCABULARY_FILE = "vocabulary.txt"
-"""Where a run keeps its words, in its workdir."""
+"""The file in a workdir that holds the run's vocabulary."""
 
 
 def main() -> int:
-    """The command."""
-    # Imported late: a mistake in the command line should not have to wait for the libraries.
+    """Run the command."""
+    # Imported late, so that a mistake in the command line is reported before the libraries are loaded.
     from deq_flax.models.generation import Generator, Sampling
     from deq_flax.pretrained import load_model
 
@@ -58,11 +68,14 @@ def main() -> int:
     try:
         sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
         loaded = load_model(_CHECKPOINT.value or "")
-        cli.require(loaded.config["task"] == "language", "--checkpoint: only a DEQ-Transformer writes")
+        cli.require(
+            loaded.model.kind == "language" and loaded.model.has_equilibrium,
+            f"--checkpoint: model {loaded.config.model.name!r} cannot generate text; an equilibrium language model is needed",
+        )
         vocabulary = find_vocabulary(Path(_CHECKPOINT.value or ""), loaded.config, _VOCABULARY.value)
-        ids = encode_prompt(_PROMPT.value or "", vocabulary, loaded.config["data"]["name"])
+        ids = encode_prompt(_PROMPT.value or "", vocabulary, loaded.config.data.name)
         memory = _MEMORY.value if _MEMORY.value is not None else default_memory(loaded.config)
-        solver = make_solver(loaded.config["deq"], tol=_TOL.value, max_steps=_MAX_STEPS.value)
+        solver = make_solver(loaded.config.deq, tol=_TOL.value, max_steps=_MAX_STEPS.value)
         generator = Generator(loaded.model, solver=solver, sampling=sampling, memory=memory, words=len(vocabulary))
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -71,29 +84,34 @@ def main() -> int:
     return 0
 
 
-def find_vocabulary(checkpoint: Path, config: Mapping[str, Any], file: str | None) -> Vocabulary:
-    """The words of a model: from `file`, else as its run kept them, else those of the text it was trained on.
+def find_vocabulary(checkpoint: Path, config: "Config", file: str | None) -> Vocabulary:
+    """The vocabulary of a model: read from `file` if given, else from the workdir of its run, else from its training text.
 
     Raises:
-      UserError: they are not to be had, or are more than the model's.
+      UserError: there is none, or it is larger than the model's.
     """
     if file is not None:
         vocabulary = Vocabulary.load(file)
     else:
         kept = [folder / VOCABULARY_FILE for folder in _workdirs(checkpoint.absolute())]
         kept = [path for path in kept if path.is_file()]
-        vocabulary = Vocabulary.load(kept[0]) if kept else _words_of_text(config["data"])
-    known = config["model"]["vocab_size"]
+        vocabulary = Vocabulary.load(kept[0]) if kept else _vocabulary_of_text(config.data)
+    known = config.model.vocab_size
     if len(vocabulary) > known:
         raise UserError(f"the vocabulary has {len(vocabulary)} words, the model {known}: it is not this model's vocabulary")
     return vocabulary
 
 
-def encode_prompt(prompt: str, vocabulary: Vocabulary, text: str) -> Any:
-    """Ids of at least one token; words that the vocabulary does not have are named on stderr.
+def encode_prompt(prompt: str, vocabulary: Vocabulary, text: str) -> np.ndarray:
+    """The ids of a prompt, (n,) int32, n >= 1. Unknown words are listed on stderr.
+
+    Args:
+      prompt: words separated by spaces; '' stands for the beginning of a line.
+      vocabulary: that of the model.
+      text: name of the training text, which decides how the prompt is split into words.
 
     Raises:
-      UserError: a word is unknown, or there is none, and the vocabulary has nothing to stand for it.
+      UserError: a word is unknown and the vocabulary has no '<unk>', or the prompt is empty and it has no '<eos>'.
     """
     if text == "pydoc":
         prompt = "\n".join(map(tokenize, prompt.split("\n")))
@@ -106,30 +124,28 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary, text: str) -> Any:
     return vocabulary.encode(prompt if words else "\n")
 
 
-def default_memory(config: Mapping[str, Any]) -> int:
-    """As many tokens as in training; for a model without memory, what a segment let it see."""
-    return config["model"]["mem_len"] or config["data"]["eval_seq_len"]
+def default_memory(config: "Config") -> int:
+    """The memory length of training, in tokens; for a model without memory, the length of an evaluation segment."""
+    return config.model.mem_len or config.data.eval_seq_len
 
 
-def make_solver(deq: Mapping[str, Any], *, tol: float | None, max_steps: int | None) -> Any:
-    """The forward solver of a config's section `deq`. ValueError: a number makes no sense."""
-    from deq_flax.equilibrium import SOLVERS
+def make_solver(deq: "DEQOptions", *, tol: float | None, max_steps: int | None) -> "Solver":
+    """The solver of evaluation, with another tolerance or limit if given. ValueError: one of these is out of range."""
+    from deq_flax.train.phases import make_phases
 
-    if deq["solver"] not in SOLVERS:
-        raise UserError(f"unknown solver {deq['solver']!r}; known: {', '.join(SOLVERS)}")
-    make: Any = SOLVERS[deq["solver"]]
-    tol, max_steps = deq["tol"] if tol is None else tol, deq["max_steps"] if max_steps is None else max_steps
-    return make(tol=tol, max_steps=max_steps, stop=deq["stop"])
+    solver = make_phases(deq, seed=0).evaluation.solver
+    changes = {"tol": tol, "max_steps": max_steps}
+    return dataclasses.replace(solver, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _workdirs(path: Path) -> list[Path]:
-    """The folders that may be the workdir of a checkpoint named by `path`."""
+    """The folders that may be the workdir of the checkpoint at `path`."""
     return [path, *(folder.parent for folder in (path, path.parent) if folder.name == "checkpoints")]
 
 
-def _words_of_text(data: Mapping[str, Any]) -> Vocabulary:
+def _vocabulary_of_text(data: TextOptions) -> Vocabulary:
     try:
-        vocabulary = load_text(data["name"], data["path"], data["cache"]).vocabulary
+        vocabulary = load_text(data).vocabulary
         reason = "its text is token ids alone"
     except UserError as error:
         vocabulary, reason = None, str(error)
@@ -141,7 +157,7 @@ def _words_of_text(data: Mapping[str, Any]) -> Vocabulary:
 
 
 def _write(tokens: Iterable[tuple[int, float]], vocabulary: Vocabulary, *, last: int) -> None:
-    """Print words as they come, then how fast they came: the first, with its compilation, is not timed."""
+    """Print words as they are generated, then the speed. The first, which includes compilation, is not timed."""
     seen, evaluations, start = 0, 0.0, 0.0
     at_line_start = vocabulary.words[last] == EOS
     try:
@@ -155,7 +171,7 @@ def _write(tokens: Iterable[tuple[int, float]], vocabulary: Vocabulary, *, last:
             elif seen > 2:
                 evaluations += nfe
         print(flush=True)
-    except BrokenPipeError:  # whoever read has had enough
+    except BrokenPipeError:  # the reader of a pipe has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if seen > 2:
         seconds = time.perf_counter() - start

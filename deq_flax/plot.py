@@ -1,9 +1,9 @@
-"""Draw a run: curves of its metrics and, for image models, what the best checkpoint makes of the validation images.
+"""Plot a run: curves of its metrics and, for image models, predictions of the best checkpoint on validation images.
 
   python -m deq_flax.plot --workdir runs/digits
 
-PNGs go into WORKDIR/plots. The curves need metrics.jsonl alone; predictions, confusion matrix and the residuals of each
-branch need the data too.
+PNGs are written to WORKDIR/plots. The curves need metrics.jsonl alone; predictions, confusion matrix and residuals by branch
+need the checkpoint and the data too.
 """
 
 import json
@@ -17,8 +17,8 @@ from deq_flax import cli
 from deq_flax.errors import UserError
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=_FLAGS)
-_MODEL = flags.DEFINE_bool("model", True, "--nomodel: the curves only, without loading model and data", flag_values=_FLAGS)
+_WORKDIR = flags.DEFINE_string("workdir", None, "the workdir of the run", flag_values=_FLAGS)
+_MODEL = flags.DEFINE_bool("model", True, "--nomodel: the curves only, without the checkpoint and the data", flag_values=_FLAGS)
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -33,12 +33,12 @@ PANELS = {
         ("grad_norm", "log"),
     ),
 }
-"""Picture -> its panels, of which those are drawn that the run has: metric and scale."""
-COLOURS = {"train": "#8a8a8a", "valid": "#1f6fb4", "test": "#d1602b"}
+"""File name -> (metric, scale) of its panels; those whose metric the run has are drawn."""
+COLORS = {"train": "#8a8a8a", "valid": "#1f6fb4", "test": "#d1602b"}
 
 
 def main() -> int:
-    """The command."""
+    """Run the command."""
     workdir = Path(_WORKDIR.value or "")
     pyplot = _pyplot()
     lines = read_metrics(workdir)
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def read_metrics(workdir: Path) -> Lines:
-    """The lines of a run's metrics.jsonl; a torn last one is left out. UserError: there are none."""
+    """The lines of a run's metrics.jsonl, without an incomplete last line. UserError: there are none, or one is damaged."""
     path = workdir / "metrics.jsonl"
     try:
         text = path.read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def read_metrics(workdir: Path) -> Lines:
 
 
 def draw_panels(pyplot: Any, lines: Lines, panels: Sequence[tuple[str, str]]) -> Any:
-    """A figure with a panel for each metric that there is, all splits in it."""
+    """A Matplotlib figure with a panel for each metric that the lines have, one curve a split."""
     present = [(name, scale) for name, scale in panels if any(line.get(name) is not None for line in lines)] or [panels[0]]
     columns = min(2, len(present))
     rows = -(-len(present) // columns)
@@ -87,11 +87,11 @@ def draw_panels(pyplot: Any, lines: Lines, panels: Sequence[tuple[str, str]]) ->
     for axis in axes.flat[len(present) :]:
         axis.set_visible(False)
     for axis, (name, scale) in zip(axes.flat, present, strict=False):
-        for split, colour in COLOURS.items():
+        for split, color in COLORS.items():
             points = [(line["step"], line[name]) for line in lines if line["split"] == split and line.get(name) is not None]
             if points:
                 style = {"lw": 1.2} if split == "train" else {"lw": 1.6, "marker": "o", "ms": 4}
-                axis.plot(*zip(*points, strict=True), color=colour, label=split, **style)
+                axis.plot(*zip(*points, strict=True), color=color, label=split, **style)
         if scale == "log" and all(line.get(name) is None or line[name] > 0 for line in lines):
             axis.set_yscale("log")
         axis.set(title=name.replace("_", " "), xlabel="step")
@@ -101,27 +101,21 @@ def draw_panels(pyplot: Any, lines: Lines, panels: Sequence[tuple[str, str]]) ->
 
 
 def _draw_model(pyplot: Any, workdir: Path, folder: Path) -> None:
-    """What needs the model: nothing for a run on text."""
+    """Plot what needs the model; nothing if its task has no pictures."""
+    from deq_flax.config import make_task, read_run_config
     from deq_flax.task import HasPictures
-    from deq_flax.tasks import make_task
 
-    try:
-        config = json.loads((workdir / "config.json").read_text())
-        config = {name: _tuples(section) for name, section in config.items()}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {workdir / 'config.json'}: {error}") from error
-    if "language" in config["task"]:
-        return
+    config = read_run_config(workdir)
     task = make_task(config)
     if isinstance(task, HasPictures):
         from deq_flax.plot_model import draw_model
 
-        for name, picture in draw_model(pyplot, task, workdir).items():
+        for name, picture in draw_model(pyplot, task, config.deq, workdir).items():
             _save(picture, folder / f"{name}.png")
 
 
 def _save(picture: Any, path: Path) -> None:
-    """A figure of Matplotlib's, or (H, W, 3) uint8."""
+    """Write a Matplotlib figure, or an image, (H, W, 3) uint8."""
     if hasattr(picture, "savefig"):
         picture.savefig(path, dpi=130)
         picture.clear()
@@ -132,14 +126,8 @@ def _save(picture: Any, path: Path) -> None:
     print(path)
 
 
-def _tuples(value: Any) -> Any:
-    """JSON knows no tuples; configs hold no lists."""
-    if isinstance(value, dict):
-        return {name: _tuples(part) for name, part in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
 def _pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files. UserError: Matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError as error:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One run in N processes on this machine:
+# Start one run in N processes on this machine:
 #   launch/local.sh [--dry-run] N --config configs/wt103.py:tiny --workdir runs/tiny ...
-# On a machine with GPUs each process gets one: that of its number.
+# On a machine with GPUs, process i uses GPU i.
 set -euo pipefail
 
 dry_run=false

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One run on all workers of a Cloud TPU slice, queued for if need be, and started again after a preemption:
+# Start one run on all workers of a Cloud TPU slice, wait for the slice if necessary, and restart after preemptions:
 #   NAME=deq TYPE=v5litepod-64 ZONE=us-west4-a REPOSITORY=URL launch/tpu_pod.sh [--dry-run] --config ... --workdir DIR ...
-# REPOSITORY is where the workers get this code, DIR on a disk that all of them see. SPOT=1 takes preemptible workers; VERSION is
-# their software. The slice is deleted once the run is complete, and kept if it fails.
+# REPOSITORY is the URL that the workers clone this code from, DIR a folder on a disk that all of them share. SPOT=1 requests
+# preemptible workers; VERSION is their runtime version. The slice is deleted once the run is complete, and kept if the run fails.
 set -euo pipefail
 
 dry_run=false
@@ -38,10 +38,10 @@ while true; do
     '') create ;;
     ACTIVE)
       if "${on_all[@]}" "$setup" && "${on_all[@]}" "$main"; then
-        # A preempted run saves and ends well too: it is over only if the slice is still there.
+        # A preempted run saves and exits with 0 too: the run is complete only if the slice still exists.
         if [[ $(state) == ACTIVE ]]; then delete; exit 0; fi
       elif [[ $(state) == ACTIVE ]]; then
-        echo "$0: the run failed, and the slice is there: see above; it is kept" >&2
+        echo "$0: the run failed: see above; the slice is kept" >&2
         exit 1
       fi
       ;;

@@ -1,15 +1,15 @@
-"""A run of 2,000 steps that is killed, stopped, refused by its disk and damaged at random, and its outcome compared.
+"""A run of 2,000 steps under random kills, stops, disk errors and damage, compared with an undisturbed run.
 
     python -m tests.soak [--steps 2000] [--seed 0] [--folder DIR]
 
-Each life of the run ends by a fault drawn at random, at a random moment:
+The run is started again and again, and ended by a random fault at a random moment:
 
   kill      SIGKILL, often within a save
   stop      SIGTERM: it saves and exits 0
-  damage    stopped, then one byte of its newest checkpoint flipped, or a file cut short, or all of them gone
-  full      the disk refuses files above 2 kB for a while, then takes them again; the life goes on
+  damage    stopped, then one byte of its newest checkpoint is flipped, or a file truncated, or all of its files deleted
+  full      the disk refuses files above 2 kB for a while and accepts them again; then SIGKILL
 
-In the end metrics.jsonl and the checksums of the last checkpoint must be those of a run that nothing happened to.
+In the end metrics.jsonl and the checksums of the last checkpoint must equal those of an undisturbed run.
 """
 
 import argparse
@@ -27,14 +27,16 @@ from tests.train.commands import arguments, finish, metrics, one_process, read_u
 
 FAULTS = ("kill", "kill", "kill", "stop", "damage", "full")
 LONGEST_LIFE = 10.0
-"""Seconds from the first step of a life to its fault."""
+"""Most seconds from the first step of a process to its fault."""
 
 
 def newest(workdir: Path) -> Path:
+    """The folder of the newest checkpoint."""
     return max((path for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
 def damage(step: Path, chance: random.Random) -> str:
+    """Damage a checkpoint in a random way; returns the way."""
     files = [path for path in step.rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     how = chance.choice(("flip", "cut", "empty"))
@@ -51,11 +53,11 @@ def damage(step: Path, chance: random.Random) -> str:
 
 
 def life(command: list[str], workdir: Path, chance: random.Random) -> str | None:
-    """One life of the run. What ended it, or None when it was complete."""
+    """Run one process until a fault ends it; returns the fault, or None if the run is complete."""
     process = one_process(*command)
     try:
         lines = read_until(process, "ETA")
-    except AssertionError as error:  # it printed no step: it was complete, or could not go on
+    except AssertionError as error:  # it printed no step: it was complete, or could not continue
         if finish(process)[0] == 0:
             return None
         raise RuntimeError(f"the run could not go on: {error}") from error

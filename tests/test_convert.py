@@ -1,5 +1,6 @@
-"""Laws of conversion: the authors' weights give the authors' numbers here, and come back bit for bit."""
+"""The convert command: the authors' weights give the authors' numbers, and come back bit for bit."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -8,19 +9,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.checkpoints.checkpoints import load_meta, load_params
-from deq_flax.convert import convert, to_torch
+from deq_flax.checkpoints.loading import load_meta, load_params
+from deq_flax.config import from_stored, make_task, phases_of, resolve
+from deq_flax.convert import _with_model, convert, to_torch
 from deq_flax.equilibrium import Picard
 from deq_flax.errors import UserError
-from deq_flax.pretrained import abstract_model, load_model
-from deq_flax.tasks import make_task
+from deq_flax.models import abstract_model
+from deq_flax.pretrained import load_model
 from deq_flax.torch_checkpoint import FAMILIES, open_tensors
-from deq_flax.train.evaluate import evaluate_checkpoint
+from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from deq_flax.train.step import split_model
 from tests import reference
 from tests.commands import command
 from tests.test_configs import LANGUAGE
-from tests.train import small
 
 FIXTURES = ["lm_deq_postln", "lm_deq_preln", "lm_deq_local", "lm_deq_div1", "lm_deq_nocut", "lm_tdeq_postln"]
 
@@ -30,12 +31,19 @@ def source(name):
 
 
 def config(**model):
-    sections = LANGUAGE["wt103"].get_config().to_dict()
-    return sections | {"model": sections["model"] | model}
+    """That of wt103 with changed model options."""
+    return changed(resolve(LANGUAGE["wt103"].get_config().to_dict()), model=model)
+
+
+def changed(config, **sections):
+    """A config with changed options, {section: {name: value}}."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **options) for name, options in sections.items()}
+    )
 
 
 def converted(name, directory):
-    """Convert a fixture; what its shapes do not tell comes from its own settings."""
+    """Convert a fixture; options that its shapes do not imply come from its hyperparameters."""
     h = reference.facts()["hparams"][name]
     told = dict(pre_norm=h["pre_lnorm"], mem_len=h["mem_len"], local_size=h["local_size"], cutoffs=tuple(h["cutoffs"]))
     convert(source(name), directory, config(**told), auto=True, given=told)
@@ -43,9 +51,9 @@ def converted(name, directory):
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=reference.QUICK_COMPILE)
-def run(graph, state, tokens_BL, targets_BL, memory):
-    model = nnx.merge(graph, state)
-    out = model(tokens_BL, memory, solver=Picard(tol=1e-6, max_steps=200))
+def run(graphdef, state, tokens_BL, targets_BL, memory):
+    model = nnx.merge(graphdef, state)
+    out = model(tokens_BL, memory, solve=reference.solving(solver=Picard(tol=1e-6, max_steps=200)))
     return model.nll(out.hidden_BLD, targets_BL), out.memory
 
 
@@ -76,7 +84,8 @@ def test_the_result_is_an_ordinary_checkpoint(tmp_path):
     folder = converted("lm_deq_postln", tmp_path / "dir")
     meta, written = load_meta(folder), json.loads((folder / "config.json").read_text())
     assert meta["step"] == 0 and meta["config"] == written and written["model"]["vocab_size"] == 1000
-    weights = load_params(folder, split_model(abstract_model(written))[1]).weights  # what checkpoint.init_from does
+    params = split_model(abstract_model(from_stored(written).model))[1]
+    weights = load_params(folder, params).eval_params  # as checkpoint.init_from does
     stored = reference.load("lm_deq_postln_weights")["word_emb.emb_layers.1.weight"]
     np.testing.assert_array_equal(weights["embedding"]["tables_NE"][1], stored)
 
@@ -87,11 +96,14 @@ def test_memory_and_iterations_are_free_at_evaluation(tmp_path):
     for split in ("train", "valid", "test"):
         np.save(data / f"{split}.npy", random.integers(0, 1000, 100).astype(np.int32))
 
+    stored = load_model(folder).config
+    lengths = dict(batch_size=4, seq_len=8, eval_batch_size=2, eval_seq_len=8)
+    stored = changed(stored, data=dict(name="tokens", path=str(data)) | lengths, mesh=dict(data=1))
+
     def evaluate(mem_len, max_steps, **options):
-        model = load_meta(folder)["config"]["model"] | {"mem_len": mem_len}
-        deq = {"solver": "picard", "max_steps": max_steps, "tol": 1e-4}
-        sections = small.config(data, model=model, deq=deq, data={"eval_batch_size": 2})
-        return evaluate_checkpoint(make_task(sections), folder, mesh=sections["mesh"], seed=0, **options)
+        config = changed(stored, model={"mem_len": mem_len}, deq=dict(solver="picard", max_steps=max_steps, tol=1e-4))
+        evaluated = dict(phases=phases_of(config), mesh=config.mesh, options=EvalOptions(**options), seed=0)
+        return evaluate_checkpoint(make_task(config), folder, **evaluated)
 
     usual = evaluate(16, 40, spectral_radius=True, max_steps_sweep=(2, 4, 40))
     longer = evaluate(40, 6)
@@ -122,7 +134,7 @@ def test_memory_and_iterations_are_free_at_evaluation(tmp_path):
 )
 def test_a_config_that_does_not_fit_is_refused_with_one_that_does(name, wrong, words, tmp_path):
     with open_tensors(source(name)) as file:
-        found = {key: value for key, value in FAMILIES["language"].infer(file.shapes).items() if value is not None}
+        found = {key: value for key, value in FAMILIES["deq_transformer"].infer(file.shapes).items() if value is not None}
     base = config(**(found if wrong else {key: found[key] for key in found if key != "cutoffs"}) | wrong)
     with pytest.raises(UserError) as caught:
         convert(source(name), tmp_path / "dir", base)
@@ -133,6 +145,28 @@ def test_a_config_that_does_not_fit_is_refused_with_one_that_does(name, wrong, w
 def test_what_shapes_do_not_tell_must_be_given(tmp_path):
     with pytest.raises(UserError, match=r"does not tell the model's cutoffs: add --config\.model\.cutoffs="):
         convert(source("lm_deq_div1"), tmp_path / "dir", config(), auto=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_back_too(tmp_path, monkeypatch):
+    folder = converted("lm_deq_nocut", tmp_path / "dir")
+    loaded = load_model(folder)
+    earlier = dataclasses.replace(loaded, meta=loaded.meta | {"converted": loaded.meta["converted"] | {"family": "language"}})
+    monkeypatch.setattr("deq_flax.pretrained.load_model", lambda checkpoint: earlier)
+    _, n_tensors = to_torch(folder, tmp_path / "back.pth")
+    with open_tensors(source("lm_deq_nocut")) as file:
+        assert n_tensors == len(file.tensors)
+
+
+def test_a_model_without_a_counterpart_is_refused(tmp_path):
+    explicit = resolve(LANGUAGE["wt103"].get_config("explicit").to_dict())
+    with pytest.raises(UserError, match="weights of model 'transformer_xl' cannot be converted"):
+        convert(source("lm_deq_nocut"), tmp_path / "dir", explicit)
+    assert not (tmp_path / "dir").exists()
+
+
+def test_options_that_no_model_can_have_are_a_user_error():
+    with pytest.raises(UserError, match="section model: blocks must be at least 1"):
+        abstract_model(_with_model(config(vocab_size=267_735), {"blocks": 0}).model)
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):

@@ -1,10 +1,14 @@
-"""Laws of the command that writes."""
+"""The generate command."""
+
+import dataclasses
 
 import pytest
 
+from deq_flax.config import resolve
 from deq_flax.convert import convert
-from deq_flax.data.text.corpus import load_text
+from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.vocabulary import Vocabulary
+from deq_flax.equilibrium import Anderson
 from deq_flax.errors import UserError
 from deq_flax.generate import default_memory, encode_prompt, find_vocabulary, make_solver
 from tests import reference
@@ -14,9 +18,10 @@ from tests.test_configs import LANGUAGE
 WORDS = Vocabulary(["<eos>", "<unk>", "the", "cat"], lower_case=True)
 
 
-def config(text="tokens", vocab_size=4):
-    data = {"name": text, "path": "", "cache": "", "eval_seq_len": 9}
-    return {"task": "language", "data": data, "model": {"vocab_size": vocab_size, "mem_len": 7}}
+def config(text="tokens", vocab_size=4, mem_len=7):
+    data = {"name": text, "path": "", "eval_seq_len": 9}
+    model = {"name": "deq_transformer", "vocab_size": vocab_size, "cutoffs": (), "mem_len": mem_len}
+    return resolve({"task": "language", "data": data, "model": model})
 
 
 def test_the_words_of_a_run_are_found_from_any_folder_of_it(tmp_path):
@@ -25,7 +30,9 @@ def test_the_words_of_a_run_are_found_from_any_folder_of_it(tmp_path):
     WORDS.save(tmp_path / "run" / "vocabulary.txt")
     for path in (step.parent.parent, step.parent, step):
         assert find_vocabulary(path, config(), None).words == WORDS.words
-    assert find_vocabulary(tmp_path, config("pydoc", 10**6), None).words == load_text("pydoc").vocabulary.words
+    assert (
+        find_vocabulary(tmp_path, config("pydoc", 10**6), None).words == load_text(TextOptions(name="pydoc")).vocabulary.words
+    )
     Vocabulary(["a", "b"]).save(tmp_path / "other.txt")
     assert find_vocabulary(step, config(), str(tmp_path / "other.txt")).words == ("a", "b")
 
@@ -58,20 +65,28 @@ def test_an_empty_prompt_is_the_beginning_of_a_line():
 
 def test_memory_and_solver_are_those_of_training():
     assert default_memory(config()) == 7
-    assert default_memory(config() | {"model": {"mem_len": 0}}) == 9
-    deq = LANGUAGE["wt103"].get_config().deq.to_dict()
+    assert default_memory(config(mem_len=0)) == 9
+    deq = resolve(LANGUAGE["wt103"].get_config().to_dict()).deq
     assert make_solver(deq, tol=None, max_steps=None).max_steps == 30
-    assert make_solver(deq, tol=1e-5, max_steps=4).tol == 1e-5
-    with pytest.raises(UserError, match="unknown solver 'newton'; known: picard"):
-        make_solver(deq | {"solver": "newton"}, tol=None, max_steps=None)
+    changed = make_solver(deq, tol=1e-5, max_steps=4)
+    assert (changed.tol, changed.max_steps) == (1e-5, 4)
+    with pytest.raises(ValueError, match="max_steps"):
+        make_solver(deq, tol=None, max_steps=0)
+
+
+def test_the_solver_keeps_the_options_that_only_it_has():
+    deq = resolve(LANGUAGE["wt103"].get_config().to_dict()).deq
+    deq = dataclasses.replace(deq, solver="anderson", stop="absolute", solver_options={"memory": 3})
+    solver = make_solver(deq, tol=1e-5, max_steps=None)
+    assert solver == Anderson(tol=1e-5, max_steps=deq.max_steps, stop="absolute", memory=3)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "dir"
-    sections = LANGUAGE["wt103"].get_config().to_dict()
-    sections["deq"]["solver"] = "picard"
-    convert(reference.FOLDER / "lm_deq_nocut.pth", folder, sections, auto=True)
+    config = resolve(LANGUAGE["wt103"].get_config().to_dict())
+    config = dataclasses.replace(config, deq=dataclasses.replace(config.deq, solver="picard"))
+    convert(reference.FOLDER / "lm_deq_nocut.pth", folder, config, auto=True)
     Vocabulary(["<eos>", "<unk>", *(f"w{i}" for i in range(998))]).save(folder / "words.txt")
     return folder
 

@@ -1,4 +1,4 @@
-"""The command that draws a run."""
+"""The plot command."""
 
 import json
 import sys
@@ -11,11 +11,13 @@ from flax import nnx
 from PIL import Image
 
 from deq_flax import plot
+from deq_flax.config import make_task, resolve, to_dict
+from deq_flax.equilibrium import Anderson, fixed_point
 from deq_flax.errors import UserError
 from deq_flax.plot_model import branch_residuals, draw_confusion
-from deq_flax.tasks import make_task
 from tests.commands import command
 from tests.tasks.images import classification, write_labelled
+from tests.test_configs import LANGUAGE
 
 LINES = [
     {"step": 10, "split": "train", "loss": 3.0, "ppl": 20.1, "forward_nfe": 9.0, "forward_residual": 1e-3},
@@ -25,13 +27,14 @@ LINES = [
 
 
 def write_run(folder, lines=LINES):
+    """What a run on text leaves behind, but for its checkpoints."""
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 30, "spl')
-    (folder / "config.json").write_text(json.dumps({"task": "language"}))
+    (folder / "config.json").write_text(json.dumps(to_dict(resolve(LANGUAGE["wt103"].get_config("tiny").to_dict()))))
     return folder
 
 
-def test_curves_are_drawn_of_what_a_run_has(tmp_path):
+def test_the_metrics_of_a_run_on_text_are_drawn(tmp_path):
     result = command("plot", "--workdir", str(write_run(tmp_path / "run")))
     assert result.returncode == 0, result.stderr
     for name in ("curves", "solver"):
@@ -76,15 +79,16 @@ def test_the_confusion_matrix_is_shown_by_row():
     pyplot.close(figure)
 
 
-def test_the_only_branch_has_the_residual_of_the_whole(tmp_path):
-    task = make_task(classification(write_labelled(tmp_path), deq={"max_steps": 6}))
-    model = task.build_model(nnx.Rngs(0))
+def test_the_residual_of_the_only_branch_is_that_of_the_state(tmp_path):
+    task = make_task(resolve(classification(write_labelled(tmp_path))))
+    model, solver = task.build_model(nnx.Rngs(0)), Anderson(max_steps=6)
 
     @jax.jit
-    def both(images):
-        stats = task.run_model(model, task.normalise(images), phase=None, controls=None, key=None, probe=None).stats
-        return branch_residuals(task, model, images), jnp.max(stats.relative_residual)
+    def both(batch):
+        f, z0 = task.equation(model, batch, task.fresh_carry(model, len(batch["images"])))
+        whole = jnp.max(fixed_point(f, z0, solver=solver).stats.relative_residual)
+        return branch_residuals(f, z0, solver), whole
 
-    residual_SJ, whole = both(task.picture_batch()["images"])
+    residual_SJ, whole = both(task.picture_batch())
     assert residual_SJ.shape == (6, 1) and (np.diff(residual_SJ[:, 0]) <= 1e-6).all()
     np.testing.assert_allclose(residual_SJ[-1, 0], whole, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Zip files whose sizes are believed only as far as the file itself bears them out."""
+"""Zip archives, with limits on the sizes that an archive may state for its entries."""
 
 import contextlib
 import zipfile
@@ -11,23 +11,24 @@ from deq_flax.torch_checkpoint.tensors import FormatError
 
 MAX_RATIO = 100
 MAX_FLOOR = 1 << 26
-"""All entries together may state at most MAX_FLOOR + MAX_RATIO times the file's size, compressed or not."""
+"""The uncompressed sizes of all entries may sum to at most MAX_FLOOR + MAX_RATIO times the size of the file, in bytes."""
 MAX_ENTRIES = 1 << 17
-PIECE = 1 << 22
+CHUNK = 1 << 22
+"""Bytes that are decompressed at a time."""
 
 
 class Archive:
-    """The entries of a zip file by name. Every read is checked against the entry's CRC.
+    """The entries of a zip file by name. A complete read of an entry is checked against its CRC.
 
-    Raises, here and in every method:
-      FormatError: it is damaged, encrypted, or states sizes that cannot be.
+    Raises:
+      FormatError: the file is damaged, encrypted, or states impossible sizes. All methods raise it too.
     """
 
     def __init__(self, path: Path):
-        with _damage():
+        with _one_error():
             self._zip = zipfile.ZipFile(path)
-        self.sizes = {info.filename: info.file_size for info in self._zip.infolist()}
-        """The bytes of every entry."""
+        self.sizes: dict[str, int] = {info.filename: info.file_size for info in self._zip.infolist()}
+        """Uncompressed bytes by entry name."""
         try:
             self._check(path.stat().st_size)
         except BaseException:
@@ -35,28 +36,29 @@ class Archive:
             raise
 
     def close(self) -> None:
+        """Close the file."""
         self._zip.close()
 
     def head(self, name: str, n_bytes: int) -> bytes:
-        """The first bytes of an entry, unchecked."""
-        with _damage(), self._zip.open(name) as stream:
+        """The first bytes of an entry, without the CRC check."""
+        with _one_error(), self._zip.open(name) as stream:
             return stream.read(n_bytes)
 
     def read(self, name: str, *, limit: int) -> bytes:
-        """A small entry. FormatError if it is larger than `limit`."""
+        """The bytes of a small entry. FormatError if it is larger than `limit` bytes."""
         if self._zip.getinfo(name).file_size > limit:
             raise FormatError(f"holds an entry {name!r} of more than {limit} bytes")
         return self.read_array(name).tobytes()
 
     def read_array(self, name: str, start: int = 0) -> np.ndarray:
-        """The bytes of an entry from `start` on, (n,) uint8."""
+        """The bytes of an entry from offset `start` on, (n,) uint8."""
         info = self._zip.getinfo(name)
         out = np.empty(info.file_size, np.uint8)
         done = 0
-        with _damage(), self._zip.open(info) as stream:
-            while piece := stream.read(PIECE):
-                out[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
-                done += len(piece)
+        with _one_error(), self._zip.open(info) as stream:
+            while chunk := stream.read(CHUNK):
+                out[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+                done += len(chunk)
         if done != info.file_size:
             raise FormatError(f"is cut off within {name!r}")
         return out[start:]
@@ -74,8 +76,8 @@ class Archive:
 
 
 @contextlib.contextmanager
-def _damage() -> Generator[None]:
-    """`zipfile` raises errors of a dozen types when a file is damaged: whatever it stumbled over."""
+def _one_error() -> Generator[None]:
+    """Turn the dozen exception types that `zipfile` raises for damaged files into FormatError."""
     try:
         yield
     except (FormatError, OSError, MemoryError):

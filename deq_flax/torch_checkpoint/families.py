@@ -1,6 +1,6 @@
-"""The tables: what the originals call the parameters of our models. A new kind of model is a new table.
+"""Tensor names of the original models. A new kind of model is a new entry of FAMILIES and FAMILIES_OF.
 
-O, I: output and input features of a map; theirs are (O, I), ours (I, O).
+O, I: output and input features of a linear map; the originals store (O, I), we (I, O).
 """
 
 import itertools
@@ -17,7 +17,7 @@ TRANSPOSED = (1, 0)
 
 
 def linear(theirs: str, ours: str) -> list[Row]:
-    """A torch.nn.Linear, with or without weight normalisation."""
+    """A torch.nn.Linear, with or without weight normalization."""
     return [
         Row(f"{theirs}.weight", f"{ours}/weight_IO", TRANSPOSED),
         Row(f"{theirs}.weight_g", f"{ours}/g_O", (0, None)),
@@ -36,8 +36,8 @@ def conv1d(theirs: str, ours: str) -> list[Row]:
     ]
 
 
-def _infer_language(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Options of a `DEQTransformer`. Memory, span, order of normalisation and dropout leave no trace in shapes."""
+def _infer_transformer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Options of a `DEQTransformer`; memory, attention span, order of normalization and dropout do not show in shapes."""
     options: dict[str, Any] = {"weight_norm": any(name.endswith("weight_g") for name in shapes)}
 
     def read(option: str, name: str, axis: int) -> None:
@@ -52,11 +52,11 @@ def _infer_language(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     tables = [shapes.get(f"word_emb.emb_layers.{i}.weight", ()) for i in range(_count(shapes, "word_emb.emb_layers.{}.weight"))]
     if not tables or any(len(shape) != 2 for shape in tables):
         return options
-    words, features = zip(*tables, strict=True)
-    options["vocab_size"] = sum(words)
+    rows, features = zip(*tables, strict=True)
+    options["vocab_size"] = sum(rows)
     n_clusters = 1 + shapes.get("crit.cluster_weight", (0,))[0]
     shared = len(tables) == 1 and n_clusters > 1
-    options["cutoffs"] = None if shared else tuple(itertools.accumulate(words[:-1]))
+    options["cutoffs"] = None if shared else tuple(itertools.accumulate(rows[:-1]))
     if len(tables) > 1:
         fitting = [div for div in range(2, features[0] + 2) if all(n == features[0] // div**i for i, n in enumerate(features))]
         options |= {"div_value": fitting[0]} if fitting else {}
@@ -70,8 +70,8 @@ def _count(shapes: Mapping[str, Any], pattern: str) -> int:
     return next(i for i in itertools.count() if pattern.format(i) not in shapes)
 
 
-FAMILIES = {
-    "language": Family(
+FAMILIES: dict[str, Family] = {
+    "deq_transformer": Family(
         layer="func.",
         rows=[
             Row("word_emb.emb_layers.{i}.weight", "embedding/tables_NE/{i}", SAME_2),
@@ -90,34 +90,51 @@ FAMILIES = {
             Row("crit.out_layers.{i}.bias", "softmax/biases_N/{i}", SAME_1),
             Row("crit.out_projs.{i}.weight", "softmax/projections_ED/{i}", TRANSPOSED),
         ],
-        buffers={"pos_emb.inv_freq": lambda model: inverse_frequencies(model.d_model)},
-        infer=_infer_language,
+        buffers={"pos_emb.inv_freq": lambda model: inverse_frequencies(model.options.d_model)},
+        infer=_infer_transformer,
     ),
     "mdeq": mdeq("fullstage"),
     "mdeq_torchdeq": mdeq("full_stage"),
 }
 
-OF_TASK = {
-    "language": ("language",),
-    "classification": ("mdeq", "mdeq_torchdeq"),
-    "segmentation": ("mdeq", "mdeq_torchdeq"),
-}
-"""Families by the name of the task, the one to write first."""
+FAMILIES_OF: dict[str, tuple[str, ...]] = {"deq_transformer": ("deq_transformer",), "mdeq": ("mdeq", "mdeq_torchdeq")}
+"""Families by the name of our model (config key `model.name`); files are written in the first by default."""
+
+_FORMER_NAMES = {"language": "deq_transformer"}
+"""Names of families in checkpoints that earlier versions converted."""
 
 
-def task_of(names: Iterable[str]) -> str:
-    """The task that tensors of these names are for; 'language' in doubt."""
+def model_of(names: Iterable[str]) -> str:
+    """The name of our model for tensors of these names; 'deq_transformer' if they fit none."""
     names = list(names)
-    vision = any(name.startswith(FAMILIES[family].layer) for name in names for family in OF_TASK["classification"])
-    if not vision:
-        return "language"
+    fitting = (model for model, families in FAMILIES_OF.items() if any(_holds_layer(family, names) for family in families))
+    return next(fitting, "deq_transformer")
+
+
+def head_of(names: Iterable[str]) -> str | None:
+    """'classification' or 'segmentation' for tensors of a multiscale DEQ, None for those of another model."""
+    names = list(names)
+    if model_of(names) != "mdeq":
+        return None
     return "segmentation" if any(name.startswith("last_layer.") for name in names) else "classification"
 
 
-def family_of(task: str, names: Iterable[str] = ()) -> str:
-    """Which family of the task tensors of these names are of, the first in doubt. UserError: the task has none."""
-    if task not in OF_TASK:
-        raise UserError(f"weights of task {task!r} cannot be converted; known: {', '.join(OF_TASK)}")
+def family_of(model: str, names: Iterable[str] = ()) -> str:
+    """The family of our `model` that tensors of these names belong to, the model's first family if unclear.
+
+    Raises:
+      UserError: weights of this model cannot be converted.
+    """
+    if model not in FAMILIES_OF:
+        raise UserError(f"weights of model {model!r} cannot be converted; known: {', '.join(FAMILIES_OF)}")
     names = list(names)
-    fitting = (family for family in OF_TASK[task] if any(name.startswith(FAMILIES[family].layer) for name in names))
-    return next(fitting, OF_TASK[task][0])
+    return next((family for family in FAMILIES_OF[model] if _holds_layer(family, names)), FAMILIES_OF[model][0])
+
+
+def family_name(stored: str) -> str:
+    """The key in FAMILIES of a family that a checkpoint names, possibly by its name in an earlier version."""
+    return _FORMER_NAMES.get(stored, stored)
+
+
+def _holds_layer(family: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(FAMILIES[family].layer) for name in names)

@@ -1,4 +1,4 @@
-"""From the originals' names and layouts to our modules and back, by a table."""
+"""Tensors of the original models as arrays of our models, and back, by a table of names and layouts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,57 +16,65 @@ class Row:
     """One kind of tensor.
 
     A name such as 'emb.{i}.weight' stands for one tensor per entry of the list at {i} in `ours`; a number there is one entry.
-    Rows whose place the model does not have, because of its options, count for nothing.
+    Rows whose attribute the model lacks, because of its options, are ignored.
     """
 
     theirs: str
+    """Name in the original model."""
     ours: str
-    """Attributes from the model on, with '/' between them."""
+    """Attributes from our model on, with '/' between them."""
     axes: tuple[int | None, ...]
-    """For each axis of theirs the axis of ours that it is, None for one of size 1."""
+    """For each axis of the original tensor the axis of our array that it becomes, None if it is of size 1 and dropped."""
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The original's shape for an array of ours of this shape."""
         return tuple(1 if axis is None else shape[axis] for axis in self.axes)
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """An original tensor in our layout."""
         kept = [i for i, axis in enumerate(self.axes) if axis is not None]
         squeezed = array.reshape([array.shape[i] for i in kept])
         return squeezed.transpose(np.argsort([axis for axis in self.axes if axis is not None]))
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """An array of ours in the original's layout."""
         transposed = array.transpose([axis for axis in self.axes if axis is not None])
         return transposed.reshape(self.their_shape(array.shape))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How the originals name the tensors of one kind of model."""
+    """The tensor names of one kind of original model."""
 
     layer: str
-    """What the names of the tensors of the equilibrium layer, and only theirs, begin with."""
+    """Prefix that the tensors of the equilibrium layer have, and no other tensor."""
     rows: Sequence[Row]
+    """All tensors that are parameters or running statistics of our model."""
     buffers: Mapping[str, Callable[[Any], np.ndarray]] = field(default_factory=dict)
-    """Constants that the originals store besides, each a function of our model; they may be missing."""
+    """Constants that the originals store as well: name -> their value for a model of ours. A file may lack them."""
     counters: Mapping[str, str] = field(default_factory=dict)
-    """{last part of a tensor's name: of an integer stored beside it}, which means nothing to us and may be missing."""
+    """Integers that the originals store beside a tensor and our models lack: last part of the tensor's name -> that of the
+    integer's. A file may lack them."""
     infer: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
-    """The options of the model's config section that shapes by name tell; None for one that matters and that they do not."""
+    """The options of our model that follow from tensor shapes by name; None for an option that must be given by the user."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of theirs, and the array of ours it goes into. Tied tensors go into the same."""
+    """One original tensor and the array of ours that holds it. Tied tensors share an array."""
 
     theirs: str
+    """Name in the original model."""
     shape: tuple[int, ...]
+    """Shape in the original model."""
     path: str
-    """As in a checkpoint: nested keys with '/' between them."""
+    """Path of our array in a checkpoint: nested keys with '/' between them."""
     row: Row
 
 
 def slots(family: Family, model: nnx.Module) -> list[Slot]:
-    """Every tensor that the originals store for such a model, buffers aside, in the table's order."""
-    paths = {id(variable): "/".join(map(str, path)) for path, variable in nnx.to_flat_state(nnx.state(model))}
+    """All tensors that the originals store for such a model, except buffers and counters, in the order of the table."""
+    paths = {id(variable): path for path, variable in _variables(model)}
     found = []
     for row in family.rows:
         for substitutions, variable in _resolve(model, row.ours.split("/")):
@@ -76,13 +84,13 @@ def slots(family: Family, model: nnx.Module) -> list[Slot]:
 
 
 def counters(family: Family, model: nnx.Module) -> list[str]:
-    """The names of the integers that the originals count beside their tensors."""
+    """The names of the family's counters for such a model."""
     names = [slot.theirs.rpartition(".") for slot in slots(family, model)]
     return [f"{module}.{family.counters[leaf]}" for module, _, leaf in names if leaf in family.counters]
 
 
-def match(family: Family, model: nnx.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What keeps tensors of these shapes from being this model's, as parts of a sentence; nothing if they are."""
+def mismatches(family: Family, model: nnx.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The differences between tensors of these shapes and those of the model, as parts of a sentence; empty if they fit."""
     wanted = {slot.theirs: slot.shape for slot in slots(family, model)}
     buffers = {name: make(model).shape for name, make in family.buffers.items()}
     buffers |= dict.fromkeys(counters(family, model), ())
@@ -98,38 +106,49 @@ def match(family: Family, model: nnx.Module, shapes: Mapping[str, tuple[int, ...
 
 
 def convert_tensors(family: Family, model: nnx.Module, file: TensorFile) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """({path: float32 array of ours}, {name: buffer}) from a file that `match` found nothing wrong with.
+    """Read all arrays of a model from a file without `mismatches`.
+
+    Returns:
+      ({path: float32 array of ours}, {name: buffer or counter of the file}).
 
     Raises:
-      UserError: tensors that our model ties differ, a buffer is not what it should be, or elements are not finite numbers.
+      UserError: tensors that our model ties differ, a buffer has another value than the model's, or elements are not finite.
     """
     arrays: dict[str, np.ndarray] = {}
     first: dict[str, Slot] = {}
-    untied, strange = [], []
+    untied: list[str] = []
+    implausible: list[str] = []
     for slot in slots(family, model):
         if slot.path in first:
             other = first[slot.path].theirs
             if file.tensors[slot.theirs].same_elements(file.tensors[other]):
                 continue
-            if not np.array_equal(_read(file, slot, strange), arrays[slot.path]):
+            if not np.array_equal(_read(file, slot, implausible), arrays[slot.path]):
                 untied.append(f"{other} and {slot.theirs}")
             continue
         first[slot.path] = slot
-        arrays[slot.path] = _read(file, slot, strange)
+        arrays[slot.path] = _read(file, slot, implausible)
     if untied:
         raise UserError(f"{file.path}: our model ties weights that differ there: {'; '.join(untied)}")
     beside = [*family.buffers, *counters(family, model)]
     buffers = {name: np.array(file.read(name)) for name in beside if name in file.tensors}
-    strange += [name for name, make in family.buffers.items() if name in buffers and not _near(buffers[name], make(model))]
-    if strange:
-        raise UserError(f"{file.path} holds values that no trained model has, in {', '.join(strange)}: it may be damaged")
+    implausible += [name for name, make in family.buffers.items() if name in buffers and not _near(buffers[name], make(model))]
+    if implausible:
+        raise UserError(f"{file.path} holds values that no trained model has, in {', '.join(implausible)}: it may be damaged")
     return arrays, buffers
 
 
 def export_tensors(
     family: Family, model: nnx.Module, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(their name, storage, array) for every tensor; tied ones name the same storage. `buffers`: those to prefer to our own."""
+    """(original name, storage, array) for every tensor; tied tensors name the same storage.
+
+    Args:
+      family: its names and layouts are used.
+      model: of the options that `arrays` belong to.
+      arrays: by path, as `get_arrays` gives them.
+      buffers: values of buffers and counters to write; those that are absent take the model's value, and 0.
+    """
     for slot in slots(family, model):
         yield slot.theirs, slot.path, slot.row.to_theirs(arrays[slot.path])
     for name, make in family.buffers.items():
@@ -138,8 +157,24 @@ def export_tensors(
         yield name, name, np.asarray(buffers.get(name, 0), np.int64)
 
 
+def get_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+    """The parameters and running statistics of a model, by path."""
+    return {path: np.asarray(variable.get_value()) for path, variable in _variables(model)}
+
+
+def set_arrays(model: nnx.Module, arrays: Mapping[str, Any]) -> None:
+    """Set the parameters and running statistics of a model, of one with shapes alone too, by path."""
+    for path, variable in _variables(model):
+        variable.set_value(arrays[path])
+
+
+def _variables(model: nnx.Module) -> list[tuple[str, nnx.Variable]]:
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    return [("/".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
+
+
 def _resolve(node: Any, parts: Sequence[str]) -> Iterator[tuple[dict[str, int], nnx.Variable]]:
-    """The variables that a path with placeholders means, with what was put for those."""
+    """(values of the placeholders, variable) for every variable that a path with placeholders stands for."""
     if not parts:
         if node is not None:
             yield {}, node
@@ -156,14 +191,14 @@ def _resolve(node: Any, parts: Sequence[str]) -> Iterator[tuple[dict[str, int], 
         yield from _resolve(getattr(node, head), rest)
 
 
-def _read(file: TensorFile, slot: Slot, strange: list[str]) -> np.ndarray:
-    """A tensor as our array; adds its name to `strange` if its elements are not finite numbers."""
+def _read(file: TensorFile, slot: Slot, implausible: list[str]) -> np.ndarray:
+    """A tensor as our array; adds its name to `implausible` if an element is not finite."""
     array = file.read(slot.theirs)
     if array.dtype.kind in "iub":
         raise UserError(f"{file.path}: {slot.theirs} is of type {array.dtype}, not of floating numbers")
     ours = np.ascontiguousarray(slot.row.to_ours(array), np.float32)
     if not np.isfinite(ours).all():
-        strange.append(slot.theirs)
+        implausible.append(slot.theirs)
     return ours
 
 

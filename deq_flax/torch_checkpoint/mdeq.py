@@ -1,6 +1,6 @@
-"""The tables of the multiscale DEQ, whose layer the authors' two codes call by different names.
+"""Tensor names of the multiscale DEQ, in both of the authors' code bases, which name its layer differently.
 
-O, I, H, W: output and input channels, height and width of a kernel; theirs are (O, I, H, W), ours (H, W, I, O).
+O, I, H, W: output and input channels, height and width of a kernel; the originals store (O, I, H, W), we (H, W, I, O).
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,11 @@ from deq_flax.torch_checkpoint.mapping import Family, Row
 SAME_1 = (0,)
 HWIO = (3, 2, 0, 1)
 MAX_STEM = 6
+"""Most convolutions of a stem that are looked for."""
 
 
 def conv2d(theirs: str, ours: str) -> list[Row]:
-    """A torch.nn.Conv2d, with or without weight normalisation."""
+    """A torch.nn.Conv2d, with or without weight normalization."""
     return [
         Row(f"{theirs}.weight", f"{ours}/weight_HWIO", HWIO),
         Row(f"{theirs}.weight_g", f"{ours}/g_O", (0, None, None, None)),
@@ -30,12 +31,12 @@ def norm(theirs: str, ours: str) -> list[Row]:
 
 
 def conv_norm(theirs: str, names: tuple[str, str], ours: str) -> list[Row]:
-    """A convolution and a norm, `names` within `theirs`, as one module of ours."""
+    """A convolution and a norm, called `names` within `theirs`, as one module of ours."""
     return conv2d(f"{theirs}{names[0]}", f"{ours}/conv") + norm(f"{theirs}{names[1]}", f"{ours}/norm")
 
 
 def mdeq(stage: str) -> Family:
-    """`stage`: what the layer is called."""
+    """The family of the code base that calls the equilibrium layer `stage`."""
     block, fuse = f"{stage}.branches.{{i}}.blocks.0", f"{stage}.fuse_layers.{{i}}.{{j}}.net"
     rows = [
         *(row for i in range(MAX_STEM) for row in conv_norm("downsample.", (f"{3 * i}", f"{3 * i + 1}"), f"stem/layers/{i}")),
@@ -64,7 +65,7 @@ def mdeq(stage: str) -> Family:
 
 
 def _infer(stage: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Options of an `MDEQ`. Groups, dropout and momentum leave no trace in shapes, nor does how often a stem halves."""
+    """Options of an `MDEQ`; groups, dropout, momentum and how often a stem halves the resolution do not show in shapes."""
     kernels = {name.removesuffix("_v"): shape for name, shape in shapes.items() if name.endswith((".weight", ".weight_v"))}
     blocks = []
     while all(f"{stage}.branches.{len(blocks)}.blocks.0.conv{k}.weight" in kernels for k in (1, 2)):
@@ -92,6 +93,7 @@ def _infer(stage: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _infer_head(kernels: Mapping[str, tuple[int, ...]], n_branches: int) -> dict[str, Any]:
+    """Options of the head, of whichever kind the file has."""
     if "last_layer.3.weight" in kernels:
         last = kernels["last_layer.3.weight"]
         return {"num_classes": last[0], "last_kernel": last[-1]}

@@ -1,19 +1,18 @@
-"""The same names in other files: .safetensors and .npz."""
+"""Readers of .safetensors and .npz files."""
 
+import contextlib
 import io
-import json
 import math
-import struct
-from functools import partial
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from deq_flax.torch_checkpoint.archive import Archive
-from deq_flax.torch_checkpoint.tensors import BFLOAT16, FormatError, Storage, Tensor, contiguous, read_at, swap_bytes
+from deq_flax.torch_checkpoint.tensors import BFLOAT16, FormatError, Storage, Tensor, contiguous, swap_bytes
 
-MAX_HEADER = 1 << 24
 SAFETENSORS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -26,69 +25,52 @@ SAFETENSORS = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+"""The types that are read, by their names in .safetensors files."""
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: the length of a JSON header (uint64), the header, then the elements without gaps."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(MAX_HEADER, size - 8):
-            raise FormatError("is damaged: its header is longer than the file, or than any of tensors")
-        text = file.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise FormatError("is damaged: its header is no JSON") from error
-    if not isinstance(header, dict):
-        raise FormatError("is damaged: its header is no JSON object")
-    header.pop("__metadata__", None)
-    start, tensors, places = 8 + length, {}, []
-    for name, entry in header.items():
-        dtype, shape, (begin, end) = _entry(name, entry)
-        numel = math.prod(shape)
-        if end - begin != numel * dtype.itemsize:
-            raise FormatError(f"is damaged: {name} has {end - begin} bytes and should have {numel * dtype.itemsize}")
-        places.append((begin, end))
-        read = partial(read_at, path, start + begin, end - begin)
-        tensors[name] = contiguous(Storage(dtype, numel, read), shape)
-    edge = 0
-    for begin, end in sorted(places):
-        if begin != edge:
-            raise FormatError("is damaged: its tensors overlap, or leave gaps")
-        edge = end
-    if start + edge != size:
-        raise FormatError("is cut off, or has bytes left over at its end")
-    return tensors
+def read_safetensors(path: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file by name. It stays open until `files` is closed.
+
+    Read by `pread`, not through a memory map: pages of a map count as memory in use, and if the file is truncated meanwhile,
+    access to them ends the process.
+
+    Raises:
+      FormatError: the file is damaged, or holds a type that is not known here.
+    """
+    with _one_error():
+        file = files.enter_context(safe_open(path, framework="numpy", backend="pread"))
+        return {name: _tensor(file, name) for name in file.offset_keys()}
 
 
 def read_npz(archive: Archive) -> dict[str, Tensor]:
-    """The arrays of an .npz file."""
+    """The arrays of an .npz file by name. FormatError: it is damaged, or holds something else than numbers."""
     return {name.removesuffix(".npy"): _npy(archive, name) for name in archive.sizes}
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key stands there twice")
-    return dict(pairs)
-
-
-def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"is damaged: the header of {name!r} makes no sense")
-    kind, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str) or kind not in SAFETENSORS:
+def _tensor(file: Any, name: str) -> Tensor:
+    entry = file.get_slice(name)
+    kind, shape = entry.get_dtype(), tuple(entry.get_shape())
+    if kind not in SAFETENSORS:
         raise FormatError(f"holds {name!r} as {kind!r}; known types: {', '.join(SAFETENSORS)}")
-    for numbers in (shape, place):
-        if not isinstance(numbers, list) or not all(type(x) is int and x >= 0 for x in numbers):
-            raise FormatError(f"is damaged: the header of {name!r} makes no sense")
-    if len(place) != 2:
-        raise FormatError(f"is damaged: the header of {name!r} makes no sense")
-    return SAFETENSORS[kind], tuple(shape), (place[0], place[1])
+
+    def read() -> np.ndarray:
+        with _one_error():
+            return file.get_tensor(name).reshape(-1).view(np.uint8)
+
+    return contiguous(Storage(SAFETENSORS[kind], math.prod(shape), read), shape)
+
+
+@contextlib.contextmanager
+def _one_error() -> Generator[None]:
+    """Turn the package's exception into FormatError, with a message of one line."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise FormatError(f"is damaged or cut off ({' '.join(str(error).split())})") from error
 
 
 def _npy(archive: Archive, name: str) -> Tensor:
-    """One array, by its header alone."""
+    """An array whose header alone has been read."""
     if not name.endswith(".npy"):
         raise FormatError(f"holds {name!r}: an .npz file holds .npy files")
     head = io.BytesIO(archive.head(name, 1 << 16))

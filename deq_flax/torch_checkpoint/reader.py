@@ -1,5 +1,6 @@
-"""Open a file of named tensors, whatever wrote it."""
+"""Open a file of named tensors in any known format."""
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,74 +15,69 @@ from deq_flax.torch_checkpoint.tensors import FormatError, Tensor, check_total, 
 from deq_flax.torch_checkpoint.torch_formats import LEGACY_START, read_legacy, read_zip
 
 NESTED = ("state_dict", "model_state_dict", "model")
-"""Where training scripts keep a state_dict among other things, the likeliest first."""
+"""Keys under which training scripts save a state_dict among other values, the most common first."""
 
 _PARAMETRIZED = re.compile(r"(.*\.)?parametrizations\.(\w+)\.original([01])")
 
 
 class TensorFile:
-    """The tensors of a file by name, their shapes known, their elements read when asked for. Close it, or use `with`.
+    """The tensors of an open file by name. Shapes are known, elements are read on demand. To be used in a `with` statement.
 
     Attributes:
       path: the file.
-      tensors: `Tensor` by name, in the file's order. 'module.' in front of every name is gone, and weight normalisation is
-        spelled `weight_g`, `weight_v`, also where the file has `parametrizations.weight.original0` and `1`.
+      tensors: `Tensor` by name, in the order of the file. A prefix 'module.' of all names is removed, and weight
+        normalization is spelled `weight_g`, `weight_v` where the file has `parametrizations.weight.original0` and `1`.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor], archive: Archive | None = None):
-        self.path, self.tensors, self._archive = path, dict(tensors), archive
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], files: contextlib.ExitStack):
+        self.path, self.tensors, self._files = path, dict(tensors), files
 
     def __enter__(self) -> "TensorFile":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._archive is not None:
-            self._archive.close()
+        self._files.close()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """The elements of a tensor, read-only. UserError: the file is damaged there."""
+        """The elements of a tensor, read-only. UserError: they cannot be read, or the file is damaged there."""
         with readable(self.path):
             return self.tensors[name].read()
 
 
 def open_tensors(path: str | Path) -> TensorFile:
-    """Open a .pth, .pt or .pkl file of torch.save (either format), a .safetensors or an .npz file, told by its content.
+    """Open a file of torch.save (.pth, .pt, .pkl; either format), a .safetensors or an .npz file, recognized by its content.
 
-    Nothing in the file is executed, and no more memory is claimed than its size warrants. Zip files (torch.save since 1.6,
-    .npz) carry checksums, and a changed byte in them is noticed; in the others only a changed structure is.
+    Nothing in the file is executed, and memory use is bounded by the size of the file. Zip files (torch.save since 1.6, .npz)
+    have checksums, so that a changed byte is detected; in the other formats only a changed structure is.
 
     Raises:
       UserError: there is no such file, it is damaged, or it is not a dictionary of tensors.
     """
     path = Path(path)
-    archive: Archive | None = None
-    with readable(path):
+    with readable(path), contextlib.ExitStack() as files:
         with path.open("rb") as file:
             start = file.read(len(LEGACY_START))
-        try:
-            if start.startswith(b"PK"):
-                archive = Archive(path)
-                is_npz = bool(archive.sizes) and all(name.endswith(".npy") for name in archive.sizes)
-                tensors = read_npz(archive) if is_npz else _state_dict(read_zip(archive))
-            elif start == LEGACY_START:
-                tensors = _state_dict(read_legacy(path))
-            elif start[8:9] == b"{":
-                tensors = read_safetensors(path)
-            else:
-                raise FormatError(_what_else(start))
-            check_total(tensors)
-            return TensorFile(path, _renamed(tensors), archive)
-        except BaseException:
-            if archive is not None:
-                archive.close()
-            raise
+        if start.startswith(b"PK"):
+            archive = files.enter_context(contextlib.closing(Archive(path)))
+            is_npz = bool(archive.sizes) and all(name.endswith(".npy") for name in archive.sizes)
+            tensors = read_npz(archive) if is_npz else _state_dict(read_zip(archive))
+        elif start == LEGACY_START:
+            tensors = _state_dict(read_legacy(path))
+        elif start[8:9] == b"{":
+            tensors = read_safetensors(path, files)
+        else:
+            raise FormatError(_why_unknown(start))
+        check_total(tensors)
+        return TensorFile(path, _renamed(tensors), files.pop_all())
 
 
-def _what_else(start: bytes) -> str:
+def _why_unknown(start: bytes) -> str:
+    """What is wrong with a file of no known format that begins with `start`."""
     known = "a file of torch.save, .safetensors or .npz is needed"
     if start.startswith(b"\x80"):
         return f"is a pickle, but not one of torch.save (or its first bytes are damaged): {known}"
@@ -89,7 +85,7 @@ def _what_else(start: bytes) -> str:
 
 
 def _state_dict(found: Any) -> dict[str, Tensor]:
-    """The dictionary of tensors in what was saved."""
+    """The dictionary of tensors in the saved object. FormatError: there is none, or it holds other entries too."""
     if not isinstance(found, dict):
         raise FormatError(f"holds a {type(found).__name__}, not a state_dict: save model.state_dict()")
     for key in NESTED:
@@ -108,6 +104,7 @@ def _state_dict(found: Any) -> dict[str, Tensor]:
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that `TensorFile` promises. FormatError: two would have the same."""
     names = list(tensors)
     while names and all(name.startswith("module.") for name in names):
         names = [name.removeprefix("module.") for name in names]

@@ -1,8 +1,8 @@
-"""Unpickle what `torch.save` writes for dictionaries of tensors, and nothing else.
+"""Unpickle dictionaries of tensors as `torch.save` writes them, and nothing else.
 
-A pickle is a program. Before it is run its instructions are listed: those that could build objects of classes, and those
-with memory to claim, are refused. What remains can call only what its GLOBAL instructions name, and each name stands for a
-stub below; a name that has none is refused. No module is imported and no object of another class ever exists.
+A pickle is a program. Its instructions are checked before it runs: those that could create objects of arbitrary classes or
+claim memory are refused. The rest can call only functions that GLOBAL instructions name, each of which is replaced by a stub of
+the table below; any other name is refused. No module is imported, and no object of another class is created.
 """
 
 import io
@@ -16,7 +16,7 @@ import numpy as np
 from deq_flax.torch_checkpoint.tensors import BFLOAT16, FormatError, Storage, Tensor
 
 MAX_BYTES = 1 << 24
-"""Of a pickle: that of a state_dict has about 150 bytes a tensor."""
+"""The largest pickle that is read; that of a state_dict has about 150 bytes a tensor."""
 
 _INSTRUCTIONS = (
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 BINFLOAT "
@@ -40,14 +40,14 @@ STORAGES = {
 }
 
 StorageMaker = Callable[[str, np.dtype, int], Storage]
-"""(key, type, number of elements) -> the storage."""
+"""Makes a storage from its key, its type and its number of elements."""
 
 
 def unpickle(data: bytes, make_storage: StorageMaker | None = None) -> Any:
     """The object in a pickle that fills `data`: dictionaries, lists, tuples, numbers, strings and `Tensor`s.
 
     Raises:
-      FormatError: it is no such pickle; the message names what it asked for.
+      FormatError: the pickle is damaged or holds something else; the message names a function that was refused.
     """
     length = pickle_length(data)
     if length != len(data):
@@ -56,12 +56,16 @@ def unpickle(data: bytes, make_storage: StorageMaker | None = None) -> Any:
         return _Unpickler(io.BytesIO(data), make_storage).load()
     except FormatError:
         raise
-    except Exception as error:  # the pickle makes no sense: whatever the interpreter stumbled over
+    except Exception as error:  # of any type, depending on where a damaged pickle fails
         raise FormatError(f"holds a damaged pickle ({type(error).__name__})") from error
 
 
 def pickle_length(data: bytes) -> int:
-    """The length of the pickle that `data` begins with. FormatError: none, or one with instructions that are not allowed."""
+    """The length in bytes of the pickle that `data` begins with.
+
+    Raises:
+      FormatError: there is no pickle, or it has instructions or names that are not allowed.
+    """
     names, opcodes, end = [], [], 0
     try:
         for opcode, argument, position in pickletools.genops(data):
@@ -93,7 +97,7 @@ def _refusal(names: list[str]) -> FormatError:
 
 
 class _Stub:
-    """What a name stands for while a pickle is read."""
+    """The replacement of a function that a pickle names."""
 
     __slots__ = ("call",)
 
@@ -108,6 +112,8 @@ class _Stub:
 
 
 class _StorageType:
+    """The replacement of a storage class that a pickle names."""
+
     __slots__ = ("dtype",)
 
     def __init__(self, dtype: np.dtype):
@@ -118,7 +124,7 @@ class _StorageType:
 
 
 class _Dict(dict):
-    """A dictionary that ignores attributes, such as the `_metadata` of a state_dict."""
+    """A dictionary that ignores the attributes it is given, such as the `_metadata` of a state_dict."""
 
     __slots__ = ()
 
@@ -145,7 +151,7 @@ def _of_type(function: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
 
 
 def _ignored(*arguments: Any) -> None:
-    """A number or name beside the tensors."""
+    """Stub for values beside the tensors, which are not read."""
 
 
 _FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
@@ -158,7 +164,7 @@ _FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("torch", "Tensor"): _ignored,
     ("torch.nn.parameter", "Parameter"): _ignored,
     ("torch", "Size"): lambda size=(): tuple(size),
-    # What training scripts put beside a state_dict: scores as NumPy scalars.
+    # Training scripts save scores beside a state_dict, as NumPy scalars.
     ("numpy.core.multiarray", "scalar"): _ignored,
     ("numpy._core.multiarray", "scalar"): _ignored,
     ("numpy", "dtype"): lambda *arguments: _Dict(),
@@ -179,7 +185,7 @@ class _Unpickler(pickle.Unpickler):
         return _StorageType(STORAGES[name]) if name in STORAGES else _Stub(_FUNCTIONS[module, name])
 
     def persistent_load(self, pid: Any, /) -> Storage:
-        """A reference to a storage: ('storage', type, key, device, number of elements), in old files also a view, None."""
+        """The storage of a reference ('storage', type, key, device, number of elements[, view]), whose view is None."""
         if self._make_storage is None or not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
             raise FormatError("refers to something that is not a storage")
         _, kind, key, _, numel = pid[:5]

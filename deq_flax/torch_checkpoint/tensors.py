@@ -1,4 +1,4 @@
-"""Tensors in a file, known by type and shape before any of their bytes are read."""
+"""Tensors in a file: their types and shapes are known before any of their bytes are read."""
 
 import contextlib
 import math
@@ -15,12 +15,12 @@ from deq_flax.errors import UserError
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_NDIM = 8
 EXPANSION = 8
-"""The most elements that all tensors may have together, in multiples of what the file holds: views share storage."""
 EXPANSION_FLOOR = 1 << 20
+"""All tensors together may have EXPANSION times the bytes of their storages, which views share, plus EXPANSION_FLOOR."""
 
 
 class FormatError(Exception):
-    """What is wrong with a file, without its name."""
+    """Raised for a file that cannot be read; the message says what is wrong, without the name of the file."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Storage:
     dtype: np.dtype
     numel: int
     read: Callable[[], np.ndarray]
-    """Its (numel * itemsize,) uint8, in this machine's byte order. Raises FormatError or what `readable` turns into one."""
+    """Returns the bytes, (numel * itemsize,) uint8, in native byte order. Raises exceptions that `readable` handles."""
 
     @property
     def nbytes(self) -> int:
@@ -44,9 +44,10 @@ class Tensor:
     """A strided view of a storage.
 
     Args:
-      storage: where the elements are.
-      offset: of the first, in elements.
-      shape, strides: of the view; strides in elements.
+      storage: holds the elements.
+      offset: index of the view's first element in the storage.
+      shape: sizes of the view's axes.
+      strides: elements between neighbors along each axis.
 
     Raises:
       FormatError: the view does not lie within the storage.
@@ -75,7 +76,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The elements, as a read-only view of storage read for this call. Errors as `Storage.read`."""
+        """The elements, a read-only array backed by storage read for this call. Errors as `Storage.read`."""
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         raw = self.storage.read()
@@ -84,7 +85,7 @@ class Tensor:
         return np.lib.stride_tricks.as_strided(elements[self.offset :], self.shape, steps, writeable=False)
 
     def same_elements(self, other: "Tensor") -> bool:
-        """Whether both are the very same view of the same storage."""
+        """True if both are the same view of the same storage."""
         return self.storage is other.storage and (self.offset, self.shape, self.strides) == (
             other.offset,
             other.shape,
@@ -93,7 +94,7 @@ class Tensor:
 
 
 def contiguous(storage: Storage, shape: tuple[int, ...], *, column_major: bool = False) -> Tensor:
-    """The tensor that fills `storage` in order."""
+    """The tensor that fills `storage` in row-major or column-major order."""
     strides, step = [], 1
     for n in shape if column_major else reversed(shape):
         strides.append(step)
@@ -102,7 +103,7 @@ def contiguous(storage: Storage, shape: tuple[int, ...], *, column_major: bool =
 
 
 def read_at(path: Path, start: int, n_bytes: int) -> np.ndarray:
-    """Bytes of a file, (n_bytes,) uint8."""
+    """The bytes of a file from offset `start`, (n_bytes,) uint8. FormatError: there are fewer."""
     out = np.empty(n_bytes, np.uint8)
     with path.open("rb") as file:
         file.seek(start)
@@ -112,12 +113,12 @@ def read_at(path: Path, start: int, n_bytes: int) -> np.ndarray:
 
 
 def swap_bytes(raw: np.ndarray, itemsize: int) -> np.ndarray:
-    """Elements in the other byte order."""
+    """The bytes of elements of `itemsize` bytes in the other byte order."""
     return raw.reshape(-1, itemsize)[:, ::-1].copy().reshape(-1)
 
 
 def check_total(tensors: Mapping[str, Tensor]) -> None:
-    """FormatError when tensors pretend to be much more than their storages hold."""
+    """Raise FormatError if tensors state many more bytes than their storages hold, as a decompression bomb would."""
     held = sum({id(tensor.storage): tensor.storage.nbytes for tensor in tensors.values()}.values())
     stated = sum(tensor.nbytes for tensor in tensors.values())
     if stated > EXPANSION * held + EXPANSION_FLOOR:
@@ -126,7 +127,7 @@ def check_total(tensors: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Generator[None]:
-    """Turn what can be wrong with a file into one line that names it."""
+    """Turn the errors of reading a file into a UserError of one line that names the file."""
     try:
         yield
     except UserError:

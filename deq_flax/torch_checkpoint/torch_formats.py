@@ -1,7 +1,11 @@
-"""The two formats of `torch.save`: zip files (since 1.6) and streams of pickles followed by raw storages (before)."""
+"""Readers of both formats of `torch.save`: zip files (since PyTorch 1.6), and before, pickles followed by raw storages.
+
+No package but PyTorch itself reads them, and nothing else here needs PyTorch.
+"""
 
 import itertools
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ _LEGACY_PROTOCOL = 1001
 
 
 def read_zip(archive: Archive) -> Any:
-    """The object in a zip file of `torch.save`. FormatError: it is something else, or damaged."""
+    """The object in a zip file of `torch.save`. FormatError: the file is something else, or damaged."""
     pickles = [name for name in archive.sizes if name.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
         raise FormatError("is a zip file, but neither one of torch.save (no data.pkl) nor an .npz file of arrays")
@@ -48,8 +52,11 @@ def read_zip(archive: Archive) -> Any:
 def read_legacy(path: Path) -> Any:
     """The object in a file of `torch.save` before 1.6.
 
-    Its layout: pickles of a magic number, a version, facts about the machine, the object, and the keys of its storages; then
-    every storage in the order of the keys, as its number of elements (int64) and the elements. Nothing in it is a checksum.
+    Layout: pickles of a magic number, a version, properties of the machine, the object, and the keys of its storages; then
+    every storage in the order of the keys, as its number of elements (int64) and the elements. There are no checksums.
+
+    Raises:
+      FormatError: the file is damaged, or of another version or byte order.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -85,8 +92,8 @@ def read_legacy(path: Path) -> Any:
     return found
 
 
-def _pickles(head: bytes):
-    """The pickles that `head` begins with, one after the other."""
+def _pickles(head: bytes) -> Iterator[bytes]:
+    """The pickles that `head` begins with, in order."""
     while True:
         length = pickle_length(head)
         yield head[:length]

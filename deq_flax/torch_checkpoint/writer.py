@@ -1,4 +1,4 @@
-"""Write a state_dict that `torch.load` reads: the zip format, with a pickle put together by hand."""
+"""Write a state_dict that `torch.load` reads: the zip format, with a pickle assembled here."""
 
 import os
 import struct
@@ -19,11 +19,15 @@ ROOT = "archive"
 def write_state_dict(path: str | Path, tensors: Iterable[tuple[str, str, np.ndarray]]) -> None:
     """Write (name, storage, array) triples; arrays that name the same storage are stored once and must be equal.
 
+    The same triples give the same bytes. The file appears only once it is complete.
+
     Raises:
       UserError: the file cannot be written.
     """
     path = Path(path)
-    entries, keys, storages = [], {}, []
+    entries: list[tuple[str, int, np.ndarray]] = []
+    keys: dict[str, int] = {}
+    storages: list[np.ndarray] = []
     for name, storage, array in tensors:
         key = keys.setdefault(storage, len(storages))
         if key == len(storages):
@@ -45,14 +49,14 @@ def write_state_dict(path: str | Path, tensors: Iterable[tuple[str, str, np.ndar
 
 
 def _write(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    info = zipfile.ZipInfo(f"{ROOT}/{name}")  # of 1980: the same tensors give the same file
+    info = zipfile.ZipInfo(f"{ROOT}/{name}")  # with its default date of 1980, so that the same tensors give the same file
     info.file_size = len(content)
     with archive.open(info, "w") as stream:
         stream.write(content)
 
 
 def _pickle(entries: Iterable[tuple[str, int, np.ndarray]]) -> bytes:
-    """An OrderedDict of tensors, in protocol 2."""
+    """The pickle of an OrderedDict of tensors, in protocol 2."""
     parts = [b"\x80\x02", _EMPTY_ORDERED_DICT, b"("]
     for name, key, array in entries:
         parts += [_text(name), _tensor(key, array)]
@@ -60,7 +64,7 @@ def _pickle(entries: Iterable[tuple[str, int, np.ndarray]]) -> bytes:
 
 
 def _tensor(key: int, array: np.ndarray) -> bytes:
-    """`_rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`."""
+    """The instructions for `_rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`."""
     strides = [1]
     for n in array.shape[:0:-1]:
         strides.insert(0, strides[0] * max(n, 1))

@@ -1,4 +1,4 @@
-"""Files to read in tests, good and bad."""
+"""Files for tests, valid and damaged."""
 
 import io
 import json
@@ -14,12 +14,13 @@ ODD, ODD_LEGACY = DATA / "torch" / "odd.pth", DATA / "torch" / "odd_legacy.pth"
 
 
 def entries(path):
-    """{name: bytes} of a zip file."""
+    """The entries of a zip file, {name: bytes}."""
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 def write_zip(path, contents, compression=zipfile.ZIP_STORED):
+    """Write a zip file of {name: bytes}; returns its path."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in contents.items():
             archive.writestr(name, content)
@@ -27,12 +28,12 @@ def write_zip(path, contents, compression=zipfile.ZIP_STORED):
 
 
 def write_pickle(path, data):
-    """A file of torch.save with this pickle in it, and no storages."""
+    """Write a file of torch.save with this pickle and no storages; returns its path."""
     return write_zip(path, {"x/data.pkl": data, "x/version": b"3\n"})
 
 
 def write_safetensors(path, arrays, **changed):
-    """`changed`: header entries to replace or add."""
+    """Write a .safetensors file by hand; returns its path. `changed`: header entries to replace or add."""
     header, content = {}, b""
     kinds = {"float32": "F32", "float64": "F64", "float16": "F16", "int64": "I64", "bool": "BOOL", "bfloat16": "BF16"}
     for name, array in arrays.items():
@@ -56,7 +57,7 @@ def tensor_pickle(numel, offset, shape, strides, storage="FloatStorage"):
 
 
 class Evil:
-    """Unpickled the usual way it calls `function(*arguments)`."""
+    """An object that calls `function(*arguments)` when `pickle.load` reads it."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -66,7 +67,7 @@ class Evil:
 
 
 def legacy(*objects):
-    """The head of a file in torch.save's format before 1.6."""
+    """The beginning of a file in torch.save's format before 1.6."""
     stream = io.BytesIO()
     machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
     for x in (0x1950A86A20F9469CFC6C, 1001, machine, *objects):
@@ -75,4 +76,5 @@ def legacy(*objects):
 
 
 def array(*shape, dtype=np.float32):
+    """0, 1, 2, ... in this shape."""
     return np.arange(np.prod(shape), dtype=dtype).reshape(shape)

@@ -1,7 +1,7 @@
 """Random damage: a file gives its tensors bit for bit or one UserError, never another exception.
 
-Zip files carry checksums. The other formats do not: a changed number in them is another number, so there the law is that
-damage to the structure is either noticed or leaves a dictionary of arrays, and a file cut off is always noticed.
+Zip files have checksums. The other formats do not, so that a changed number in them is another number: damage to their
+structure either is an error or leaves a dictionary of arrays, and a truncated file is always an error.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from tests.torch_checkpoint.files import ODD, ODD_LEGACY, array, write_safetenso
 
 
 def read(path):
-    """{name: (type, shape, bytes)}, or None if the file is refused."""
+    """The tensors, {name: (type, shape, bytes)}, or None if the file is refused."""
     try:
         with open_tensors(path) as file:
             arrays = {name: file.read(name) for name in file.tensors}
@@ -24,7 +24,7 @@ def read(path):
 
 
 def damaged(data, random):
-    """`data` with one to four bytes changed, or cut off, or with a piece lost, doubled or zeroed."""
+    """`data` truncated, with a part removed, repeated or zeroed, or with one to four bytes changed."""
     kind, place = random.integers(6), int(random.integers(len(data)))
     end = min(len(data), place + int(random.integers(1, 200)))
     if kind == 0:

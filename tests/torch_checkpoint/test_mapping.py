@@ -1,35 +1,51 @@
-"""Laws of the tables: every tensor of theirs goes to one array of ours, all of ours are filled, misfits are listed in full."""
+"""The tables of names: each original tensor has one array of ours, all of ours are filled, mismatches are listed in full."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
+from deq_flax.config import resolve
 from deq_flax.errors import UserError
-from deq_flax.pretrained import abstract_model
-from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, export_tensors, match, open_tensors, slots, write_state_dict
+from deq_flax.models import abstract_model
+from deq_flax.torch_checkpoint import (
+    FAMILIES,
+    convert_tensors,
+    export_tensors,
+    family_name,
+    family_of,
+    get_arrays,
+    head_of,
+    mismatches,
+    model_of,
+    open_tensors,
+    set_arrays,
+    slots,
+    write_state_dict,
+)
 from deq_flax.torch_checkpoint.mapping import Row
 from tests import reference
 from tests.test_configs import LANGUAGE
 
-FAMILY = FAMILIES["language"]
+FAMILY = FAMILIES["deq_transformer"]
 FULL_SIZE = {name: tuple(shape) for name, shape in reference.facts()["wt103"]["state_dict"].items()}
 POSTLN = reference.FOLDER / "lm_deq_postln.pth"
 
 
-def config(variant="base", **model):
-    sections = LANGUAGE["wt103"].get_config(variant).to_dict()
-    return sections | {"model": sections["model"] | model}
+def options(variant="base", **changes):
+    """The model options of a variant of configs/wt103.py."""
+    return dataclasses.replace(resolve(LANGUAGE["wt103"].get_config(variant).to_dict()).model, **changes)
 
 
 def fitting(path):
-    """The family's model for a file."""
+    """The model, of shapes alone, that a file's shapes imply."""
     with open_tensors(path) as file:
-        return abstract_model(config(**FAMILY.infer(file.shapes)))
+        return abstract_model(options(**FAMILY.infer(file.shapes)))
 
 
 def rewritten(tmp_path, **changed):
-    """The fixture with some tensors replaced ('/' for '.' in their names), each in a storage of its own."""
+    """The path of a copy of the fixture with some tensors replaced ('/' for '.' in names), each in a storage of its own."""
     with open_tensors(POSTLN) as file:
         arrays = {name: np.array(file.read(name)) for name in file.tensors}
     arrays |= {name.replace("/", "."): value for name, value in changed.items()}
@@ -39,17 +55,17 @@ def rewritten(tmp_path, **changed):
 
 @pytest.mark.parametrize("variant", [name for name in LANGUAGE["wt103"].VARIANTS if name not in ("tiny", "deq_lm", "explicit")])
 def test_the_published_files_are_covered_name_by_name(variant):
-    model = abstract_model(config(variant, vocab_size=267_735))
-    assert match(FAMILY, model, FULL_SIZE) == []
+    model = abstract_model(options(variant, vocab_size=267_735))
+    assert mismatches(FAMILY, model, FULL_SIZE) == []
     found = {slot.theirs: slot.shape for slot in slots(FAMILY, model)}
     assert found | {"pos_emb.inv_freq": (350,)} == FULL_SIZE
 
 
 def test_the_published_config_is_read_off_the_shapes():
     found = FAMILY.infer(FULL_SIZE)
-    expected = config(vocab_size=267_735)["model"]
+    expected = dataclasses.asdict(options(vocab_size=267_735))
     assert found == {name: expected[name] for name in found}
-    untold = "blocks pre_norm affine_norm mem_len local_size dropout attention_dropout output_dropout dtype"
+    untold = "name blocks pre_norm affine_norm mem_len local_size dropout attention_dropout output_dropout dtype"
     assert set(expected) - set(found) == set(untold.split())
 
 
@@ -77,7 +93,8 @@ def test_export_undoes_convert():
     model = fitting(POSTLN)
     with open_tensors(POSTLN) as file:
         arrays, buffers = convert_tensors(FAMILY, model, file)
-        exported = {name: array for name, _, array in export_tensors(FAMILY, model, arrays, buffers)}
+        set_arrays(model, arrays)
+        exported = {name: array for name, _, array in export_tensors(FAMILY, model, get_arrays(model), buffers)}
         assert set(exported) == set(file.tensors)
         for name, array in exported.items():
             np.testing.assert_array_equal(array, file.read(name))
@@ -93,10 +110,10 @@ def test_layouts_undo_each_other(axes):
     np.testing.assert_array_equal(row.to_ours(theirs), ours)
 
 
-def test_misfits_are_listed_in_full():
+def test_mismatches_are_listed_in_full():
     shapes = {name: shape for name, shape in FULL_SIZE.items() if "ff1_net" not in name} | {"extra.a": (1,), "extra.b": (2,)}
     shapes["crit.cluster_bias"] = (4,)
-    unknown, missing, other = match(FAMILY, abstract_model(config(vocab_size=267_735)), shapes)
+    unknown, missing, other = mismatches(FAMILY, abstract_model(options(vocab_size=267_735)), shapes)
     assert unknown == "2 unknown: extra.a, extra.b"
     lost = ("weight_g [48000, 1]", "weight_v [48000, 700]", "bias [48000]")
     assert missing == "3 missing: " + ", ".join(f"func.pos_ff.ff1_net.{leaf}" for leaf in lost)
@@ -136,7 +153,7 @@ def test_buffers_may_be_missing(tmp_path):
     path = rewritten(tmp_path, **{"pos_emb/inv_freq": None})
     model = fitting(path)
     with open_tensors(path) as file:
-        assert match(FAMILY, model, file.shapes) == []
+        assert mismatches(FAMILY, model, file.shapes) == []
         assert convert_tensors(FAMILY, model, file)[1] == {}
 
 
@@ -144,10 +161,41 @@ def test_sizes_are_read_off_whatever_model_we_can_build():
     """Names and shapes of random models: inferring from them gives a model that they fit."""
     sizes = itertools.product([(), (200,), (200, 500)], [1, 2, 4], [(32, 32), (32, 16)], [False, True])
     for cutoffs, div_value, (d_model, d_embed), weight_norm in sizes:
-        options = dict(cutoffs=cutoffs, div_value=div_value, d_model=d_model, d_embed=d_embed, weight_norm=weight_norm)
-        model = abstract_model(config(vocab_size=1000, n_head=3, d_head=4, d_inner=7, **options))
+        changes = dict(cutoffs=cutoffs, div_value=div_value, d_model=d_model, d_embed=d_embed, weight_norm=weight_norm)
+        model = abstract_model(options(vocab_size=1000, n_head=3, d_head=4, d_inner=7, **changes))
         shapes = {slot.theirs: slot.shape for slot in slots(FAMILY, model)}
         found = FAMILY.infer(shapes)
         assert (found["cutoffs"] is None) == (div_value == 1 and cutoffs != ())
-        again = abstract_model(config(**found | {"cutoffs": cutoffs}))
-        assert match(FAMILY, again, shapes) == []
+        again = abstract_model(options(**found | {"cutoffs": cutoffs}))
+        assert mismatches(FAMILY, again, shapes) == []
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head", "model", "found_head", "family"),
+    [
+        ("func.", "crit.cluster_bias", "deq_transformer", None, "deq_transformer"),
+        ("fullstage.", "classifier.weight", "mdeq", "classification", "mdeq"),
+        ("full_stage.", "last_layer.3.weight", "mdeq", "segmentation", "mdeq_torchdeq"),
+    ],
+)
+def test_names_imply_model_head_and_family(prefix, head, model, found_head, family):
+    names = [f"{prefix}x.weight", head]
+    assert (model_of(names), head_of(names), family_of(model, names)) == (model, found_head, family)
+
+
+def test_unclear_names_imply_the_first_family():
+    assert (model_of(["x"]), head_of(["x"])) == ("deq_transformer", None)
+    assert (family_of("deq_transformer"), family_of("mdeq", ["x"])) == ("deq_transformer", "mdeq")
+
+
+def test_a_model_without_a_counterpart_is_refused():
+    with pytest.raises(UserError, match="weights of model 'transformer_xl' cannot be converted; known: deq_transformer, mdeq"):
+        family_of("transformer_xl", ["func.x"])
+
+
+def test_families_of_earlier_checkpoints_are_known():
+    assert [family_name(stored) for stored in ("language", "mdeq", "mdeq_torchdeq")] == [
+        "deq_transformer",
+        "mdeq",
+        "mdeq_torchdeq",
+    ]

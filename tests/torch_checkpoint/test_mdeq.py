@@ -1,4 +1,4 @@
-"""The tables of the MDEQ cover the authors' files name by name, and their weights give their logits here."""
+"""The tables of the multiscale DEQ cover the authors' files name by name, and their weights give the authors' logits."""
 
 from functools import cache, partial
 
@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.config import resolve
 from deq_flax.convert import _without_auto, convert, to_torch
 from deq_flax.equilibrium import Picard
 from deq_flax.errors import UserError
-from deq_flax.pretrained import abstract_model, load_model
-from deq_flax.torch_checkpoint import FAMILIES, family_of, match, open_tensors, slots
+from deq_flax.models import abstract_model
+from deq_flax.pretrained import load_model
+from deq_flax.torch_checkpoint import FAMILIES, family_of, mismatches, open_tensors, slots
 from deq_flax.torch_checkpoint.mapping import counters
 from deq_flax.train.step import split_model
 from tests import mdeq_reference as reference
-from tests.reference import QUICK_COMPILE, load, parameters
+from tests.reference import QUICK_COMPILE, load, parameters, solving
 
 LARGE = dict(channels=(32, 64, 128, 256), head_channels=(14, 28, 56, 112), final_channels=1680, num_classes=10)
 TINY = dict(channels=(24, 24), head_channels=(8, 16), final_channels=200, num_classes=10)
@@ -24,6 +26,16 @@ SMALL_IMAGENET = IMAGENET | dict(channels=(32, 64, 128, 256), head_channels=(24,
 LARGE_IMAGENET = IMAGENET | dict(channels=(80, 160, 320, 640), head_channels=(32, 64, 128, 256))
 XL_IMAGENET = LARGE_IMAGENET | dict(channels=(88, 176, 352, 704), expansion=6)
 CITYSCAPES = dict(num_classes=19, downsample=2, fuse_norm_affine=True)
+COMMON = dict(
+    expansion=5,
+    fuse_weight_norm="post",
+    fuse_norm_affine=False,
+    weight_norm=True,
+    in_channels=3,
+    big_kernels=(),
+    downsample=0,
+)
+"""Options of the published models, where FULL_SIZE has no others."""
 FULL_SIZE = {
     "deq_cifar/cls_mdeq_LARGE": LARGE,
     "deq_cifar/cls_mdeq_LARGE_reg": LARGE,
@@ -43,15 +55,17 @@ FULL_SIZE = {
 
 
 def config(name, **model):
-    return {"task": reference.task(name), "model": model}
+    """A config of the task and head of a fixture or published model."""
+    task = reference.task(name)
+    return resolve({"task": task, "model": {"name": "mdeq", "head": task} | model})
 
 
 @cache
 def published(name):
-    """(their shapes by name, their number of parameters, our model of the published options)."""
+    """(original shapes by name, number of parameters, our model of the published options)."""
     facts = reference.facts()["full_size"][name]
     shapes = {theirs: tuple(shape) for theirs, shape in facts["state_dict"].items()}
-    return shapes, facts["n_params"], abstract_model(config(name, **FULL_SIZE[name]))
+    return shapes, facts["n_params"], abstract_model(config(name, **COMMON | FULL_SIZE[name]).model)
 
 
 def test_all_published_models_are_here():
@@ -61,8 +75,8 @@ def test_all_published_models_are_here():
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_the_published_files_are_covered_name_by_name(name):
     shapes, n_params, model = published(name)
-    family = FAMILIES[family_of(reference.task(name), shapes)]
-    assert match(family, model, shapes) == []
+    family = FAMILIES[family_of("mdeq", shapes)]
+    assert mismatches(family, model, shapes) == []
     found = {slot.theirs: slot.shape for slot in slots(family, model)} | dict.fromkeys(counters(family, model), ())
     assert found == shapes
     assert sum(param.size for param in parameters(model).values()) == n_params
@@ -71,17 +85,14 @@ def test_the_published_files_are_covered_name_by_name(name):
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_published_options_are_read_off_the_shapes(name):
     shapes, _, _ = published(name)
-    found = FAMILIES[family_of(reference.task(name), shapes)].infer(shapes)
-    defaults = dict(expansion=5, fuse_weight_norm="post", fuse_norm_affine=False, weight_norm=True, in_channels=3)
-    if "seg" in name:
-        defaults |= dict(last_kernel=1)
-    expected = defaults | dict(big_kernels=(), downsample=0) | FULL_SIZE[name]
+    found = FAMILIES[family_of("mdeq", shapes)].infer(shapes)
+    expected = COMMON | (dict(last_kernel=1) if "seg" in name else {}) | FULL_SIZE[name]
     # A model with more than two branches, or one that halves the resolution, has the same layers however often it does.
     assert found == expected | dict(downsample=0 if len(expected["channels"]) == 2 else None)
 
 
 def converted(name, directory):
-    """Convert a fixture, with what its shapes do not tell."""
+    """Convert a fixture, given the options that its shapes do not imply."""
     untold = ("groups", "downsample", "norm_momentum")
     told = {key: value for key, value in reference.options(name).items() if key in untold}
     convert(reference.source(name), directory, config(name, **told), auto=True, given=told)
@@ -89,9 +100,9 @@ def converted(name, directory):
 
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
-def run(graph, state, images):
-    model = nnx.merge(graph, state)
-    out = model(images, solver=Picard(tol=1e-6, max_steps=100))
+def run(graphdef, state, images):
+    model = nnx.merge(graphdef, state)
+    out = model(images, solve=solving(solver=Picard(tol=1e-6, max_steps=100)))
     return out.logits if out.logits.ndim == 2 else model.head(out.branches, False)
 
 
@@ -125,7 +136,7 @@ def test_what_shapes_do_not_tell_must_be_given(tmp_path):
 @pytest.mark.parametrize(
     ("name", "file"), [("mdeq_deq_seg3", "cityscapes.py"), ("mdeq_tdeq_cls4", "cifar10.py"), ("lm_deq_postln", "wt103.py")]
 )
-def test_auto_begins_from_the_config_of_the_files_task(name, file):
+def test_auto_starts_from_the_config_of_the_files_model_and_head(name, file):
     *before, flag = _without_auto(["convert", str(reference.source(name)), "DIR", "--config=auto"])
     assert flag.startswith("--config=") and flag.endswith(f"configs/{file}")
     assert before == ["convert", str(reference.source(name)), "DIR"]
@@ -140,9 +151,9 @@ def test_a_config_that_does_not_fit_is_refused_with_one_that_does(tmp_path):
 
 
 def test_weights_of_the_other_head_are_refused(tmp_path):
-    wrong = config("mdeq_deq_seg3", **reference.options("mdeq_deq_cls2"))
+    wrong = config("mdeq_deq_cls2", **reference.options("mdeq_deq_cls2"))
     with pytest.raises(UserError, match=r"unknown: .*last_layer"):
-        convert(reference.source("mdeq_deq_seg3"), tmp_path / "dir", wrong | {"task": "classification"})
+        convert(reference.source("mdeq_deq_seg3"), tmp_path / "dir", wrong)
 
 
 def test_counters_may_be_missing():
@@ -150,4 +161,4 @@ def test_counters_may_be_missing():
     with open_tensors(reference.source("mdeq_deq_cls2")) as file:
         names = counters(FAMILIES["mdeq"], model)
         assert set(names) == {name for name in file.tensors if name.endswith("num_batches_tracked")}
-        assert match(FAMILIES["mdeq"], model, {k: v for k, v in file.shapes.items() if k not in names}) == []
+        assert mismatches(FAMILIES["mdeq"], model, {k: v for k, v in file.shapes.items() if k not in names}) == []

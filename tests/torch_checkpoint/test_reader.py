@@ -1,8 +1,9 @@
-"""Laws of reading: what PyTorch wrote comes back bit for bit, in whatever form it was written."""
+"""Reading: tensors that PyTorch wrote come back bit for bit, from every format."""
 
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from deq_flax.torch_checkpoint import open_tensors, write_state_dict
 from tests.torch_checkpoint.files import DATA, ODD, ODD_LEGACY, array, entries, write_safetensors, write_zip
@@ -53,7 +54,7 @@ def test_views_of_one_storage_are_known_as_such():
         assert whole.same_elements(whole) and not whole.same_elements(transposed)
 
 
-def test_both_ways_to_write_weight_normalisation_read_alike():
+def test_both_forms_of_weight_normalization_read_alike():
     found = read(DATA / "torch" / "weight_norm.pth")
     assert set(found) == {f"{layer}.{leaf}" for layer in ("old", "new") for leaf in ("weight_g", "weight_v", "bias")}
     for leaf in ("weight_g", "weight_v"):
@@ -76,6 +77,8 @@ def test_safetensors_and_npz_hold_the_same(tmp_path):
     arrays = {"a": array(2, 3), "b": array(3, 4, dtype=np.float64), "c": array(2, dtype=np.int64), "d": array(0, 2)}
     half = {"half": array(5).astype(ml_dtypes.bfloat16)}
     same(read(write_safetensors(tmp_path / "x.safetensors", arrays | half)), arrays | half)
+    save_file(arrays | half, tmp_path / "y.safetensors")
+    same(read(tmp_path / "y.safetensors"), arrays | half)
     columns = {"columns": np.asfortranarray(arrays["b"]), "big": arrays["a"].astype(">f4")}
     np.savez_compressed(tmp_path / "x.npz", **arrays, **columns)
     same(read(tmp_path / "x.npz"), arrays | {"columns": arrays["b"], "big": arrays["a"]})

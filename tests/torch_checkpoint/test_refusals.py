@@ -1,4 +1,4 @@
-"""Laws of refusal: whatever is not a dictionary of tensors is one UserError that says why, and nothing in it is executed."""
+"""Refusals: a file that is not a dictionary of tensors is one UserError that says why, and nothing in it is executed."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ from tests.torch_checkpoint.files import DATA, ODD, ODD_LEGACY, Evil, legacy, wr
 
 
 def refused(path, words):
-    """Opening or reading `path` is one line that names it and says `words`."""
+    """Check that opening or reading `path` fails with one line that names it and contains `words`."""
     with pytest.raises(UserError) as caught, open_tensors(path) as file:
         for name in file.tensors:
             file.read(name)
@@ -145,8 +145,9 @@ def test_arrays_of_objects_are_refused(tmp_path):
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("path", [ODD, ODD_LEGACY])
-def test_a_file_cut_off_anywhere_is_refused(tmp_path, path):
+@pytest.mark.parametrize("form", [ODD, ODD_LEGACY, "safetensors"])
+def test_a_file_cut_off_anywhere_is_refused(tmp_path, form):
+    path = write_safetensors(tmp_path / "x", {"a": files.array(2, 3)}) if form == "safetensors" else form
     whole, cut = path.read_bytes(), tmp_path / "cut.pth"
     for length in [*range(0, 40, 3), *range(40, len(whole), 97), len(whole) - 1]:
         cut.write_bytes(whole[:length])
@@ -156,17 +157,36 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path, path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"b": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, "overlap"),
-        ({"b": {"dtype": "F32", "shape": [1], "data_offsets": [40, 44]}}, "gaps"),
-        ({"b": {"dtype": "F32", "shape": [2], "data_offsets": [24, 28]}}, "should have 8"),
-        ({"b": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [24, 28]}}, "known types"),
-        ({"b": {"dtype": "F32", "shape": [-1], "data_offsets": [24, 28]}}, "no sense"),
-        ({"b": {"dtype": "F32", "shape": [1], "data_offsets": [24, 28]}}, "cut off"),
-        ({"b": [1]}, "no sense"),
+        ({"b": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, "invalid offset"),
+        ({"b": {"dtype": "F32", "shape": [1], "data_offsets": [40, 44]}}, "invalid offset for tensor `b`"),
+        ({"b": {"dtype": "F32", "shape": [2], "data_offsets": [24, 28]}}, "invalid shape, data type, or offset"),
+        ({"b": {"dtype": "F32", "shape": [1 << 32, 1 << 32], "data_offsets": [24, 24]}}, "overflow"),
+        ({"b": {"dtype": "F32", "shape": [-1], "data_offsets": [24, 28]}}, "invalid value"),
+        ({"b": {"dtype": "F32", "shape": [1], "data_offsets": [24, 28]}}, "is damaged or cut off"),
+        ({"b": {"dtype": "F32", "shape": [1] * 9, "data_offsets": [24, 28]}}, "cut off"),
+        ({"b": [1]}, "invalid type"),
     ],
 )
 def test_safetensors_headers_are_checked(tmp_path, changed, words):
     refused(write_safetensors(tmp_path / "x.safetensors", {"a": files.array(2, 3)}, **changed), words)
+
+
+def test_safetensors_of_other_types_or_too_many_axes_are_refused(tmp_path):
+    entry = {"dtype": "F8_E4M3", "shape": [1, 1], "data_offsets": [0, 2]}
+    path = write_safetensors(tmp_path / "x.safetensors", {"a": np.zeros(2, bool)}, a=entry | {"shape": [2]})
+    refused(path, "holds 'a' as 'F8_E4M3'; known types: F64")
+    path = write_safetensors(
+        tmp_path / "x.safetensors", {"a": np.zeros(2, bool)}, a=entry | {"dtype": "BOOL", "shape": [2] + [1] * 8}
+    )
+    refused(path, "impossible geometry")
+
+
+def test_a_safetensors_file_cut_off_while_it_is_open_is_an_error(tmp_path):
+    path = write_safetensors(tmp_path / "x.safetensors", {"a": files.array(1 << 16)})
+    with open_tensors(path) as file:
+        os.truncate(path, 1 << 12)
+        with pytest.raises(UserError, match="is damaged or cut off"):
+            file.read("a")
 
 
 def test_other_files_are_refused(tmp_path):
@@ -176,8 +196,8 @@ def test_other_files_are_refused(tmp_path):
         (b"", "empty"),
         (b"hello world, this is text", "no format"),
         (pickle.dumps({"a": 1}), "not one of torch.save"),
-        (struct.pack("<Q", 1 << 60) + b"{}    ", "header is longer"),
-        (struct.pack("<Q", 6) + b"{]    ", "no JSON"),
+        (struct.pack("<Q", 1 << 60) + b"{}    ", "header too large"),
+        (struct.pack("<Q", 6) + b"{]    ", "invalid JSON"),
         (legacy({"a": 1}, []), "no state_dict"),
         (legacy({"a": 1}, [], b"more"), "left over"),
     ]:

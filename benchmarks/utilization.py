@@ -1,11 +1,11 @@
-"""Full-size training steps on an accelerator: time, solver overhead, and how much of its arithmetic they use.
+"""Full-size training steps on an accelerator: time, solver overhead, and utilization of its arithmetic.
 
-    python -m benchmarks.utilisation [--config configs/wt103.py:base ...] [--mode float32 tf32 bfloat16] [--batch 56] [--write]
+    python -m benchmarks.utilization [--config configs/wt103.py:base ...] [--mode float32 tf32 bfloat16] [--batch 56] [--write]
 
-A step's operations are those of the matrix products that it cannot do without, counted in its program: evaluations of f,
-vector-Jacobian products, and one unrolled evaluation with all around it; nothing that rematerialisation does again, and of the
-tail clusters of the softmax nothing. They are held against the rate of one large product in the same type, measured here.
-`--small` makes the models small, to try the command on a CPU.
+A step's operations are those of its matrix products, counted in its program: evaluations of f, vector-Jacobian products, and
+one unrolled evaluation with everything around it; not the recomputation of rematerialization, nor the tail clusters of the
+softmax. Their rate is compared with that of one large product of the same type, measured here. `--small` makes the models
+small, to try the command on a CPU.
 """
 
 import math
@@ -29,7 +29,7 @@ SMALL = {
 
 
 def operations(jaxpr: Any) -> float:
-    """Floating-point operations of the matrix products in a program. Of the branches of a condition the cheapest counts."""
+    """Floating-point operations of the matrix products in a program. Of the branches of a conditional the cheapest counts."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, inner = equation.primitive.name, [_program(x) for x in jax.tree.leaves(equation.params, is_leaf=_is_program)]
@@ -58,7 +58,7 @@ def _is_program(x: Any) -> bool:
 
 
 def needed(config: dict[str, Any]) -> float:
-    """Operations of a step: see above."""
+    """The operations of a step, as the module's docstring defines them."""
 
     def unrolled(layers: int) -> float:
         it = training.Training(config | {"deq": config["deq"] | {"pretrain_layers": layers}})
@@ -73,6 +73,7 @@ def needed(config: dict[str, Any]) -> float:
 
 
 def seconds(program: Callable[[], None], rounds: int) -> float:
+    """The median time of a program after its first run."""
     program()
     times = []
     for _ in range(rounds):
@@ -83,7 +84,7 @@ def seconds(program: Callable[[], None], rounds: int) -> float:
 
 
 def peak_rate(mode: str, size: int, rounds: int) -> float:
-    """Operations a second of one product of square matrices."""
+    """Operations a second of one product of square matrices of this size."""
     dtype = jnp.bfloat16 if mode == "bfloat16" else jnp.float32
     a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
     product = jax.jit(jnp.matmul)
@@ -91,6 +92,7 @@ def peak_rate(mode: str, size: int, rounds: int) -> float:
 
 
 def row(path: str, mode: str, peak: float, arguments: Any) -> list[str]:
+    """The table row of a config in a mode; `peak`: the rate of one product, operations a second."""
     with tempfile.TemporaryDirectory() as folder:
         words, length = (1000, 8) if arguments.small else (267_735, 150)
         steps = training.resolved(path)["deq"]["max_steps"]
@@ -101,7 +103,7 @@ def row(path: str, mode: str, peak: float, arguments: Any) -> list[str]:
         programs = training.Training(config).programs()
         time = {case: seconds(program, arguments.rounds) for case, program in programs.items() if solves or case == "step"}
         rate = needed(config) / time["step"]
-    ratio = f"{time['step'] / training.limit(time, steps, 2):.2f}" if solves else ""
+    ratio = f"{time['step'] / training.sum_of_parts(time, steps, 2):.2f}" if solves else ""
     tokens = arguments.batch * length / time["step"]
     numbers = [f"{1e3 * time['step']:.0f}", ratio, f"{tokens:,.0f}", f"{rate / 1e12:.2f}", f"{rate / peak:.1%}"]
     return [f"`{path}`, {steps} evaluations each way", mode, *numbers]
@@ -124,8 +126,8 @@ def main() -> None:
                 print(" | ".join(rows[-1]), flush=True)
     on = f"{jax.devices()[0].device_kind}, jax {version('jax')}, batch {arguments.batch}."
     on += f" A product's TFLOP/s: {', '.join(peaks)}."
-    head = ["config", "mode", "ms a step", "step / limit", "tokens/s", "TFLOP/s", "of the product's"]
-    tables.publish("utilisation", f"{on}\n\n{tables.markdown(head, rows)}", arguments.write)
+    head = ["config", "mode", "ms a step", "step / sum of parts", "tokens/s", "TFLOP/s", "of the product's"]
+    tables.publish("utilization", f"{on}\n\n{tables.markdown(head, rows)}", arguments.write)
 
 
 if __name__ == "__main__":
