@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from deq_flax.data.images.files import Damaged
-from deq_flax.data.loading import EvalBatches, Examples, TrainBatches, iterate
+from deq_flax.data.loading import EvalBatches, Examples, iterate, train_dataset
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model, build_model
 from deq_flax.task import Batch, Batches
@@ -50,7 +50,7 @@ class ImageTask:
         self.images, self.class_names, self.model_options = images, images.class_names, model
         self.batch_size, self.eval_batch_size = data.batch_size, data.eval_batch_size
         self._pictures, self._seed = data.pictures, seed
-        TrainBatches(images.split("train"), self.batch_size, seed)  # too few examples are refused now
+        train_dataset(images.split("train"), self.batch_size, seed=seed)  # too few examples are refused now
         for name, found in (("num_classes", len(self.class_names)), ("in_channels", images.split("train").shape[-1])):
             if getattr(model, name) != found:
                 raise UserError(f"model.{name} is {getattr(model, name)}, but the data has {found}: set it to that")
@@ -63,7 +63,7 @@ class ImageTask:
         return build_model(self.model_options, rngs=rngs)
 
     def train_batches(self, step: int, rows: slice | None = None) -> Iterator[Batch]:
-        return iterate(TrainBatches(self.images.split("train"), self.batch_size, self._seed, rows), step)
+        return iterate(train_dataset(self.images.split("train"), self.batch_size, seed=self._seed, rows=rows), step)
 
     def eval_batches(self, split: str, rows: slice | None = None) -> Batches:
         return EvalBatches(self.images.split(split), self.eval_batch_size, rows)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_flax.data.loading import iterate
+from deq_flax.data.loading import iterate, repeat_batches
 from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.segments import EvalSegments, TrainSegments
 from deq_flax.equilibrium.solution import Solve
@@ -50,7 +50,8 @@ class LanguageTask:
         return build_model(self.model_options, rngs=rngs)
 
     def train_batches(self, step: int, rows: slice | None = None) -> Iterator[Batch]:
-        return iterate(TrainSegments(self.corpus.train, self.batch_size, self._data.seq_len, rows), step)
+        segments = TrainSegments(self.corpus.train, self.batch_size, self._data.seq_len, rows)
+        return iterate(repeat_batches(segments), step)
 
     def eval_batches(self, split: str, rows: slice | None = None) -> Batches:
         return EvalSegments(self.corpus.split(split), self.eval_batch_size, self._data.eval_seq_len, rows)

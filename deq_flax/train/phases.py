@@ -13,8 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_flax.equilibrium import GRADIENTS, SOLVERS, Gradient, Solution, Solver, fixed_point, jacobian_loss
-from deq_flax.equilibrium.solution import SolverStats
+from deq_flax.equilibrium import (
+    GRADIENTS,
+    SOLVERS,
+    Gradient,
+    Solution,
+    Solver,
+    SolverStats,
+    fixed_point,
+    jacobian_loss,
+)
 from deq_flax.errors import UserError
 from deq_flax.options import choose, make
 from deq_flax.task import Metrics, average
@@ -76,7 +84,13 @@ class DEQOptions:
             raise UserError(f"deq.jacobian_frequency is a probability, not {self.jacobian_frequency}")
         if not 0 <= self.max_steps_jitter < self.max_steps:
             raise UserError(f"deq.max_steps_jitter must be at least 0 and below max_steps, not {self.max_steps_jitter}")
-        for name in ["jacobian_weight", "jacobian_increment_every", "jacobian_stop", "pretrain_steps", "pretrain_jacobian_weight"]:
+        for name in [
+            "jacobian_weight",
+            "jacobian_increment_every",
+            "jacobian_stop",
+            "pretrain_steps",
+            "pretrain_jacobian_weight",
+        ]:
             if getattr(self, name) < 0:
                 raise UserError(f"deq.{name} must not be negative, but is {getattr(self, name)}")
         _ = self.forward_solver(), self.training_gradient(), self.pretraining_gradient()  # their options are checked now
