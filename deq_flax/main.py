@@ -48,8 +48,8 @@ MAY_CHANGE = (
     "mesh.",
     "checkpoint.",
 )
-"""Keys that may change when a run is resumed: they decide where data lies, what is logged and kept, and the devices, not what is
-learned (but for rounding on another mesh)."""
+"""Keys that may change when a run is resumed: they decide where data lies, what is logged and kept, and the devices, not
+what is learned (but for rounding on another mesh)."""
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """The Task protocol: all that the trainer knows of language modeling, classification or segmentation.
 
-A task joins data, model, loss and metrics. The trainer owns time: steps, phases, the optimizer, checkpoints, the run log, devices.
-Everything a task remembers from one batch to the next (Transformer-XL memory, for one) is the *carry*: an explicit pytree
-that goes into `loss`, comes out of it, is checkpointed, and starts afresh in evaluation.
+A task joins data, model, loss and metrics. The trainer owns time: steps, phases, the optimizer, checkpoints, the run log,
+devices. Everything a task remembers from one batch to the next (Transformer-XL memory, for one) is the *carry*: an explicit
+pytree that goes into `loss`, comes out of it, is checkpointed, and starts afresh in evaluation.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

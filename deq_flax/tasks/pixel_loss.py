@@ -19,8 +19,8 @@ class PixelLoss:
     class_weights: tuple[float, ...] = ()
     """Weight of each class in the loss; (): 1 for all."""
     hard_threshold: float = 0.0
-    """Online hard example mining (Shrivastava et al. 2016): train on pixels whose right class has a lower probability than this;
-    0: on all pixels."""
+    """Online hard example mining (Shrivastava et al. 2016): train on pixels whose right class has a lower probability than
+    this; 0: on all pixels."""
     hard_pixels: int = 131_072
     """Least number of pixels of a device that hard example mining keeps, the hardest ones."""
 

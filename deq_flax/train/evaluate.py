@@ -35,7 +35,8 @@ class EvalOptions:
     """Report the spectral radius of the Jacobian of f at the equilibria of the first validation batch; below 1, plain iteration
     converges."""
     max_steps_sweep: tuple[int, ...] = ()
-    """Limits on the evaluations of f to evaluate with as well, for a table of score against evaluations; none above deq.max_steps."""
+    """Limits on the evaluations of f to evaluate with as well, for a table of score against evaluations; none above
+    deq.max_steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

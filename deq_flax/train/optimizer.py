@@ -1,7 +1,7 @@
 """The optimizer and its learning-rate schedule, by name (section `optimizer` of a config).
 
-`weight_decay` has the meaning that each method's authors gave it: for `adam`, `sgd` and `radam` it is L2 regularization, added to
-the (clipped) gradient as PyTorch does; for `adamw` and `lamb` it is decoupled from the gradient's scaling.
+`weight_decay` has the meaning that each method's authors gave it: for `adam`, `sgd` and `radam` it is L2 regularization,
+added to the (clipped) gradient as PyTorch does; for `adamw` and `lamb` it is decoupled from the gradient's scaling.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Phases of training: how each step solves and differentiates an equilibrium (section `deq` of a config).
 
-The phase of a step, and the scalars that change from step to step, are functions of the seed and the step's number alone, so that
-a resumed run repeats them exactly.
+The phase of a step, and the scalars that change from step to step, are functions of the seed and the step's number alone,
+so that a resumed run repeats them exactly.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from deq_flax.options import choose, make
 from deq_flax.task import Metrics, average
 
 UNSOLVED = 0.1
-"""The relative residual above which a sample counts as unsolved: it diverged, f is not finite there, or the limit on evaluations is
-far too low."""
+"""The relative residual above which a sample counts as unsolved: it diverged, f is not finite there, or the limit on
+evaluations is far too low."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ class DEQOptions:
     gradient: str = "implicit"
     """Differentiation of the equilibrium: implicit, neumann, jacobian_free, phantom, shine, reversible or unroll."""
     gradient_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Options that only the gradient has, such as steps=5 and relaxation=0.5 of phantom; unroll takes max_steps steps by default."""
+    """Options that only the gradient has, such as steps=5 and relaxation=0.5 of phantom; unroll takes max_steps steps by
+    default."""
     backward_solver: str = "broyden"
     """Solver of the adjoint equation of the implicit gradient: picard, anderson, broyden or gmres."""
     backward_tol: float = 1e-3

@@ -1,8 +1,9 @@
 """One update, and one evaluation batch, as compiled functions of pure state.
 
-The loss and its gradient run in a `shard_map` over the batch: every device solves its own part with its own number of steps, and
-only gradients and metrics are summed over devices, once, after the solves. The update runs outside of it: it sees whole gradients
-and parameters, of which each device happens to hold a part, so that norms over parameters and layers are right by themselves.
+The loss and its gradient run in a `shard_map` over the batch: every device solves its own part with its own number of
+steps, and only gradients and metrics are summed over devices, once, after the solves. The update runs outside of it: it
+sees whole gradients and parameters, of which each device happens to hold a part, so that norms over parameters and layers
+are right by themselves.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from tests.test_configs import LANGUAGE
 
 from deq_flax.config import resolve
 from deq_flax.errors import UserError
@@ -26,7 +27,6 @@ from deq_flax.torch_checkpoint import (
 )
 from deq_flax.torch_checkpoint.mapping import Row
 from tests import reference
-from tests.test_configs import LANGUAGE
 
 FAMILY = FAMILIES["deq_transformer"]
 FULL_SIZE = {name: tuple(shape) for name, shape in reference.facts()["wt103"]["state_dict"].items()}

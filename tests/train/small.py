@@ -19,9 +19,9 @@ def config(folder, **overrides):
         "task": "language",
         "data": dict(name="tokens", path=str(folder), cache="", batch_size=4, seq_len=8, eval_batch_size=4, eval_seq_len=8),
         "model": dict(
-            name="deq_transformer", vocab_size=40, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=32, cutoffs=(10,), div_value=2, pre_norm=False,
-            weight_norm=True, mem_len=8, local_size=0, dropout=0.1, attention_dropout=0.1, output_dropout="tokens",
-            dtype="float32",
+            name="deq_transformer", vocab_size=40, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=32, cutoffs=(10,),
+            div_value=2, pre_norm=False, weight_norm=True, mem_len=8, local_size=0, dropout=0.1, attention_dropout=0.1,
+            output_dropout="tokens", dtype="float32",
         ),
         "deq": dict(
             solver="anderson", tol=1e-3, max_steps=8, stop="relative", backward_solver="broyden", backward_tol=1e-3,
