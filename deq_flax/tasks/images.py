@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deq_flax.data.images.files import Damaged
+from deq_flax.data.images.files import DamagedFiles
 from deq_flax.data.loading import EvalBatches, Examples, iterate, train_dataset
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model, build_model
@@ -25,7 +25,7 @@ class Data(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
 
     @property
-    def damaged(self) -> Damaged: ...
+    def damaged(self) -> DamagedFiles: ...
 
     def split(self, name: str) -> Any: ...
 

@@ -254,7 +254,7 @@ def regularized(loss: jax.Array, jacobian_loss: jax.Array | None, scalars: StepS
 
 
 def solver_metrics(stats: SolverStats | None, jacobian_loss: jax.Array | None) -> Metrics:
-    """Evaluations of f, the largest residual in the batch, the share of samples that ended above UNSOLVED, and the Jacobian loss."""
+    """Evaluations of f, largest residual in the batch, share of samples that ended above UNSOLVED, and the Jacobian loss."""
     metrics: Metrics = {}
     if stats is not None:
         unsolved_B = ~(stats.relative_residual < UNSOLVED)  # NaN counts as unsolved

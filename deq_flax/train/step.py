@@ -25,7 +25,7 @@ from deq_flax.train.phases import Phase, StepScalars, regularized, solver_metric
 
 
 class TrainState(NamedTuple):
-    """Everything that changes from step to step. All of it is checkpointed, so that a resumed run equals an uninterrupted one."""
+    """Everything that changes from step to step. All of it is checkpointed: a resumed run equals an uninterrupted one."""
 
     params: Any
     """Nested dictionary of arrays."""

@@ -30,7 +30,7 @@ _FOLDERS_WANTED = (
 class ImageOptions:
     """Section `data` of an image classifier's config."""
 
-    name: str = "cifar10"
+    name: str
     """Data set: mnist, fashion_mnist or cifar10, from the published files; folders, ImageNet-like; digits, of scikit-learn."""
     path: str = ""
     """Folder or zip file of the data set; digits needs none."""
@@ -42,13 +42,13 @@ class ImageOptions:
     """Height and width that images read from files are cropped to; 0 for those in memory, which keep their size."""
     resize: int = 0
     """Length of the shorter side before the central crop in evaluation, of images read from files; 0 for those in memory."""
-    augment: str = "crop_flip"
+    augment: str = "none"
     """Augmentation in training: none; crop or crop_flip for images in memory; resized_crop_flip for those read from files."""
-    pad: int = 4
+    pad: int = 0
     """Largest shift, in pixels, of the crop and crop_flip augmentations."""
-    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Mean of each color channel, subtracted from images scaled to 0..1."""
-    std: tuple[float, ...] = (0.2023, 0.1994, 0.2010)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Standard deviation of each color channel, which images are divided by."""
     valid_examples: int = 0
     """Training images held out for validation; 0: validate on the data set's own validation split, or on the test images."""
