@@ -93,7 +93,7 @@ def test_losses_and_gradients_are_those_of_one_device(steps, name):
 
 
 def test_images_give_what_one_device_gives(tmp_path):
-    """Batch normalisation too is over the whole batch; and nothing is sent within a loop."""
+    """Batch normalization too is over the whole batch, and nothing is sent within a loop."""
     deq = {"solver": "picard", "backward_solver": "picard", "pretrain_steps": 0, "jacobian_weight": 0.0, "max_steps_jitter": 0}
     sgd = {"learning_rate": 1.0, "schedule": "constant", "clip_norm": 0.0, "momentum": 0.0, "nesterov": False}
     data = {"batch_size": 8, "eval_batch_size": 8, "pictures": 0}
