@@ -8,7 +8,7 @@ from flax import nnx
 
 from deq_flax.config import phases_of, resolve
 from deq_flax.models import abstract_model
-from tests.test_configs_language import load
+from tests.test_configs import load
 
 IMAGES = {name: load(name) for name in ("digits", "mnist", "cifar10", "imagenet", "camvid", "cityscapes")}
 VARIANTS = [(name, variant) for name, module in IMAGES.items() for variant in getattr(module, "VARIANTS", {None: {}})]
