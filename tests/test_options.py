@@ -106,7 +106,7 @@ def sections():
                     yield f"{task_name} {model_name} {name}", cls
 
 
-@pytest.mark.parametrize(("name", "cls"), sections())
+@pytest.mark.parametrize(("name", "cls"), list(sections()))
 def test_every_option_of_every_section_is_documented(name, cls):
     docs = options.docs_of(cls)
     for option in options.hints_of(cls):

@@ -29,7 +29,7 @@ MAY = {
 }
 """Room -> the rooms it may import. Not listed: the commands, which may import everything but each other."""
 
-COMMANDS = {"main", "convert", "generate", "plot"}
+COMMANDS = ("main", "convert", "generate", "plot")
 PARTS = {"plot": {"plot_model"}}
 """Files that only one command uses."""
 
