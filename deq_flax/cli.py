@@ -137,6 +137,8 @@ def _read_config(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str
         mapping = flag.value.to_dict()
     flag.overrides, rest = _overrides(argv, mapping)
     if mapping is not None:
+        rest = _without(rest, "config")  # it has been read: absl would read it again
+    if mapping is not None:
         try:
             resolve(mapping, flag.overrides)
         except UserError as error:
@@ -184,6 +186,18 @@ def _explain(error: BaseException, config: str) -> str:
     if isinstance(error, OSError):
         return f"config {config}: there is no such file, or it cannot be opened"
     return f"config {config}: {type(error).__name__}: {text}"
+
+
+def _without(argv: Sequence[str], name: str) -> list[str]:
+    """The arguments without a flag that takes a value."""
+    rest, arguments = [], iter(argv)
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        if flag not in (f"--{name}", f"-{name}"):
+            rest.append(argument)
+        elif not equals:
+            next(arguments)
+    return rest
 
 
 def _value_of(argv: Sequence[str], name: str) -> str | None:

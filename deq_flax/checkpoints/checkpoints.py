@@ -43,8 +43,8 @@ class Checkpoints:
 
     Args:
       directory: the folder; created if it does not exist, unless `read_only`.
-      options: `keep_latest` and `keep_best` of them, the latter by lowest `metrics['loss']`. Checkpoints without that metric,
-        or with one that is not finite, are never best.
+      options: the numbers of checkpoints to keep. The best have the lowest `metrics['loss']`; a checkpoint without a finite one
+        is never among them.
       read_only: neither write nor rename or delete anything.
 
     Raises:
@@ -89,7 +89,9 @@ class Checkpoints:
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> bool:
-        """Start writing a checkpoint in the background, once the previous one is on disk. Arrays may then be donated.
+        """Start writing a checkpoint in the background, once the previous one is on disk.
+
+        The arrays may be donated as soon as this returns.
 
         Args:
           step: its number. A step that is on disk already is left unchanged.

@@ -7,10 +7,8 @@ import pytest
 from deq_flax.checkpoints.checkpoints import Checkpoints
 from deq_flax.checkpoints.retry import RetryingSaver
 from deq_flax.devices.collectives import collectives, table
-from deq_flax.devices.mesh import MeshOptions, make_mesh
-from deq_flax.tasks import make_task
-from deq_flax.train import loop
 from tests.tasks import images
+from tests.train import small
 from tests.train.small import config, write_tokens
 
 pytestmark = pytest.mark.slow
@@ -31,9 +29,7 @@ def folder(tmp_path_factory):
 
 def make_run(config, mesh):
     """A run before its first step."""
-    return loop.Run(
-        make_task(config), loop.TrainOptions(**config["train"]), make_mesh(MeshOptions(**mesh)), config["optimizer"]
-    )
+    return small.make_run(config | {"mesh": mesh})
 
 
 def start(folder, mesh, **changes):
@@ -58,9 +54,9 @@ def start(folder, mesh, **changes):
 
 
 def compiled_step(run):
-    task = run.task
-    arguments = (run.state, jax.device_put(next(task.train_batches(0))), task.controls(0), np.int32(0))
-    return run.train_step.lower(*arguments, phase=task.phase(0)).compile(), arguments
+    batch = jax.device_put(next(run.task.train_batches(0)))
+    arguments = (run.state, batch, run.phases.scalars(0), np.int32(0))
+    return run.train_step.lower(*arguments, phase=run.phases.phase(0)).compile(), arguments
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +89,7 @@ def test_losses_and_gradients_are_those_of_one_device(steps, name):
 
 
 def test_images_give_what_one_device_gives(tmp_path):
-    """Batch normalisation too is over the whole batch; and nothing is sent within a loop."""
+    """Batch normalization too is over the whole batch, and nothing is sent within a loop."""
     deq = {"solver": "picard", "backward_solver": "picard", "pretrain_steps": 0, "jacobian_weight": 0.0, "max_steps_jitter": 0}
     sgd = {"learning_rate": 1.0, "schedule": "constant", "clip_norm": 0.0, "momentum": 0.0, "nesterov": False}
     data = {"batch_size": 8, "eval_batch_size": 8, "pictures": 0}

@@ -128,7 +128,7 @@ def test_windows_cover_everything(length, window):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": {"num_classes": 0}}, "model.num_classes"),
+        ({"model": {"num_classes": 0}}, "num_classes at least 1"),
         ({"loss": {"class_weights": (1.0,)}}, "1 numbers for 3 classes"),
         ({"loss": {"hard_threshold": 2.0}}, "hard_threshold"),
         ({"data": {"eval_window": (9, 9)}}, "eval_window"),

@@ -113,4 +113,4 @@ class Disturbed:
 
 def arrays(workdir, step):
     """Every array of a checkpoint by name, as its checksum."""
-    return read_record(workdir / "checkpoints" / str(step))[0]["arrays"]
+    return read_record(workdir / "checkpoints" / str(step))["arrays"]

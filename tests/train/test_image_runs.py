@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from deq_flax.checkpoints.checkpoints import borrow_params
+from deq_flax.checkpoints.loading import load_params_except_head
 from deq_flax.checkpoints.stored_step import named_leaves
 from deq_flax.errors import UserError
 from deq_flax.train.step import split_model
@@ -86,7 +86,7 @@ def test_segmentation_starts_from_a_classifier(whole, scenes, tmp_path, capsys):
     out = capsys.readouterr().out
     best = whole[1].step
     _, params, variables = split_model(kept["task"].build_model(nnx.Rngs(0)))
-    borrowed = borrow_params(whole[0], params, variables, "head")
+    borrowed = load_params_except_head(whole[0], params, variables, "head")
     assert f"loaded: {len(borrowed.loaded)} arrays" in out and "fresh: " in out and "head/last" in out and "unused: " in out
     assert all(name.startswith(("head/", "variables/head/")) for name in borrowed.fresh + borrowed.unused)
     source = arrays(whole[0], best)

@@ -74,7 +74,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_from_there(folder, uninterrupte
 
     result = run(config(folder), tmp_path, lambda task: Disturbed(task, terminate))
     assert result.interrupted and result.step == 5
-    assert Checkpoints(tmp_path / "checkpoints", keep_latest=1, keep_best=0, read_only=True).steps()[-1] == 5
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps()[-1] == 5
     run(config(folder), tmp_path)
     assert metrics(tmp_path) == metrics(uninterrupted)
     assert arrays(tmp_path, 8) == arrays(uninterrupted, 8)
@@ -117,7 +117,7 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(folder
 
     with pytest.raises(UserError, match="not finite 3 steps in a row"):
         run(config(folder), tmp_path, lambda task: Disturbed(task, poison))
-    assert Checkpoints(tmp_path / "checkpoints", keep_latest=1, keep_best=0, read_only=True).steps() == [4, 6]
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == [4, 6]
     assert metrics(tmp_path)[:5] == metrics(uninterrupted)[:5]  # four steps and an evaluation
     assert arrays(tmp_path, 4)["params"] == arrays(tmp_path, 6)["params"]
 

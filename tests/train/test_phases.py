@@ -137,7 +137,7 @@ def test_the_solve_of_a_phase_is_that_of_the_library():
     np.testing.assert_array_equal(solution.value, expected.value)
     slope = 0.3 * (1 - jnp.square(expected.value))  # f works element by element
     v = jax.random.normal(jax.random.split(jax.random.split(jax.random.fold_in(jax.random.key(0), 1), 1)[0], 1)[0], x.shape)
-    np.testing.assert_allclose(jacobian, jnp.square(v * slope).sum() / x.size, rtol=1e-5)
+    np.testing.assert_allclose(jacobian, jnp.square(v * slope).sum() / x.size, rtol=1e-3)
     assert phase.solve()(f, 0 * x)[1] is None  # no key, no Jacobian loss
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.checkpoints.checkpoints import Checkpoints, load_params
+from deq_flax.checkpoints.checkpoints import Checkpoints
+from deq_flax.checkpoints.loading import load_params
 from deq_flax.config import resolve
 from deq_flax.devices.mesh import MeshOptions
 from deq_flax.nn.image_norm import BatchNorm
@@ -76,14 +77,14 @@ def run(workdir, task=None, *, steps=1, **overrides):
     c = resolve(sections)
     parts = dict(optimizer=c.optimizer, train=c.train, mesh=c.mesh, checkpoint=c.checkpoint)
     result = train(task or Task(), workdir=workdir, config=sections, phases=make_phases(None), **parts)
-    with Checkpoints(workdir / "checkpoints", keep_latest=1, keep_best=0, read_only=True) as checkpoints:
-        return result, statistics(checkpoints.restore(steps, *templates()))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        params, variables = templates()
+        return result, statistics(checkpoints.restore(steps, params=params, variables=variables))
 
 
 def templates():
-    """(parameters, None, None, variables), as `Checkpoints.restore` takes them."""
-    _, params, variables = split_model(Normalized())
-    return params, None, None, variables
+    """Parameters and variables."""
+    return split_model(Normalized())[1:]
 
 
 def statistics(restored):
@@ -150,7 +151,7 @@ def test_a_checkpoint_is_evaluated_with_its_own_statistics(tmp_path):
 
     task = Worse()
     result, last = run(tmp_path / "a", task, steps=3, optimizer=dict(learning_rate=1.0), checkpoint=dict(keep_latest=3))
-    params, _, _, variables = templates()
+    params, variables = templates()
     best = load_params(tmp_path / "a", params, variables)
     evaluation = evaluate_checkpoint(
         task, tmp_path / "a", phases=make_phases(None), mesh=MeshOptions(data=1), options=EvalOptions(), seed=0
