@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import tables, training, utilisation
+from benchmarks import tables, training, utilization
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +30,7 @@ def test_every_table_has_its_place():
     }
     places = re.findall(r"<!-- begin (.+) -->", tables.README.read_text())
     assert len(places) == len(set(places))
-    assert set(places) == published - {"utilisation"}  # an accelerator's
+    assert set(places) == published - {"utilization"}  # an accelerator's
 
 
 def test_a_table_replaces_the_one_before_and_nothing_else(tmp_path):
@@ -53,7 +53,7 @@ def test_operations_are_those_of_the_products():
         return jax.lax.scan(step, b, None, length=5)[0]
 
     jaxpr = jax.make_jaxpr(jax.jit(program))(jnp.ones((3, 3)), jnp.ones((2, 3))).jaxpr
-    assert utilisation.operations(jaxpr) == 5 * 2 * 2 * 3 * 3
+    assert utilization.operations(jaxpr) == 5 * 2 * 2 * 3 * 3
 
 
 def test_a_run_of_made_up_text_evaluates_as_often_as_it_is_told(tmp_path):

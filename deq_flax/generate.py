@@ -6,7 +6,6 @@ DIR is the workdir of a run or of `deq_flax.convert`. Words are printed as they 
 of f per token, on stderr. The same seed gives the same text. Words are separated by spaces, as in the training text.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -129,13 +128,13 @@ def default_memory(config: "Config") -> int:
     return config.model.mem_len or config.data.eval_seq_len
 
 
-def make_solver(deq: "DEQOptions", *, tol: float | None, max_steps: int | None) -> "Solver":
+def make_solver(deq: "DEQOptions | None", *, tol: float | None, max_steps: int | None) -> "Solver":
     """The solver of evaluation, with another tolerance or limit if given. ValueError: one of these is out of range."""
     from deq_flax.train.phases import make_phases
 
     solver = make_phases(deq, seed=0).evaluation.solver
-    changes = {"tol": tol, "max_steps": max_steps}
-    return dataclasses.replace(solver, **{name: value for name, value in changes.items() if value is not None})
+    assert solver is not None, "a model with an equilibrium has a solver"
+    return solver.with_limits(tol=tol, max_steps=max_steps)
 
 
 def _workdirs(path: Path) -> list[Path]:

@@ -35,12 +35,12 @@ def draw_model(pyplot: Any, task: Any, deq: DEQOptions | None, workdir: Path) ->
     """
     devices = make_mesh(MeshOptions(data=1, fsdp=1, tensor=1))
     model, graphdef, weights, _ = load(task, workdir, devices)
-    drawn: dict[str, Any] = dict(make_pictures(task, graphdef, devices)(*weights))
-    phases = make_phases(deq, seed=0)
-    metrics = measure(task, model, make_eval_step(task, graphdef, devices, phases.evaluation), devices, *weights, "valid")
+    phase = make_phases(deq, seed=0).evaluation
+    drawn: dict[str, Any] = dict(make_pictures(task, graphdef, devices, phase.solve())(*weights))
+    metrics = measure(task, model, make_eval_step(task, graphdef, devices, phase), devices, *weights, "valid")
     if "confusion" in metrics:
         drawn["confusion"] = draw_confusion(pyplot, metrics["confusion"], task.class_names)
-    batch, solver = task.picture_batch(), phases.evaluation.solver
+    batch, solver = task.picture_batch(), phase.solver
     if batch is not None and solver is not None and isinstance(task, HasEquation):
 
         @jax.jit

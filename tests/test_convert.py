@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from deq_flax.checkpoints.loading import load_meta, load_params
-from deq_flax.config import from_stored, make_task, phases_of, resolve
+from deq_flax.config import from_stored, make_task, phases_of
 from deq_flax.convert import _with_model, convert, to_torch
 from deq_flax.equilibrium import Picard
 from deq_flax.errors import UserError
@@ -21,7 +21,7 @@ from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from deq_flax.train.step import split_model
 from tests import reference
 from tests.commands import command
-from tests.test_configs import LANGUAGE
+from tests.test_configs_language import resolved
 
 FIXTURES = ["lm_deq_postln", "lm_deq_preln", "lm_deq_local", "lm_deq_div1", "lm_deq_nocut", "lm_tdeq_postln"]
 
@@ -32,7 +32,7 @@ def source(name):
 
 def config(**model):
     """That of wt103 with changed model options."""
-    return changed(resolve(LANGUAGE["wt103"].get_config().to_dict()), model=model)
+    return changed(resolved("wt103", "base"), model=model)
 
 
 def changed(config, **sections):
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_back_too(tmp_path, monkeypatch)
 
 
 def test_a_model_without_a_counterpart_is_refused(tmp_path):
-    explicit = resolve(LANGUAGE["wt103"].get_config("explicit").to_dict())
+    explicit = resolved("wt103", "explicit")
     with pytest.raises(UserError, match="weights of model 'transformer_xl' cannot be converted"):
         convert(source("lm_deq_nocut"), tmp_path / "dir", explicit)
     assert not (tmp_path / "dir").exists()

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from deq_flax.config import resolve
 from deq_flax.convert import convert
 from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.vocabulary import Vocabulary
@@ -13,15 +12,15 @@ from deq_flax.errors import UserError
 from deq_flax.generate import default_memory, encode_prompt, find_vocabulary, make_solver
 from tests import reference
 from tests.commands import command
-from tests.test_configs import LANGUAGE
+from tests.test_configs_language import resolved
 
 WORDS = Vocabulary(["<eos>", "<unk>", "the", "cat"], lower_case=True)
 
 
 def config(text="tokens", vocab_size=4, mem_len=7):
-    data = {"name": text, "path": "", "eval_seq_len": 9}
-    model = {"name": "deq_transformer", "vocab_size": vocab_size, "cutoffs": (), "mem_len": mem_len}
-    return resolve({"task": "language", "data": data, "model": model})
+    base = resolved("wt103", "base")
+    data = dataclasses.replace(base.data, name=text, path="", eval_seq_len=9)
+    return dataclasses.replace(base, data=data, model=dataclasses.replace(base.model, vocab_size=vocab_size, mem_len=mem_len))
 
 
 def test_the_words_of_a_run_are_found_from_any_folder_of_it(tmp_path):
@@ -66,7 +65,7 @@ def test_an_empty_prompt_is_the_beginning_of_a_line():
 def test_memory_and_solver_are_those_of_training():
     assert default_memory(config()) == 7
     assert default_memory(config(mem_len=0)) == 9
-    deq = resolve(LANGUAGE["wt103"].get_config().to_dict()).deq
+    deq = resolved("wt103", "base").deq
     assert make_solver(deq, tol=None, max_steps=None).max_steps == 30
     changed = make_solver(deq, tol=1e-5, max_steps=4)
     assert (changed.tol, changed.max_steps) == (1e-5, 4)
@@ -75,7 +74,7 @@ def test_memory_and_solver_are_those_of_training():
 
 
 def test_the_solver_keeps_the_options_that_only_it_has():
-    deq = resolve(LANGUAGE["wt103"].get_config().to_dict()).deq
+    deq = resolved("wt103", "base").deq
     deq = dataclasses.replace(deq, solver="anderson", stop="absolute", solver_options={"memory": 3})
     solver = make_solver(deq, tol=1e-5, max_steps=None)
     assert solver == Anderson(tol=1e-5, max_steps=deq.max_steps, stop="absolute", memory=3)
@@ -84,7 +83,7 @@ def test_the_solver_keeps_the_options_that_only_it_has():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "dir"
-    config = resolve(LANGUAGE["wt103"].get_config().to_dict())
+    config = resolved("wt103", "base")
     config = dataclasses.replace(config, deq=dataclasses.replace(config.deq, solver="picard"))
     convert(reference.FOLDER / "lm_deq_nocut.pth", folder, config, auto=True)
     Vocabulary(["<eos>", "<unk>", *(f"w{i}" for i in range(998))]).save(folder / "words.txt")

@@ -17,7 +17,7 @@ from deq_flax.errors import UserError
 from deq_flax.plot_model import branch_residuals, draw_confusion
 from tests.commands import command
 from tests.tasks.images import classification, write_labelled
-from tests.test_configs import LANGUAGE
+from tests.test_configs_language import resolved
 
 LINES = [
     {"step": 10, "split": "train", "loss": 3.0, "ppl": 20.1, "forward_nfe": 9.0, "forward_residual": 1e-3},
@@ -30,7 +30,7 @@ def write_run(folder, lines=LINES):
     """What a run on text leaves behind, but for its checkpoints."""
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 30, "spl')
-    (folder / "config.json").write_text(json.dumps(to_dict(resolve(LANGUAGE["wt103"].get_config("tiny").to_dict()))))
+    (folder / "config.json").write_text(json.dumps(to_dict(resolved("wt103", "tiny"))))
     return folder
 
 

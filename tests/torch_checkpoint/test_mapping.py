@@ -5,9 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.test_configs import LANGUAGE
 
-from deq_flax.config import resolve
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model
 from deq_flax.torch_checkpoint import (
@@ -27,6 +25,7 @@ from deq_flax.torch_checkpoint import (
 )
 from deq_flax.torch_checkpoint.mapping import Row
 from tests import reference
+from tests.test_configs_language import LANGUAGE, resolved
 
 FAMILY = FAMILIES["deq_transformer"]
 FULL_SIZE = {name: tuple(shape) for name, shape in reference.facts()["wt103"]["state_dict"].items()}
@@ -35,7 +34,7 @@ POSTLN = reference.FOLDER / "lm_deq_postln.pth"
 
 def options(variant="base", **changes):
     """The model options of a variant of configs/wt103.py."""
-    return dataclasses.replace(resolve(LANGUAGE["wt103"].get_config(variant).to_dict()).model, **changes)
+    return dataclasses.replace(resolved("wt103", variant).model, **changes)
 
 
 def fitting(path):

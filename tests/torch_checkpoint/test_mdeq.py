@@ -57,7 +57,8 @@ FULL_SIZE = {
 def config(name, **model):
     """A config of the task and head of a fixture or published model."""
     task = reference.task(name)
-    return resolve({"task": task, "model": {"name": "mdeq", "head": task} | model})
+    required = {"data": {"name": "folders"}, "optimizer": {"learning_rate": 0.1}, "train": {"steps": 1}}
+    return resolve({"task": task, "model": {"name": "mdeq", "head": task} | model} | required)
 
 
 @cache
