@@ -28,7 +28,7 @@ _MASK_FOLDERS = ("labels", "masks", "annotations")
 class SceneOptions:
     """Section `data` of a segmentation model's config."""
 
-    name: str = "cityscapes"
+    name: str
     """Data set: cityscapes or camvid, from the published files; folders, any images with masks of class numbers."""
     path: str = ""
     """Folder or zip file of the data set."""

@@ -26,7 +26,7 @@ CHUNK = 1 << 22
 class TextOptions:
     """Section `data` of a language model's config."""
 
-    name: str = "wt103"
+    name: str
     """Text: wt103 or ptb, from the published files; tokens, arrays of token ids; pydoc, English text included in Python."""
     path: str = ""
     """Folder of the text's files; for wt103 also the published zip file. pydoc needs none."""
