@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import tables, training, turns
+from deq_flax.config import Config
 
 SMALL = {
     "model.d_model": 16,
@@ -31,7 +32,7 @@ SMALL = {
 IMAGENET = {"model.num_classes": 2, "data.pictures": 0, "deq.pretrain_steps": 0}
 
 
-def loaders() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def loaders() -> Iterator[tuple[str, Config, Config]]:
     """(name, config whose batches are loaded, config whose training steps are timed) of every case."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as small:
         words = training.text(folder, 267_735, 56 * 150 * 40 + 1)
@@ -69,9 +70,9 @@ def photographs(folder: Path, count: int) -> None:
             Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def loading(config: dict[str, Any], rounds: int) -> float:
+def loading(config: Config, rounds: int) -> float:
     """Seconds for each batch once the batches that are read ahead at the start are used up."""
-    from deq_flax.tasks import make_task
+    from deq_flax.config import make_task
 
     batches = make_task(config).train_batches(0)
     for _ in range(8):
@@ -82,12 +83,12 @@ def loading(config: dict[str, Any], rounds: int) -> float:
     return (perf_counter() - start) / rounds
 
 
-def examples(config: dict[str, Any]) -> int:
+def examples(config: Config) -> int:
     """The number of tokens or images in a batch."""
-    return config["data"]["batch_size"] * config["data"].get("seq_len", 1)
+    return config.data.batch_size * getattr(config.data, "seq_len", 1)
 
 
-def stepping(config: dict[str, Any], rounds: int) -> float:
+def stepping(config: Config, rounds: int) -> float:
     """The median time of a training step, in seconds."""
     step = training.Training(config).stepping()
     step()
@@ -110,13 +111,13 @@ def host(blocks: int, rounds: int) -> list[str]:
     from deq_flax.devices.mesh import put_batch
     from deq_flax.train.evaluate import fetch
 
-    def add_one(state: Any, batch: Any, controls: Any, number: Any) -> Any:
-        return jax.tree.map(lambda x: x + 1, state), batch["mask"].sum() + controls.max_steps + number
+    def add_one(state: Any, batch: Any, scalars: Any, number: Any) -> Any:
+        return jax.tree.map(lambda x: x + 1, state), batch["mask"].sum() + scalars.max_steps + number
 
     with tempfile.TemporaryDirectory() as folder:
         sizes = training.timing_text(folder, 2) | SMALL | {"model.blocks": blocks}
         it = training.Training(training.resolved("configs/wt103.py", sizes))
-        state, metrics = it.run.train_step(it.run.state, *it.arguments, phase=it.task.phase(0))
+        state, metrics = it.run.train_step(it.run.state, *it.arguments, phase=it.phases.phase(0))
         shardings = (jax.tree.map(lambda x: x.sharding, state), None)
         dispatch = jax.jit(add_one, donate_argnums=0, out_shardings=shardings)
         batches, laps = it.task.train_batches(0), []
@@ -126,9 +127,9 @@ def host(blocks: int, rounds: int) -> list[str]:
             lap.append(perf_counter())
             batch = put_batch(it.run.devices, batch, it.task.batch_size)
             lap.append(perf_counter())
-            _, controls = it.task.phase(number), it.task.controls(number)
+            _, scalars = it.phases.phase(number), it.phases.scalars(number)
             lap.append(perf_counter())
-            state, _ = dispatch(state, batch, controls, np.int32(number))
+            state, _ = dispatch(state, batch, scalars, np.int32(number))
             lap.append(perf_counter())
             jax.block_until_ready(state)
             fresh = jax.block_until_ready(
@@ -156,7 +157,7 @@ def main() -> None:
         "of the state",
         "next batch",
         "placing it",
-        "phase, controls",
+        "phase, scalars",
         "dispatch",
         "metrics",
         "in all",

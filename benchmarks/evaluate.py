@@ -31,10 +31,10 @@ def ours(dtype: str) -> dict[str, Callable]:
             changes = training.timing_text(folder, STEPS) | {"model.mem_len": memory, "model.dtype": dtype}
             it = training.Training(training.resolved("configs/wt103.py", changes))
         full = it.task.fresh_carry(it.run.model, BATCH)._replace(length_B=jnp.full((BATCH,), memory, jnp.int32))
-        controls = it.task.controls(0)
+        scalars = it.phases.scalars(0)
 
-        def segment(limit: int, it=it, full=full, controls=controls) -> Callable:
-            carry, limits = jax.tree.map(jnp.copy, full), controls._replace(max_steps=np.int32(limit))
+        def segment(limit: int, it=it, full=full, scalars=scalars) -> Callable:
+            carry, limits = jax.tree.map(jnp.copy, full), scalars._replace(max_steps=np.int32(limit))
 
             def run() -> None:
                 nonlocal carry

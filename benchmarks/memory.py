@@ -30,21 +30,22 @@ GRADIENTS = {
     "Reversible": lambda limit: (Picard(max_steps=limit), Reversible()),
     "Unroll": lambda limit: (Picard(max_steps=limit), Unroll(limit)),
 }
+KEPT_10 = {"deq.solver_options": {"memory": 10}, "deq.backward_solver_options": {"memory": 10}}
 STEPS = {
     "transformer, Anderson / Broyden": ("wt103", {}),
-    "transformer, Anderson / Broyden, 10 pairs kept": ("wt103", {"deq.memory": 10}),
+    "transformer, Anderson / Broyden, 10 pairs kept": ("wt103", KEPT_10),
     "transformer, Broyden / Broyden": ("wt103", {"deq.solver": "broyden"}),
-    "transformer, Broyden / Broyden, 10 pairs kept": ("wt103", {"deq.solver": "broyden", "deq.memory": 10}),
+    "transformer, Broyden / Broyden, 10 pairs kept": ("wt103", {"deq.solver": "broyden"} | KEPT_10),
     "transformer, reversible": ("wt103", {"deq.gradient": "reversible"}),
     "mdeq tiny, Broyden / Broyden": ("cifar10:tiny", {}),
     "mdeq large, Broyden / Broyden": ("cifar10:large", {}),
-    "mdeq large, Broyden / Broyden, 10 pairs kept": ("cifar10:large", {"deq.memory": 10}),
+    "mdeq large, Broyden / Broyden, 10 pairs kept": ("cifar10:large", KEPT_10),
 }
 """Row -> config and changes to it; sizes as in train_step.py."""
 WT103 = {
     "base: Anderson 30, Broyden 35": ("base", {}),
     "base in bfloat16": ("base", {"model.dtype": "bfloat16"}),
-    "base, 10 pairs of Broyden's kept": ("base", {"deq.memory": 10}),
+    "base, 10 pairs of Broyden's kept": ("base", KEPT_10),
     "base, phantom gradient, 5 steps": ("base", {"deq.gradient": "phantom"}),
     "base, reversible": ("base", {"deq.gradient": "reversible"}),
     "reg: memory 300, Jacobian loss": ("reg", {}),
@@ -93,7 +94,7 @@ def of_wt103() -> Iterator[list[str]]:
             sizes = {"data.batch_size": 14, "deq.pretrain_steps": 0} | training.text(folder, 267_735, 14 * 151)
             config = training.resolved(f"configs/wt103.py:{variant}", sizes | changes)
             run = training.Training(config)
-            jacobian_loss = config.get("deq", {}).get("jacobian_weight", 0) > 0
+            jacobian_loss = config.deq is not None and config.deq.jacobian_weight > 0
             whole, temporary = peak(run.traced(jacobian_loss=jacobian_loss).lower().compile())
         print(f"{label}: {whole / 1e3:.2f} GB", flush=True)
         yield [label, f"{(whole - temporary) / 1e3:.2f}", f"{temporary / 1e3:.2f}", f"{whole / 1e3:.2f}"]

@@ -75,7 +75,7 @@ def facts(variant: str, options: dict[str, Any]) -> tuple[int, float]:
     config = training.resolved(f"configs/ptb.py:{variant}", options)
     it = training.Training(config)
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(it.run.state.params))
-    jacobian_loss = config.get("deq", {}).get("jacobian_weight", 0) > 0
+    jacobian_loss = config.deq is not None and config.deq.jacobian_weight > 0
     return parameters, peak(it.traced(jacobian_loss=jacobian_loss).lower().compile())[0]
 
 

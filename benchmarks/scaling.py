@@ -9,10 +9,9 @@ links, without overlap with the solve.
 """
 
 import argparse
-import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # these programs are analyzed, hardly run
 
@@ -20,11 +19,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks import training
+from deq_flax.config import make_task, phases_of
 from deq_flax.devices.collectives import collectives, table
-from deq_flax.devices.mesh import make_mesh
-from deq_flax.models.deq_transformer import DEQTransformer
-from deq_flax.tasks import make_task
-from deq_flax.train import loop
+from deq_flax.devices.mesh import MeshOptions, make_mesh
+from deq_flax.models import abstract_model
+from deq_flax.train.loop import Run
 
 MESHES = ((8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4))
 LIMITS = (4, 16)
@@ -49,17 +49,6 @@ CHIPS = {
 }
 
 
-def config(path: str, **changes) -> dict:
-    """The config `FILE[:VARIANT]` with changes, as plain data."""
-    spec = importlib.util.spec_from_file_location("config", path.split(":")[0])
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    values = module.get_config(*path.split(":")[1:]).unlock()
-    values.update_from_flattened_dict(changes)
-    return values.to_dict()
-
-
 def run_on(mesh: tuple[int, int, int], limit: int):
     """A run of a small model on a mesh (data, fsdp, tensor), with at most `limit` evaluations each way."""
     changes = {
@@ -67,16 +56,16 @@ def run_on(mesh: tuple[int, int, int], limit: int):
         "data.seq_len": 8, "model.mem_len": 8, "deq.max_steps": limit, "deq.backward_max_steps": limit,
         "deq.max_steps_jitter": 0, "deq.pretrain_steps": 0, "deq.jacobian_weight": 0.0,
     }  # fmt: skip
-    c = config("configs/wt103.py:tiny", **changes)
-    devices = make_mesh(data=mesh[0], fsdp=mesh[1], tensor=mesh[2])
-    return loop.Run(make_task(c), loop.TrainOptions(**c["train"]), devices, c["optimizer"])
+    c = training.resolved("configs/wt103.py:tiny", changes)
+    devices = make_mesh(MeshOptions(data=mesh[0], fsdp=mesh[1], tensor=mesh[2]))
+    return Run(make_task(c), phases_of(c), c.train, devices, c.optimizer)
 
 
 def measure(mesh: tuple[int, int, int], limit: int) -> tuple[list, int, int]:
     """(collectives of a step, bytes of parameters, bytes of optimizer state on one device)."""
     run = run_on(mesh, limit)
-    arguments = (run.state, jax.device_put(next(run.task.train_batches(0))), run.task.controls(0), np.int32(0))
-    hlo = run.train_step.lower(*arguments, phase=run.task.phase(0)).compile().as_text()
+    arguments = (run.state, jax.device_put(next(run.task.train_batches(0))), run.phases.scalars(0), np.int32(0))
+    hlo = run.train_step.lower(*arguments, phase=run.phases.phase(0)).compile().as_text()
     stored = [
         sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
         for tree in (run.state.params, run.state.opt_state)
@@ -94,11 +83,8 @@ def seconds_sending(chips: int, parameters: int, chip: Chip) -> float:
 
 
 def parameters_of(path: str) -> int:
-    """The number of parameters of a config's model."""
-    c = config(path)
-    model = nnx.eval_shape(
-        lambda: DEQTransformer(**(c["model"] | {"vocab_size": c["model"]["vocab_size"] or 267_735}), rngs=nnx.Rngs(0))
-    )
+    options = training.resolved(path).model
+    model = abstract_model(replace(options, vocab_size=options.vocab_size or 267_735))
     return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 

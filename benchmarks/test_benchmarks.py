@@ -58,5 +58,5 @@ def test_operations_are_those_of_the_products():
 
 def test_a_run_of_made_up_text_evaluates_as_often_as_it_is_told(tmp_path):
     it = training.Training(training.resolved("configs/wt103.py", training.timing_text(str(tmp_path), 3)))
-    _, metrics = it.run.train_step(it.run.state, *it.arguments, phase=it.task.phase(0))
+    _, metrics = it.run.train_step(it.run.state, *it.arguments, phase=it.phases.phase(0))
     assert metrics["forward_nfe"].total == 3 and metrics["backward_nfe"].total == 3

@@ -7,24 +7,34 @@ unrolled evaluation, less that evaluation. A compiler can fuse across parts, so 
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:  # a worker that times PyTorch never imports JAX
+    from deq_flax.config import Config
+    from deq_flax.train.phases import Phase
 
 CASES = ("f", "vjp", "step of one evaluation", "step")
 
 
-def resolved(path: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config `FILE[:VARIANT]` as plain data, with `changes` ('section.key': value) to the sections that it has."""
+def resolved(path: str, changes: Mapping[str, Any] | None = None) -> "Config":
+    """The config `FILE[:VARIANT]` with `changes` ('section.key': value) to the sections that it has."""
+    from deq_flax.config import resolve, section_types
+
     file, *variant = path.split(":")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config(*variant).unlock()
-    config.update_from_flattened_dict({key: x for key, x in (changes or {}).items() if key.split(".")[0] in config})
-    return config.to_dict()
+    mapping = module.get_config(*variant).to_dict()
+    for path, value in (changes or {}).items():
+        section, _, key = path.partition(".")
+        if section in section_types(mapping):
+            mapping.setdefault(section, {})[key] = value
+    return resolve(mapping)
 
 
 def exactly(steps: int) -> dict[str, Any]:
@@ -71,33 +81,39 @@ def timing_text(folder: str, steps: int) -> dict[str, Any]:
 class Training:
     """A run of a config on one device, at its first step."""
 
-    def __init__(self, config: Mapping[str, Any]):
-        from deq_flax.devices.mesh import make_mesh
-        from deq_flax.tasks import make_task
-        from deq_flax.train.loop import Run, TrainOptions
+    def __init__(self, config: "Config"):
+        from deq_flax.config import make_task, phases_of
+        from deq_flax.devices.mesh import MeshOptions, make_mesh
+        from deq_flax.train.loop import Run
 
-        self.config, self.task = config, make_task(config)
+        self.config, self.task, self.phases = config, make_task(config), phases_of(config)
         self.batch = next(self.task.train_batches(0))
-        self.run = Run(self.task, TrainOptions(**config["train"]), make_mesh(data=1, fsdp=1, tensor=1), config["optimizer"])
-        self.arguments = (self.batch, self.task.controls(0), np.int32(0))
+        self.run = Run(self.task, self.phases, config.train, make_mesh(MeshOptions(data=1)), config.optimizer)
+        self.arguments = (self.batch, self.phases.scalars(0), np.int32(0))
+
+    def phase(self, *, unrolled: bool = False, jacobian_loss: bool = False) -> "Phase":
+        """The phase of a training step; `unrolled`: through `deq.pretrain_layers` evaluations instead of a solve."""
+        from deq_flax.train.phases import make_phases
+
+        deq = self.config.deq
+        phases = self.phases if deq is None else make_phases(replace(deq, pretrain_steps=int(unrolled)))
+        return replace(phases.phase(0), jacobian_loss=jacobian_loss)
 
     def stepping(self, *, unrolled: bool = False) -> Callable[[], None]:
-        """A training step as a program; `unrolled`: through `deq.pretrain_layers` evaluations instead of a solve."""
+        """A program that takes a step; `unrolled` as for `phase`."""
         import jax
 
-        from deq_flax.task import Phase
+        phase = self.phase(unrolled=unrolled)
 
         def step() -> None:
-            self.run.state, metrics = self.run.train_step(self.run.state, *self.arguments, phase=Phase(unrolled=unrolled))
+            self.run.state, metrics = self.run.train_step(self.run.state, *self.arguments, phase=phase)
             jax.block_until_ready(metrics)
 
         return step
 
     def traced(self, *, unrolled: bool = False, jacobian_loss: bool = False) -> Any:
-        """The traced training step, with `.jaxpr` and `.lower().compile()` for analysis."""
-        from deq_flax.task import Phase
-
-        phase = Phase(unrolled=unrolled, jacobian_loss=jacobian_loss)
+        """The step as traced by JAX: `.jaxpr` to inspect it, `.lower().compile()` to analyze it."""
+        phase = self.phase(unrolled=unrolled, jacobian_loss=jacobian_loss)
         return self.run.train_step.trace(self.run.state, *self.arguments, phase=phase)
 
     def equation(self, model: Any) -> tuple[Callable, Any]:
@@ -105,7 +121,7 @@ class Training:
         import jax.numpy as jnp
 
         if "images" in self.batch:
-            return model.equation(self.task.normalise(jnp.asarray(self.batch["images"])), train=False)
+            return model.equation(self.task.normalize(jnp.asarray(self.batch["images"])))
         rows, memory = self.task.batch_size, model.fresh_memory(self.task.batch_size)
         return model.equation(self.batch["inputs"], memory._replace(length_B=jnp.full((rows,), model.mem_len)))[:2]
 
@@ -118,7 +134,7 @@ class Training:
         from deq_flax.train.step import split_model
 
         graph, *_ = split_model(self.run.model)
-        steps = self.config["deq"]["max_steps"]
+        steps = self.config.deq.max_steps
 
         def f(params: Any, variables: Any) -> Any:
             f, z0 = self.equation(nnx.merge(graph, params, variables, copy=True))

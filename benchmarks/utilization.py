@@ -11,6 +11,7 @@ small, to try the command on a CPU.
 import math
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from statistics import median
 from time import perf_counter
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import tables, training, turns
+from deq_flax.config import Config
 
 CONFIGS = ("configs/wt103.py:base", "configs/wt103.py:deq_lm")
 SMALL = {
@@ -57,15 +59,15 @@ def _is_program(x: Any) -> bool:
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
 
 
-def needed(config: dict[str, Any]) -> float:
+def needed(config: Config) -> float:
     """The operations of a step, as the module's docstring defines them."""
 
     def unrolled(layers: int) -> float:
-        it = training.Training(config | {"deq": config["deq"] | {"pretrain_layers": layers}})
+        it = training.Training(replace(config, deq=replace(config.deq, pretrain_layers=layers)))
         return operations(it.traced(unrolled=True).jaxpr)
 
-    one, two, steps = unrolled(1), unrolled(2), config["deq"]["max_steps"]
-    if config["deq"]["gradient"] == "unroll":
+    one, two, steps = unrolled(1), unrolled(2), config.deq.max_steps
+    if config.deq.gradient == "unroll":
         return one + (steps - 1) * (two - one)
     it = training.Training(config)
     weights = it.run.state.params, it.run.state.variables
@@ -95,11 +97,11 @@ def row(path: str, mode: str, peak: float, arguments: Any) -> list[str]:
     """The table row of a config in a mode; `peak`: the rate of one product, operations a second."""
     with tempfile.TemporaryDirectory() as folder:
         words, length = (1000, 8) if arguments.small else (267_735, 150)
-        steps = training.resolved(path)["deq"]["max_steps"]
+        steps = training.resolved(path).deq.max_steps
         changes = training.exactly(steps) | training.text(folder, words, arguments.batch * (length + 1) * 2)
         changes |= {"data.batch_size": arguments.batch, "model.dtype": "bfloat16" if mode == "bfloat16" else "float32"}
         config = training.resolved(path, changes | (SMALL if arguments.small else {}))
-        solves = config["deq"]["gradient"] != "unroll"
+        solves = config.deq.gradient != "unroll"
         programs = training.Training(config).programs()
         time = {case: seconds(program, arguments.rounds) for case, program in programs.items() if solves or case == "step"}
         rate = needed(config) / time["step"]

@@ -3,13 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deq_flax.nn.normalization import BatchNorm
 from flax import nnx
 
 from deq_flax.checkpoints.checkpoints import Checkpoints
 from deq_flax.checkpoints.loading import load_params
 from deq_flax.config import resolve
 from deq_flax.devices.mesh import MeshOptions
-from deq_flax.nn.normalization import BatchNorm
 from deq_flax.task import LossOutput, average
 from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from deq_flax.train.loop import train
