@@ -18,14 +18,14 @@ import jax.numpy as jnp
 
 from benchmarks import tables, training
 from benchmarks.layer import jax_layer, weights
-from deq_flax import Anderson, Broyden, Implicit, PhantomGradient, Picard, Reversible, Shine, Unroll, fixed_point
+from deq_flax import SHINE, Anderson, Broyden, Implicit, PhantomGradient, Picard, Reversible, Unroll, fixed_point
 
 LIMITS = (10, 20, 40, 60)
 GRADIENTS = {
     "Implicit, Anderson": lambda limit: (Anderson(max_steps=limit), Implicit()),
     "Implicit, Broyden(memory=10)": lambda limit: (Broyden(max_steps=limit, memory=10), Implicit()),
     "Implicit, Broyden()": lambda limit: (Broyden(max_steps=limit), Implicit()),
-    "Shine, Broyden(memory=10)": lambda limit: (Broyden(max_steps=limit, memory=10), Shine()),
+    "SHINE, Broyden(memory=10)": lambda limit: (Broyden(max_steps=limit, memory=10), SHINE()),
     "PhantomGradient": lambda limit: (Anderson(max_steps=limit), PhantomGradient()),
     "Reversible": lambda limit: (Picard(max_steps=limit), Reversible()),
     "Unroll": lambda limit: (Picard(max_steps=limit), Unroll(limit)),

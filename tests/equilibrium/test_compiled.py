@@ -1,4 +1,4 @@
-"""What the compiler makes of the loop: histories are updated in place."""
+"""The compiled loop: histories are updated in place."""
 
 import re
 
@@ -12,7 +12,7 @@ B, N, M = 3, 640, 9
 
 
 def outside_entry(hlo):
-    """The lines of every computation but the entry one: what loops run."""
+    """Return the lines of every computation but the entry one, loop bodies among them."""
     entry, lines = False, []
     for line in hlo.splitlines():
         if line and not line.startswith((" ", "}")):

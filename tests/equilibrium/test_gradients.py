@@ -112,7 +112,7 @@ def test_every_solver_of_the_table_solves_a_linear_equation_within_its_limits(na
 
 
 @pytest.mark.parametrize("solver", ["broyden", GMRES, 3])
-def test_what_solves_no_linear_equation_is_refused(solver):
+def test_a_solver_of_no_linear_equation_is_refused(solver):
     with pytest.raises(TypeError, match=r"a Solver such as Broyden\(\)"):
         Implicit(solver=solver)
 

@@ -39,6 +39,6 @@ def test_gradient_is_that_of_the_kernel_over_its_largest_singular_value():
 
 
 @pytest.mark.parametrize("options", [{"u": np.ones(6)}, {"bound": 0.0}, {"steps": 0}])
-def test_what_does_not_fit_is_refused(options):
+def test_arguments_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="spectral_normalized"):
         spectral_normalized(**{"kernel": KERNEL, "u": U, **options})

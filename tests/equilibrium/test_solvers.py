@@ -1,4 +1,4 @@
-"""Solvers: agreement with published traces, and the laws every solver keeps on every problem of the table."""
+"""Solvers: agreement with published traces, and laws that hold for every solver on every problem of the table."""
 
 import pathlib
 from dataclasses import dataclass
@@ -205,7 +205,7 @@ def test_bfloat16_states_are_iterated_in_float32():
         (lambda z: z, (jnp.zeros((2, 3)), jnp.zeros((3, 3))), "batch size"),
     ],
 )
-def test_what_cannot_be_a_fixed_point_problem_is_refused(f, z0, message):
+def test_a_malformed_problem_is_refused(f, z0, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
         fixed_point(f, z0)
 
@@ -232,11 +232,13 @@ def test_options_out_of_range_are_refused(make, message):
         make()
 
 
-def test_what_is_no_solver_is_refused():
+def test_anything_but_a_forward_solver_is_refused():
     with pytest.raises(TypeError, match=r"Implicit\(solver=GMRES"):
         fixed_point(jnp.tanh, jnp.zeros((1, 2)), solver=GMRES())
     with pytest.raises(TypeError, match="must be a Solver"):
         fixed_point(jnp.tanh, jnp.zeros((1, 2)), solver="broyden")
+    with pytest.raises(TypeError, match="must be a Solver"):
+        fixed_point(jnp.tanh, jnp.zeros((1, 2)), solver=Broyden)
 
 
 def test_a_new_solver_is_a_dataclass_with_two_methods():

@@ -57,7 +57,7 @@ class _Search(NamedTuple):
 
 @dataclass(frozen=True)
 class Broyden(Solver):
-    """Broyden's good method with H_0 = -I: superlinear where Picard is linear, whatever its spectral radius.
+    """Broyden's good method with H_0 = -I: superlinear near a solution, even where Picard iteration diverges.
 
     By default all steps are kept: max_steps - 1 copies of z, 49 for the default limit, unlike the bounded state of `Anderson`.
     At limits of 40 to 80 that takes 2 to 4 times the solver's own time per evaluation with `memory=10`. A bounded `memory`
