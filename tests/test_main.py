@@ -92,7 +92,7 @@ def bad_inputs(tmp_path):
         "unknown variant": (["--config", "configs/wt103.py:huge", "--workdir", "x"], "known: base"),
         "no such config": (["--config", "configs/none.py", "--workdir", "x"], "no such file"),
         "no workdir": (tiny[:2], "--workdir"),
-        "misspelled key": ([*tiny, "--config.modle.d_model=3"], "Did you mean"),
+        "misspelled key": ([*tiny, "--config.modle.d_model=3"], "did you mean"),
         "wrong type": ([*tiny, "--config.train.steps=many"], "steps"),
         "sequence length 0": ([*tiny, "--config.data.seq_len=0"], "seq_len"),
         "cutoffs out of order": ([*tiny, "--config.model.cutoffs=900,300"], "cutoffs"),
