@@ -21,7 +21,7 @@ from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from deq_flax.train.step import split_model
 from tests import reference
 from tests.commands import command
-from tests.test_configs_language import resolved
+from tests.test_configs import resolved
 
 FIXTURES = ["lm_deq_postln", "lm_deq_preln", "lm_deq_local", "lm_deq_div1", "lm_deq_nocut", "lm_tdeq_postln"]
 

@@ -12,7 +12,7 @@ from deq_flax.errors import UserError
 from deq_flax.generate import default_memory, encode_prompt, find_vocabulary, make_solver
 from tests import reference
 from tests.commands import command
-from tests.test_configs_language import resolved
+from tests.test_configs import resolved
 
 WORDS = Vocabulary(["<eos>", "<unk>", "the", "cat"], lower_case=True)
 

@@ -17,7 +17,7 @@ from deq_flax.errors import UserError
 from deq_flax.plot_model import branch_residuals, draw_confusion
 from tests.commands import command
 from tests.tasks.images import classification, write_labelled
-from tests.test_configs_language import resolved
+from tests.test_configs import resolved
 
 LINES = [
     {"step": 10, "split": "train", "loss": 3.0, "ppl": 20.1, "forward_nfe": 9.0, "forward_residual": 1e-3},

@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.test_configs_language import LANGUAGE, resolved
+from tests.test_configs import LANGUAGE, resolved
 
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model
