@@ -1,6 +1,6 @@
 """Numbers computed with the authors' original MDEQ code, and its models rebuilt from its own files.
 
-Floating arrays are float64, but gradients are stored rounded to float32. Originals are (batch, channels, height, width).
+Floating arrays are float64 (gradients are stored rounded to float32). The originals are (batch, channels, height, width).
 """
 
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.models.mdeq import MDEQ
+from deq_flax.models.mdeq import MDEQ, MDEQOptions
 from deq_flax.torch_checkpoint import FAMILIES, family_of, open_tensors, slots
 from tests.reference import FOLDER
 
@@ -22,7 +22,7 @@ FIXTURES = [
     "mdeq_tdeq_cls2",
     pytest.param("mdeq_tdeq_cls4", marks=pytest.mark.slow),
 ]
-"""Their names, for `pytest.mark.parametrize`: four branches compile for long."""
+"""Names of the fixtures, for `pytest.mark.parametrize`. Four branches take long to compile."""
 
 
 def facts():
@@ -35,7 +35,7 @@ def source(name):
 
 
 def options(name):
-    """The keywords of `MDEQ` for a fixture."""
+    """The keywords of `MDEQOptions` for a fixture."""
     h = facts()["hparams"][name]
     segmentation = "seg" in name
     sizes = dict(head="segmentation") if segmentation else dict(head_channels=h["head"], final_channels=h["final"])
@@ -59,7 +59,7 @@ def task(name):
 
 def build(name, *, wide=True, **changed):
     """The model of a fixture with its weights, as float64 if `wide`."""
-    model = nnx.eval_shape(lambda: MDEQ(**options(name) | changed, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: MDEQ(MDEQOptions(**options(name) | changed), rngs=nnx.Rngs(0)))
     with open_tensors(source(name)) as file:
         table = table_of(name, model)
         variables = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
@@ -71,14 +71,14 @@ def build(name, *, wide=True, **changed):
 
 
 def table_of(name, model):
-    """{their name: Slot} of a fixture's model."""
+    """{original name: Slot} for the model of a fixture."""
     with open_tensors(source(name)) as file:
         family = FAMILIES[family_of(task(name), file.tensors)]
     return {slot.theirs: slot for slot in slots(family, model)}
 
 
 def ours(arrays, prefix, table):
-    """{path of ours: array} from the entries under `prefix`, which are named as the originals name their tensors."""
+    """{path of our parameter: array} from the entries under `prefix`, which have the original names."""
     named = {key.removeprefix(prefix): array.astype(np.float64) for key, array in arrays.items() if key.startswith(prefix)}
     return {table[theirs].path: table[theirs].row.to_ours(array) for theirs, array in named.items()}
 

@@ -1,6 +1,6 @@
 """Numbers computed with the authors' original PyTorch code, and its parameter names mapped to ours.
 
-Floating arrays are float64 (gradients are stored rounded to float32). Originals are laid out (features, length) or
+Floating arrays are float64 (gradients are stored rounded to float32). The originals are laid out (features, length) or
 (length, batch): the helpers here turn them into (batch, length, features).
 """
 
@@ -8,14 +8,17 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deq_flax.equilibrium import fixed_point, jacobian_loss
 from deq_flax.models.deq_transformer import DEQTransformer
+from deq_flax.models.language_model import TransformerOptions
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}
-"""For `jax.jit(compiler_options=)`: these models are tiny, and all the time goes into compiling them."""
+"""The `compiler_options` of `jax.jit` for tiny models, whose tests spend nearly all their time compiling."""
 
 FOLDER = Path(__file__).parent / "data" / "reference"
 
@@ -84,12 +87,12 @@ def our_gradients(arrays, prefix):
 
 
 def build(name, *, weights=None, wide=True, **options):
-    """The model of a fixture with its weights, as float64 if `wide`."""
+    """The model of a fixture with its weights, as float64 if `wide`, without dropout unless `options` change that."""
     h = facts()["hparams"][name]
     same = {key: h[key] for key in ("d_model", "d_embed", "n_head", "d_head", "d_inner", "mem_len", "local_size")}
     sizes = same | dict(vocab_size=h["n_token"], cutoffs=h["cutoffs"], div_value=h["div_val"])
-    kind = dict(pre_norm=h["pre_lnorm"], weight_norm=h["wnorm"])
-    model = nnx.eval_shape(lambda: DEQTransformer(**(sizes | kind | options), rngs=nnx.Rngs(0)))
+    kind = dict(pre_norm=h["pre_lnorm"], weight_norm=h["wnorm"], dropout=0.0)
+    model = nnx.eval_shape(lambda: DEQTransformer(TransformerOptions(**(sizes | kind | options)), rngs=nnx.Rngs(0)))
     params = parameters(model)
     stored = load(f"{weights or name}_weights")
     n_projections = sum("emb_projs" in key for key in stored)
@@ -103,6 +106,19 @@ def build(name, *, weights=None, wide=True, **options):
             left.remove(path)
     assert not left, left
     return model
+
+
+def solving(*, jacobian_key=None, jacobian_through_equilibrium=False, **options):
+    """An argument `solve` of a model: `fixed_point` with `options` and, given a key, the Jacobian loss at its solution."""
+
+    def solve(f, z0):
+        solution = fixed_point(f, z0, **options)
+        if jacobian_key is None:
+            return solution, None
+        z = solution.value if jacobian_through_equilibrium else jax.lax.stop_gradient(solution.value)
+        return solution, jacobian_loss(f, z, jacobian_key)
+
+    return solve
 
 
 def parameters(model):

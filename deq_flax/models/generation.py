@@ -1,15 +1,15 @@
 """Generation with a DEQ-Transformer, one token at a time.
 
-Every token is a segment of its own: its state is the equilibrium given those before it, which stay in the memory and are
-never solved for again.
+Every token is a segment of its own: its state is the equilibrium given the earlier states, which stay in the memory and are not
+solved for again.
 
-B batch (1), L length, M memory, D model features, J features of an injection, V words, K the likeliest of them.
+B batch (1), L length, M memory, D model features, J features of an injection, V words, K most likely words.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +18,35 @@ from flax import nnx
 from jax import lax
 
 from deq_flax.equilibrium import Solver, fixed_point
+from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.transformer import Memory
 
 CHUNK = 64
-"""Tokens of the prompt that are solved for together."""
+"""Tokens of the prompt that one solve reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next word is chosen from the distribution over words. Raises ValueError for numbers that make no sense."""
+    """The choice of the next word from the model's distribution.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
 
     temperature: float = 0.0
+    """Divides the log-probabilities; 0: the most likely word is always taken."""
     top_k: int = 0
+    """Words to draw from, the most likely ones; 0: all."""
     top_p: float = 1.0
+    """Draw from the fewest most likely words of at least this probability together; 1: from all."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature and top_k must be at least 0, and top_p above 0 and at most 1")
 
-    def choose(self, log_p_V: jax.Array, key: Any) -> jax.Array:
-        """A word, int32 scalar."""
+    def choose(self, log_p_V: jax.Array, key: jax.Array) -> jax.Array:
+        """Choose a word: its id, a scalar int32."""
         if self.temperature == 0:
             return jnp.argmax(log_p_V).astype(jnp.int32)
         scaled_V = log_p_V / self.temperature
@@ -46,32 +54,32 @@ class Sampling:
             return jax.random.categorical(key, scaled_V).astype(jnp.int32)
         ranked_K, words_K = lax.top_k(scaled_V, min(self.top_k or len(log_p_V), len(log_p_V)))
         p_K = jax.nn.softmax(ranked_K)
-        likelier_K = jnp.cumsum(p_K) - p_K
-        return words_K[jax.random.categorical(key, jnp.where(likelier_K < self.top_p, ranked_K, -jnp.inf))].astype(jnp.int32)
+        before_K = jnp.cumsum(p_K) - p_K  # probability of the words that rank higher
+        return words_K[jax.random.categorical(key, jnp.where(before_K < self.top_p, ranked_K, -jnp.inf))].astype(jnp.int32)
 
 
 class State(NamedTuple):
-    """Where a text stands."""
+    """The state of a text that is being generated."""
 
     memory: Memory
     token_1: jax.Array
-    """The word that comes next, not yet in the memory."""
+    """The next word, which the memory does not hold yet, (1,) int32."""
     position: jax.Array
-    """int32: how many tokens came before it."""
+    """Number of tokens before it, int32."""
     nfe: jax.Array
-    """Evaluations spent on the last token, or on the last chunk of the prompt."""
+    """Evaluations of f in the last solve: for the last token, or the last chunk of the prompt."""
 
 
 class Generator:
-    """Texts by a DEQ-Transformer.
+    """Generation of texts with a DEQ-Transformer, which is left unchanged.
 
     Args:
-      model: the `DEQTransformer`.
-      solver: of every solve.
-      sampling: how words are chosen.
-      memory: how many tokens to remember, at least 1.
-      words: of the model's words only the first so many are written; None: all.
-      warm_start: begin a solve at the state of the remembered token whose input is nearest, instead of at zero.
+      model: on the default device.
+      solver: for every solve.
+      sampling: the choice of the next word.
+      memory: number of tokens to remember, at least 1.
+      words: choose among the first `words` of the model's words only; None: among all.
+      warm_start: start each token's solve at the state of the remembered token whose injection is nearest, instead of at zero.
 
     Raises:
       ValueError: memory is less than 1.
@@ -79,7 +87,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Any,
+        model: DEQTransformer,
         *,
         solver: Solver,
         sampling: Sampling,
@@ -89,16 +97,15 @@ class Generator:
     ):
         if memory < 1:
             raise ValueError(f"memory must be at least 1, not {memory}")
-        graph, state = nnx.split(model)
-        model = nnx.merge(graph, state)
+        model = nnx.merge(*nnx.split(model))
         _fold_weight_norm(model)
-        model.mem_len = memory
-        graph, self._params = nnx.split(model)
+        model.options = replace(model.options, mem_len=memory)
+        graphdef, self._params = nnx.split(model)
         self._fresh = model.fresh_memory(1)
-        self._extend = jax.jit(partial(_extend, graph, solver, sampling, words, warm_start))
+        self._extend = jax.jit(partial(_extend, graphdef, solver, sampling, words, warm_start))
 
     def start(self, ids: Sequence[int] | np.ndarray, seed: int = 0) -> State:
-        """The state after a prompt of at least one token."""
+        """Read a prompt of at least one token and choose the word that follows it."""
         ids = np.asarray(ids, np.int32).reshape(-1)
         state = State(self._fresh, jnp.zeros(1, jnp.int32), jnp.int32(0), jnp.zeros(()))
         for start in range(0, len(ids), CHUNK):
@@ -109,21 +116,32 @@ class Generator:
         return state
 
     def step(self, state: State, seed: int = 0) -> State:
-        """The state with one more token."""
+        """Move the next word into the memory and choose the one that follows it."""
         return self._extend(self._params, state, state.token_1[None], np.int32(1), np.int32(seed))
 
     def tokens(self, ids: Sequence[int] | np.ndarray, count: int, seed: int = 0) -> Iterator[tuple[int, float]]:
-        """`count` tokens that follow the prompt, each with the evaluations of the solve that it was chosen after."""
+        """Yield `count` tokens that follow the prompt, each with the number of evaluations of f in the solve before it."""
         state = self.start(ids, seed)
         for i in range(count):
             following = self.step(state, seed) if i + 1 < count else state
-            yield int(state.token_1[0]), float(state.nfe)  # while the device is at work on the next
+            yield int(state.token_1[0]), float(state.nfe)  # meanwhile the device computes the next one
             state = following
 
 
-def _extend(graph, solver, sampling, words, warm_start, params, state: State, tokens_1L, count, seed) -> State:
-    """Read the first `count` of `tokens_1L`, at least one, and choose what follows."""
-    model = nnx.merge(graph, params)
+def _extend(
+    graphdef: nnx.GraphDef[DEQTransformer],
+    solver: Solver,
+    sampling: Sampling,
+    words: int | None,
+    warm_start: bool,
+    params: nnx.State,
+    state: State,
+    tokens_1L: jax.Array,
+    count: jax.Array,
+    seed: jax.Array,
+) -> State:
+    """Read the first `count` of `tokens_1L`, at least one, and choose the word that follows."""
+    model = nnx.merge(graphdef, params)
     equation = model.equation(tokens_1L, state.memory)
     z0_1LD = nearest_states(state.memory, equation.injection_BLJ) if warm_start else equation.z0_BLD
     solution = fixed_point(equation.f, z0_1LD, solver=solver)
@@ -136,9 +154,9 @@ def _extend(graph, solver, sampling, words, warm_start, params, state: State, to
 
 
 def nearest_states(memory: Memory, injection_BLJ: jax.Array) -> jax.Array:
-    """(B, L, D): for each token the state of the remembered one whose injection is nearest; 0 where nothing is remembered.
+    """The state of the remembered token with the nearest injection, for each token, (B, L, D); 0 if none is remembered.
 
-    Tokens of the same word have the same injection: for a word that occurred before it is the state it had the last time.
+    Tokens of the same word have the same injection, so for a repeated word it is the state of its last occurrence.
     """
     squared_BM = jnp.square(memory.injections_BMJ).sum(-1)
     products_BLM = jnp.einsum("blj,bmj->blm", injection_BLJ, memory.injections_BMJ)
@@ -163,7 +181,7 @@ def _remember(memory: Memory, z_BLD: jax.Array, injection_BLJ: jax.Array, count:
 
 
 def _fold_weight_norm(model: nnx.Module) -> None:
-    """Kernels instead of their gains and directions: they would be computed for every token."""
+    """Replace weight-normalized kernels by plain ones, which are not computed again for every token."""
     for _, module in list(nnx.iter_graph(model)):
         if isinstance(module, Linear) and module.weight_norm:
             module.weight_IO = nnx.Param(module.kernel())

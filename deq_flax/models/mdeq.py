@@ -1,60 +1,103 @@
 """The multiscale DEQ for images (MDEQ; Bai et al. 2020, arXiv:2006.08656): classification and segmentation.
 
-An image is injected into the finest of one to four branches, whose joint equilibrium z* = f(z*, image) is the state that a
-head reads off. All images are (batch, height, width, channels).
+The image is injected into the finest of one to four branches. A head computes the logits from their joint equilibrium
+z* = f(z*, image).
 
 B batch, H height, W width, C channels, K classes.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
-from deq_flax.models.mdeq_heads import ClassificationHead, SegmentationHead, resize_bilinear
-from deq_flax.models.solve import solve
-from deq_flax.nn.bottleneck import ConvBatchNorm
-from deq_flax.nn.multiscale import MultiscaleCell
-from deq_flax.nn.precision import compute_dtype, wide
+from deq_flax.equilibrium import fixed_point
+from deq_flax.equilibrium.solution import Solve
+from deq_flax.models.mdeq_heads import ClassificationHead, SegmentationHead
+from deq_flax.models.model import ImageModel, ImageOutput, ModelOptions
+from deq_flax.nn.convolution import ConvBatchNorm
+from deq_flax.nn.multiscale import MultiscaleCell, MultiscaleOptions, State
+from deq_flax.nn.precision import wide
+from deq_flax.nn.resize import resize_bilinear
 
 HEADS = ("classification", "segmentation")
 
 
-class MDEQEquation(NamedTuple):
-    """z = f(z) of a batch of images."""
+@dataclass(frozen=True, kw_only=True)
+class MDEQOptions(MultiscaleOptions, ModelOptions):
+    """Options of an MDEQ. The defaults are those of the published CIFAR-10 model, except for dropout, which is off.
 
-    f: Callable[[Any], Any]
-    """A tuple of branches (B, H, W, C) -> one of the same shapes."""
-    z0: tuple[jax.Array, ...]
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    name: str = "mdeq"
+    num_classes: int = 10
+    """Classes to tell apart."""
+    head: Literal["classification", "segmentation"] = "classification"
+    """Kind of output: classification, one class per image, or segmentation, one class per pixel."""
+    head_channels: tuple[int, ...] = (14, 28, 56, 112)
+    """Inner channels of the classification head's bottleneck for each branch; four times as many leave it."""
+    final_channels: int = 1680
+    """Channels before the classification head's linear layer."""
+    last_kernel: int = 1
+    """Size of the segmentation head's last convolution: 1 or 3."""
+    in_channels: int = 3
+    """Channels of the images."""
+    downsample: int = 0
+    """Times the stem halves the resolution before the first branch."""
+    norm_momentum: float = 0.1
+    """Share of each batch in the running statistics of batch normalization, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_channels", tuple(self.head_channels))
+        super().__post_init__()
+        if self.head not in HEADS:
+            raise ValueError(f"unknown head {self.head!r}; known: {', '.join(HEADS)}")
+        if self.downsample < 0 or self.num_classes < 1 or not 0 < self.norm_momentum <= 1:
+            raise ValueError(
+                "downsample must be at least 0, num_classes at least 1 and norm_momentum in (0, 1], "
+                f"not {self.downsample}, {self.num_classes} and {self.norm_momentum}"
+            )
+
+
+class Equation(NamedTuple):
+    """The equation z = f(z) of a batch of images."""
+
+    f: Callable[[State], State]
+    z0: State
     """Zeros."""
 
 
-class MDEQOutput(NamedTuple):
-    """What the model makes of a batch of images."""
-
-    logits: jax.Array
-    """(B, K), or (B, H, W, K) at the resolution of the images."""
-    stats: Any
-    """`SolverStats` of the forward solve."""
-    jacobian_loss: jax.Array | None
-    branches: tuple[jax.Array, ...]
-    """The equilibrium."""
-
-
 class Stem(nnx.Module):
-    """What is injected: convolutions, the first `downsample` of them with stride 2, then a 1x1 one if `mix`."""
+    """The network that computes the injection: 3x3 convolutions, `downsample` of them with stride 2, and a 1x1 one if `mix`."""
 
-    def __init__(self, in_channels, channels, *, downsample, mix, momentum, dtype, rngs):
-        options = dict(momentum=momentum, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        downsample: int,
+        mix: bool,
+        momentum: float,
+        dtype: DTypeLike | None,
+        rngs: nnx.Rngs,
+    ):
         inputs = [in_channels] + [channels] * (max(downsample, 2) - 1)
+        strides = [2 if i < downsample else 1 for i in range(len(inputs))]
         self.layers = nnx.List(
-            [ConvBatchNorm(c, channels, 3, stride=2 if i < downsample else 1, **options) for i, c in enumerate(inputs)]
+            [
+                ConvBatchNorm(c, channels, 3, stride=stride, momentum=momentum, dtype=dtype, rngs=rngs)
+                for c, stride in zip(inputs, strides, strict=True)
+            ]
         )
-        self.mix = ConvBatchNorm(channels, channels, 1, **options) if mix else None
+        self.mix = ConvBatchNorm(channels, channels, 1, momentum=momentum, dtype=dtype, rngs=rngs) if mix else None
 
-    def __call__(self, images_BHWC, train):
-        """(B, H, W, in_channels) -> (B, H', W', channels), in float32 or wider."""
+    def __call__(self, images_BHWC: jax.Array, train: bool) -> jax.Array:
+        """(B, H, W, in_channels) -> (B, H', W', channels), in float32 or wider; `train` as in `BatchNorm`."""
         x = images_BHWC
         for layer in self.layers:
             x = layer(x, train)
@@ -63,127 +106,78 @@ class Stem(nnx.Module):
         return wide(x)
 
 
-class MDEQ(nnx.Module):
+class MDEQ(ImageModel):
     """A stem, the equilibrium of a `MultiscaleCell`, and a head.
 
-    Batch normalisation is in stem and head only, outside the solve. Its running statistics are `nnx.BatchStat` variables,
-    which a call updates in training, once, and does not touch in evaluation.
-
-    Args:
-      num_classes: K.
-      channels: of each of one to four branches; each has half the resolution of the one before, rounded up.
-      head: 'classification', which needs head_channels and final_channels (see `ClassificationHead`), or 'segmentation',
-        which needs last_kernel, 1 or 3.
-      in_channels: of the images.
-      downsample: how many times the stem halves the resolution.
-      expansion, big_kernels, groups, fuse_norm_affine, weight_norm, fuse_weight_norm, dropout: see `MultiscaleCell`. The
-        authors' first code has fuse_weight_norm 'post'; their later one 'all' for CIFAR and 'none' for ImageNet.
-      norm_momentum: share of each batch in the running statistics.
-      dtype: 'float32', or 'bfloat16' to compute convolutions in it; states and parameters stay float32.
+    Batch normalization is only in stem and head, outside the solve. Its running statistics are `nnx.BatchStat` variables, which
+    a call updates once in training and leaves unchanged in evaluation.
 
     Raises:
       ValueError: an option is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes,
-        channels,
-        head="classification",
-        head_channels=(),
-        final_channels=0,
-        last_kernel=1,
-        in_channels=3,
-        downsample=0,
-        expansion=5,
-        big_kernels=(),
-        groups=8,
-        fuse_norm_affine=False,
-        weight_norm=True,
-        fuse_weight_norm="post",
-        dropout=0.0,
-        norm_momentum=0.1,
-        dtype="float32",
-        rngs,
-    ):
-        if head not in HEADS:
-            raise ValueError(f"unknown head {head!r}; known: {', '.join(HEADS)}")
-        if downsample < 0 or num_classes < 1 or not 0 < norm_momentum <= 1:
-            raise ValueError(
-                "downsample must be at least 0, num_classes at least 1 and norm_momentum in (0, 1], "
-                f"not {downsample}, {num_classes} and {norm_momentum}"
-            )
-        self.cell = MultiscaleCell(
-            channels,
-            expansion=expansion,
-            big_kernels=big_kernels,
-            groups=groups,
-            fuse_norm_affine=fuse_norm_affine,
-            weight_norm=weight_norm,
-            fuse_weight_norm=fuse_weight_norm,
-            dropout=dropout,
+    Options = MDEQOptions
+    has_equilibrium = True
+
+    def __init__(self, options: MDEQOptions, *, rngs: nnx.Rngs):
+        self.options = options
+        channels, momentum = options.channels, options.norm_momentum
+        self.cell = MultiscaleCell(options, rngs=rngs)
+        dtype = self.cell.dtype
+        self.stem = Stem(
+            options.in_channels,
+            channels[0],
+            downsample=options.downsample,
+            mix=options.downsample > 0 or len(channels) > 2,
+            momentum=momentum,
             dtype=dtype,
             rngs=rngs,
         )
-        options = dict(momentum=norm_momentum, dtype=compute_dtype(dtype), rngs=rngs)
-        mix = downsample > 0 or len(channels) > 2
-        self.stem = Stem(in_channels, channels[0], downsample=downsample, mix=mix, **options)
-        self.head: Any
-        if head == "classification":
-            sizes = dict(head_channels=head_channels, final_channels=final_channels)
-            self.head = ClassificationHead(channels, num_classes, **sizes, **options)
+        self.head: ClassificationHead | SegmentationHead
+        if options.head == "classification":
+            self.head = ClassificationHead(
+                channels,
+                options.num_classes,
+                head_channels=options.head_channels,
+                final_channels=options.final_channels,
+                momentum=momentum,
+                dtype=dtype,
+                rngs=rngs,
+            )
         else:
-            self.head = SegmentationHead(channels, num_classes, last_kernel=last_kernel, **options)
+            self.head = SegmentationHead(
+                channels,
+                options.num_classes,
+                last_kernel=options.last_kernel,
+                momentum=momentum,
+                dtype=dtype,
+                rngs=rngs,
+            )
 
-    def equation(self, images_BHWC, key=None, train=None):
-        """The equation z = f(z) of a batch, with dropout masks drawn from `key`, if any, once and for all.
+    def equation(self, images_BHWC: jax.Array, key: jax.Array | None = None, train: bool | None = None) -> Equation:
+        """The equation of a batch; given a key, with dropout masks that are the same in every evaluation.
 
         `train` as in `__call__`.
         """
         injection_BHWC = self.stem(images_BHWC, _training(train, key))
         context = self.cell.context(injection_BHWC, self.cell.draw_masks(key, images_BHWC.shape[0]))
-        return MDEQEquation(lambda z: self.cell.evaluate(z, context), self.cell.fresh_state(injection_BHWC))
+        return Equation(lambda z: self.cell.evaluate(z, context), self.cell.fresh_state(injection_BHWC))
 
     def __call__(
         self,
-        images_BHWC,
+        images_BHWC: jax.Array,
         *,
-        solver=None,
-        gradient=None,
-        key=None,
-        train=None,
-        max_steps=None,
-        probe=None,
-        jacobian_key=None,
-        jacobian_through_equilibrium=False,
-    ):
-        """Logits of a batch of images, and the equilibrium behind them.
-
-        Args:
-          images_BHWC: normalised, floating.
-          solver, gradient, max_steps, probe: as of `fixed_point`.
-          key: draws the dropout masks; nothing is random without it.
-          train: whether to normalise by the batch, and to update the running statistics; None: if there is a key.
-          jacobian_key, jacobian_through_equilibrium: as of `models.solve.solve`.
-        """
+        solve: Solve | None = None,
+        key: jax.Array | None = None,
+        train: bool | None = None,
+    ) -> ImageOutput:
         f, z0 = self.equation(images_BHWC, key, train)
-        solution, jacobian_loss = solve(
-            f,
-            z0,
-            solver=solver,
-            gradient=gradient,
-            max_steps=max_steps,
-            probe=probe,
-            jacobian_key=jacobian_key,
-            jacobian_through_equilibrium=jacobian_through_equilibrium,
-        )
-        z = solution.value
-        logits = self.head(z, _training(train, key))
+        solution, jacobian_loss = (fixed_point(f, z0), None) if solve is None else solve(f, z0)
+        logits = self.head(solution.value, _training(train, key))
         if logits.ndim == 4:
             logits = resize_bilinear(logits, images_BHWC.shape[1:3])
-        return MDEQOutput(logits=logits, stats=solution.stats, jacobian_loss=jacobian_loss, branches=z)
+        return ImageOutput(logits=logits, stats=solution.stats, jacobian_loss=jacobian_loss, branches=solution.value)
 
 
-def _training(train, key):
+def _training(train: bool | None, key: jax.Array | None) -> bool:
     return key is not None if train is None else train

@@ -1,48 +1,68 @@
-"""What an MDEQ makes of its equilibrium: one class for an image, or one for every pixel.
+"""The heads of an MDEQ: from the branches of its equilibrium to logits, for each image or for each pixel.
 
-B batch, H height, W width, C channels, K classes. Branches come finest first, each half the size of the one before.
+B batch, H height, W width, C channels, K classes. Branches are the finest first, each half the size of the one before.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax import lax
+from jax.typing import DTypeLike
 
-from deq_flax.nn.bottleneck import Bottleneck, ConvBatchNorm
-from deq_flax.nn.convolution import Conv
+from deq_flax.nn.convolution import Bottleneck, Conv, ConvBatchNorm
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.precision import wide
+from deq_flax.nn.resize import resize_bilinear
 
 
 class ClassificationHead(nnx.Module):
-    """A bottleneck for every branch, their sum on the way from fine to coarse, the mean over pixels, a linear map.
+    """One bottleneck per branch, their sum from fine to coarse, the mean over pixels, and a linear layer.
 
     Args:
       channels: of the branches.
-      head_channels: the bottlenecks' inner width for every branch; four times as many come out.
-      final_channels: before the linear map.
+      num_classes: K.
+      head_channels: inner channels of each branch's bottleneck; four times as many leave it.
+      final_channels: channels before the linear layer.
+      momentum: as in `BatchNorm`.
+      dtype: as in `convolve`.
 
     Raises:
-      ValueError: head_channels are not one number for every branch.
+      ValueError: head_channels are not one number for each branch, or final_channels is less than 1.
     """
 
-    def __init__(self, channels, num_classes, *, head_channels, final_channels, momentum, dtype, rngs):
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        *,
+        head_channels: Sequence[int],
+        final_channels: int,
+        momentum: float,
+        dtype: DTypeLike | None,
+        rngs: nnx.Rngs,
+    ):
         if len(head_channels) != len(channels) or final_channels < 1:
             raise ValueError(
                 "a classification head needs head_channels for each branch and final_channels, "
                 f"not {head_channels} and {final_channels} for channels {channels}"
             )
-        options = dict(momentum=momentum, dtype=dtype, rngs=rngs)
-        self.branches = nnx.List([Bottleneck(c, w, **options) for c, w in zip(channels, head_channels, strict=True)])
+        self.branches = nnx.List(
+            [Bottleneck(c, w, momentum=momentum, dtype=dtype, rngs=rngs) for c, w in zip(channels, head_channels, strict=True)]
+        )
         widths = [Bottleneck.EXPANSION * width for width in head_channels]
-        self.down = nnx.List([ConvBatchNorm(a, b, 3, stride=2, use_bias=True, **options) for a, b in pairwise(widths)])
-        self.final = ConvBatchNorm(widths[-1], final_channels, 1, use_bias=True, **options)
+        self.down = nnx.List(
+            [
+                ConvBatchNorm(a, b, 3, stride=2, use_bias=True, momentum=momentum, dtype=dtype, rngs=rngs)
+                for a, b in pairwise(widths)
+            ]
+        )
+        self.final = ConvBatchNorm(widths[-1], final_channels, 1, use_bias=True, momentum=momentum, dtype=dtype, rngs=rngs)
         self.classifier = Linear(final_channels, num_classes, init_std=(3 * final_channels) ** -0.5, rngs=rngs)
 
-    def __call__(self, branches, train):
-        """Branches (B, H, W, C) -> logits (B, K)."""
+    def __call__(self, branches: Sequence[jax.Array], train: bool) -> jax.Array:
+        """Branches (B, H, W, C) -> logits (B, K); `train` as in `BatchNorm`."""
         parts = [layer(x, train) for layer, x in zip(self.branches, branches, strict=True)]
         total = parts[0]
         for part, layer in zip(parts[1:], self.down, strict=True):
@@ -52,9 +72,29 @@ class ClassificationHead(nnx.Module):
 
 
 class SegmentationHead(nnx.Module):
-    """All branches enlarged to the finest, a 1x1 convolution of them, and one of size `last_kernel` to the classes."""
+    """All branches enlarged to the size of the finest, a 1x1 convolution of them, and a last convolution to the classes.
 
-    def __init__(self, channels, num_classes, *, last_kernel, momentum, dtype, rngs):
+    Args:
+      channels: of the branches.
+      num_classes: K.
+      last_kernel: size of the last convolution, 1 or 3.
+      momentum: as in `BatchNorm`.
+      dtype: as in `convolve`.
+
+    Raises:
+      ValueError: last_kernel is neither 1 nor 3.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        *,
+        last_kernel: int,
+        momentum: float,
+        dtype: DTypeLike | None,
+        rngs: nnx.Rngs,
+    ):
         if last_kernel not in (1, 3):
             raise ValueError(f"last_kernel is 1 or 3, not {last_kernel}")
         self.dtype = dtype
@@ -62,26 +102,8 @@ class SegmentationHead(nnx.Module):
         self.mix = ConvBatchNorm(width, width, 1, use_bias=True, momentum=momentum, dtype=dtype, rngs=rngs)
         self.last = Conv(width, num_classes, last_kernel, use_bias=True, rngs=rngs)
 
-    def __call__(self, branches, train):
-        """Branches (B, H, W, C) -> logits (B, H, W, K) at the resolution of the first."""
+    def __call__(self, branches: Sequence[jax.Array], train: bool) -> jax.Array:
+        """Branches (B, H, W, C) -> logits (B, H, W, K) at the resolution of the finest; `train` as in `BatchNorm`."""
         size = branches[0].shape[1:3]
         together = jnp.concatenate([resize_bilinear(x, size) for x in branches], axis=-1)
         return wide(self.last(self.mix(together, train), self.dtype))
-
-
-def resize_bilinear(x_BHWC, size):
-    """(B, H, W, C) -> (B, *size, C) by linear interpolation in which the corner pixels' centres stay where they are.
-
-    As two products with matrices, whose gradient, unlike that of gathered pixels, is the same every time.
-    """
-    if x_BHWC.shape[1:3] == tuple(size):
-        return x_BHWC
-    rows, columns = (jnp.asarray(_interpolation(a, b), x_BHWC.dtype) for a, b in zip(x_BHWC.shape[1:3], size, strict=True))
-    x_BRWC = jnp.einsum("rh,bhwc->brwc", rows, x_BHWC, precision=lax.Precision.HIGHEST)
-    return jnp.einsum("vw,brwc->brvc", columns, x_BRWC, precision=lax.Precision.HIGHEST)
-
-
-def _interpolation(old, new):
-    """(new, old): the matrix that interpolates `old` samples at `new` places, the first and last in common."""
-    places = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
-    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)[None]))

@@ -1,1 +1,1 @@
-"""Layers any model may use; import them from the modules."""
+"""Layers that any model may use; import them from their modules."""

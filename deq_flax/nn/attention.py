@@ -1,28 +1,33 @@
 """Attention with relative positions (Dai et al. 2019, Transformer-XL, arXiv:1901.02860, section 3.3).
 
-B batch, H heads, Q queries, K keys (memory then current, so key j lies Q - K + j - i positions after query i),
-D model features, E features of a head, M memory.
+B batch, H heads, Q queries, K keys (first the memory, then the segment: key j is Q - K + j - i positions after query i),
+R relative keys (1 + K), F frequencies, E features of a head.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from deq_flax.nn.dropout import apply_mask
 from deq_flax.nn.precision import contract
 
-EVERY_LOCAL_SIZE = 1000
-"""The attention span that local_size 0 stands for."""
+DEFAULT_LOCAL_SIZE = 1000
+"""The attention span, in tokens, of local_size 0."""
 
-NEVER = -1e30
-"""Added to the scores of keys that may not be seen: exp of it is exactly 0, and no nan comes of it."""
+MASKED = -1e30
+"""Added to the scores of masked keys: finite, so that no NaN arises, and yet its exponential is exactly 0."""
 
 
-def inverse_frequencies(d_model):
-    """1 / 10000^(2i/d) for i in range(d / 2), float32.
+def inverse_frequencies(d_model: int) -> np.ndarray:
+    """1 / 10000^(2i/d_model) for i in range(d_model / 2), float32.
 
-    Each operation is rounded to float32 from its float64 value: what single-precision code of the original gives, on any
-    machine.
+    Each operation is rounded to float32 from its float64 value: on every machine, the result of the original single-precision
+    code.
+
+    Raises:
+      ValueError: d_model is odd.
     """
     if d_model % 2:
         raise ValueError(f"d_model must be even for sinusoidal positions, got {d_model}")
@@ -30,31 +35,31 @@ def inverse_frequencies(d_model):
     return np.float32(1) / np.power(10000.0, exponents.astype(np.float64)).astype(np.float32)
 
 
-def position_encoding(n_keys, d_model, dtype=jnp.float32):
-    """(n_keys, d_model): [sin; cos] along features for the distances n_keys - 1 down to 0."""
+def position_encoding(n_keys: int, d_model: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Sinusoidal encoding, (n_keys, d_model), of the distances n_keys - 1 down to 0: sines, then cosines, along features."""
     distances_K = jnp.arange(n_keys - 1, -1, -1).astype(dtype)
     angles_KF = distances_K[:, None] * jnp.asarray(inverse_frequencies(d_model), dtype)[None, :]
     return jnp.concatenate([jnp.sin(angles_KF), jnp.cos(angles_KF)], axis=-1)
 
 
-def relative_shift(scores_R):
-    """Align scores by distance with keys: (..., Q, 1 + K), whose column 1 + j is distance K - 1 - j, -> (..., Q, K).
+def relative_shift(scores_QR: jax.Array) -> jax.Array:
+    """Turn scores by distance, (..., Q, R), column 1 + j for distance K - 1 - j, into scores by key, (..., Q, K).
 
-    Column 0 is filler. Row i is shifted left by Q - 1 - i, and what comes in at the right, keys after the query, is
-    meaningless and must be masked. In memory this is one contiguous slice.
+    Column 0 is filler. Row i is shifted left by Q - 1 - i. The entries that enter at the right belong to keys after the query:
+    they are meaningless and must be masked. In memory this is one contiguous slice.
     """
-    *leading, n_queries, width = scores_R.shape
-    flat = scores_R.reshape(*leading, n_queries * width)
+    *leading, n_queries, width = scores_QR.shape
+    flat = scores_QR.reshape(*leading, n_queries * width)
     return flat[..., n_queries:].reshape(*leading, n_queries, width - 1)
 
 
-def attention_mask(n_queries, n_memory, length_B, local_size=0):
-    """(B, Q, K) bool, which keys each query may see: K = n_memory + n_queries.
+def attention_mask(n_queries: int, n_memory: int, length_B: jax.Array, local_size: int = 0) -> jax.Array:
+    """The keys that each query attends to, (B, Q, K) bool, where K = n_memory + n_queries.
 
-    A key is seen if it is not after the query, is fewer than `local_size` positions before it, and if it is a memory key, is
-    among the last `length_B` of the memory.
+    A query attends to the keys up to its own position and less than `local_size` positions before it (0 stands for 1000); of
+    the memory, only to the last `length_B` entries.
     """
-    span = local_size or EVERY_LOCAL_SIZE
+    span = local_size or DEFAULT_LOCAL_SIZE
     queries_Q = jnp.arange(n_queries) + n_memory
     keys_K = jnp.arange(n_memory + n_queries)
     distance_QK = queries_Q[:, None] - keys_K[None, :]
@@ -63,30 +68,41 @@ def attention_mask(n_queries, n_memory, length_B, local_size=0):
     return near_QK[None] & valid_BK[:, None, :]
 
 
-def mask_to_bias(mask_BQK, dtype=jnp.float32):
-    """What to add to scores (H, B, Q, K): 0 where the mask is True, else about minus infinity; (1, B, Q, K)."""
-    return jnp.where(mask_BQK, jnp.asarray(0, dtype), jnp.asarray(NEVER, dtype))[None]
+def mask_to_bias(mask_BQK: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """The bias (1, B, Q, K) of scores (H, B, Q, K) that implements a mask: 0 where it is True, else about minus infinity."""
+    return jnp.where(mask_BQK, jnp.asarray(0, dtype), jnp.asarray(MASKED, dtype))[None]
 
 
-def relative_attention(content_HBQE, position_HBQE, k_HBKE, v_HBKE, r_HRE, bias_1BQK, *, probability_mask=None, dtype=None):
-    """Softmax attention whose score is content . key + position . (relative key of the distance).
+def relative_attention(
+    content_HBQE: jax.Array,
+    position_HBQE: jax.Array,
+    k_HBKE: jax.Array,
+    v_HBKE: jax.Array,
+    r_HRE: jax.Array,
+    bias_1BQK: jax.Array,
+    *,
+    probability_mask: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """Softmax attention with the scores content . key + position . (relative key of the distance).
 
     Args:
-      content_HBQE: queries plus the content bias, already divided by sqrt(E).
-      position_HBQE: queries plus the position bias, already divided by sqrt(E).
+      content_HBQE: queries plus the content bias, divided by sqrt(E).
+      position_HBQE: queries plus the position bias, divided by sqrt(E).
       k_HBKE, v_HBKE: keys and values.
       r_HRE: relative keys, R = 1 + K: a filler row, then distances K - 1 down to 0 (see `relative_shift`).
       bias_1BQK: added to the scores, from `mask_to_bias`.
-      probability_mask: (H, B, Q, K) multiplies the probabilities, or None.
-      dtype: compute type of the contractions, None for that of the arguments. The softmax is float32 or wider.
+      probability_mask: a dropout mask (H, B, Q, K) of the probabilities.
+      dtype: compute type of the contractions; None: that of the arguments. The softmax is float32 or wider.
 
-    Returns: (B, Q, H, E).
+    Returns:
+      The attended values, (B, Q, H, E).
     """
     by_content = contract("hbqe,hbke->hbqk", content_HBQE, k_HBKE, dtype)
     by_distance = contract("hbqe,hre->hbqr", position_HBQE, r_HRE, dtype)
     scores_HBQK = by_content + relative_shift(by_distance) + bias_1BQK
-    # The division by the sum comes after the values: Q x E of them instead of Q x K.
+    # The sum is divided by only after the values are weighted: Q x E divisions instead of Q x K.
     weights_HBQK = jnp.exp(scores_HBQK - lax.stop_gradient(scores_HBQK.max(-1, keepdims=True)))
     total_HBQ1 = weights_HBQK.sum(-1, keepdims=True)
-    seen_HBQE = contract("hbqk,hbke->hbqe", apply_mask(weights_HBQK, probability_mask), v_HBKE, dtype) / total_HBQ1
-    return seen_HBQE.transpose(1, 2, 0, 3)
+    attended_HBQE = contract("hbqk,hbke->hbqe", apply_mask(weights_HBQK, probability_mask), v_HBKE, dtype) / total_HBQ1
+    return attended_HBQE.transpose(1, 2, 0, 3)

@@ -1,4 +1,4 @@
-"""Laws of the DEQ-Transformer that need no reference."""
+"""Laws of the DEQ-Transformer that need no reference numbers."""
 
 from functools import partial
 
@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.equilibrium import Picard, Unroll, jacobian_loss
+from deq_flax.equilibrium import Picard, Unroll, fixed_point, jacobian_loss
 from deq_flax.models.deq_transformer import DEQTransformer
+from deq_flax.models.language_model import TransformerOptions
 from tests import reference
+from tests.reference import solving
 
 SOLVER = Picard(tol=1e-6, max_steps=200)
 jit = partial(jax.jit, compiler_options=reference.QUICK_COMPILE)
 
 
 def build(pre_norm=False, **options):
-    """A small model whose weights the authors' code made: contracting enough for tight solves."""
+    """A small model with weights of the authors' code, which contract enough for tight solves."""
     return reference.build("lm_deq_preln" if pre_norm else "lm_deq_postln", wide=False, **options)
 
 
@@ -28,7 +30,8 @@ def tokens(length=8):
 @partial(jit, static_argnums=(0, 4, 5))
 def run(graphdef, state, tokens_BL, memory, solver=SOLVER, gradient=None, key=None, max_steps=None, jacobian_key=None):
     model = nnx.merge(graphdef, state)
-    return model(tokens_BL, memory, solver=solver, gradient=gradient, key=key, max_steps=max_steps, jacobian_key=jacobian_key)
+    solve = solving(solver=solver, gradient=gradient, max_steps=max_steps, jacobian_key=jacobian_key)
+    return model(tokens_BL, memory, solve=solve, key=key)
 
 
 def close(a, b, error=2e-5):
@@ -45,7 +48,7 @@ def test_fresh_memory_is_no_memory(pre_norm):
     assert outs[0].memory.length_B.tolist() == [5, 5]
 
 
-def test_later_tokens_leave_earlier_states_alone():
+def test_later_tokens_do_not_affect_earlier_states():
     model = build(mem_len=4)
     changed = tokens().at[:, 5].set(1)
     a, b = (run(*nnx.split(model), x, model.fresh_memory(2)).hidden_BLD for x in (tokens(), changed))
@@ -99,23 +102,37 @@ def test_output_dropout_drops_whole_tokens_or_features(kind, axis):
     assert 0 < zero.mean() < 1
 
 
-def test_jacobian_loss_and_step_limit_are_optional():
+def test_the_jacobian_loss_is_optional_and_so_is_a_limit_on_evaluations():
     model = build()
     split, memory = nnx.split(model), model.fresh_memory(2)
-    assert run(*split, tokens(), memory).jacobian_loss is None
+    unlimited = run(*split, tokens(), memory)
+    assert unlimited.jacobian_loss is None and unlimited.stats.nfe > 3
     out = run(*split, tokens(), memory, max_steps=jnp.int32(3), jacobian_key=jax.random.key(0))
     assert out.jacobian_loss > 0
-    assert out.stats.nfe <= 4
+    assert out.stats.nfe == 3
 
 
-def test_jacobian_loss_holds_the_equilibrium_constant_unless_told():
+def test_without_solve_the_library_solves_with_its_defaults():
+    graphdef, state = nnx.split(build(mem_len=0))
+    both = jit(lambda s: [nnx.merge(graphdef, s)(tokens(), memory, solve=solve) for solve in (None, fixed_point_alone)])
+    memory = nnx.merge(graphdef, state).fresh_memory(2)
+    default, expected = both(state)
+    np.testing.assert_array_equal(default.hidden_BLD, expected.hidden_BLD)
+    assert default.jacobian_loss is None and default.stats.converged.all()
+
+
+def fixed_point_alone(f, z0):
+    return fixed_point(f, z0), None
+
+
+def test_the_jacobian_loss_holds_the_equilibrium_constant_unless_asked_otherwise():
     graphdef, state = nnx.split(build(mem_len=0))
     key = jax.random.key(0)
 
     def by_model(state, through):
         model = nnx.merge(graphdef, state)
-        options = dict(gradient=Unroll(1), jacobian_key=key, jacobian_through_equilibrium=through)
-        return model(tokens(), model.fresh_memory(2), **options).jacobian_loss
+        solve = solving(gradient=Unroll(1), jacobian_key=key, jacobian_through_equilibrium=through)
+        return model(tokens(), model.fresh_memory(2), solve=solve).jacobian_loss
 
     def by_hand(state):
         model = nnx.merge(graphdef, state)
@@ -133,16 +150,16 @@ def test_memory_carries_no_gradient():
 
     def loss(state):
         model = nnx.merge(graphdef, state)
-        memory = model(tokens(), model.fresh_memory(2), gradient=Unroll(1)).memory
+        memory = model(tokens(), model.fresh_memory(2), solve=solving(gradient=Unroll(1))).memory
         return memory.states_BMD.sum() + memory.injections_BMJ.sum()
 
     assert all(not g.any() for g in reference.flat(jit(jax.grad(loss))(state)).values())
 
 
 def test_full_size_parameter_count():
-    options = dict(vocab_size=267735, d_model=700, d_embed=700, n_head=10, d_head=70, d_inner=48000)
-    build_full = partial(DEQTransformer, cutoffs=(20000, 40000, 200000), div_value=4, mem_len=150, **options)
-    state = nnx.state(nnx.eval_shape(lambda: build_full(rngs=nnx.Rngs(0))), nnx.Param)
+    """The defaults are the published WikiText-103 model."""
+    options = TransformerOptions(vocab_size=267735)
+    state = nnx.state(nnx.eval_shape(lambda: DEQTransformer(options, rngs=nnx.Rngs(0))), nnx.Param)
     count = sum(int(np.prod(param.shape)) for _, param in nnx.to_flat_state(state))
     tied_projections = 700 * (700 // 4 + 700 // 16 + 700 // 64)  # two parameters on one storage in the original: counted twice
     assert count == reference.facts()["wt103"]["n_params_unique"] - tied_projections
@@ -155,6 +172,11 @@ def test_full_size_parameter_count():
         (dict(dtype="half"), "known: bfloat16, float32"),
         (dict(dropout=-0.1), "dropout must lie"),
         (dict(mem_len=-1), "not be negative"),
+        (dict(local_size=-1), "not be negative"),
+        (dict(d_model=31), "d_model must be even"),
+        (dict(blocks=0), "blocks must be at least 1"),
+        (dict(affine_norm=True), "set pre_norm too"),
+        (dict(vocab_size=0), "vocab_size must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

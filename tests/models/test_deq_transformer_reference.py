@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 from deq_flax.equilibrium import Broyden, Unroll, jacobian_loss, spectral_radius
-from deq_flax.models.deq_transformer import Memory
 from deq_flax.nn.attention import position_encoding
-from deq_flax.nn.transformer import Masks
+from deq_flax.nn.transformer import Masks, Memory
 from tests import reference
+from tests.reference import solving
 
 AUTHORS = ["lm_deq_postln", "lm_deq_preln", "lm_deq_local", "lm_deq_div1", "lm_deq_nocut"]
 FIXTURES = [*AUTHORS, "lm_tdeq_postln"]
@@ -30,7 +30,7 @@ def run_segment(graphdef, solver, gradient, state, tokens_BL, targets_BL, memory
 
     def loss(state):
         model = nnx.merge(graphdef, state)
-        out = model(tokens_BL, memory, solver=solver, gradient=gradient)
+        out = model(tokens_BL, memory, solve=solving(solver=solver, gradient=gradient))
         nll_BL = model.nll(out.hidden_BLD, targets_BL)
         return nll_BL.mean(), (out.hidden_BLD, out.memory, nll_BL)
 
@@ -51,7 +51,7 @@ def segment(arrays, s):
 
 @cache
 def results(name):
-    """Our numbers for every segment of a fixture, each beginning with our own memory of the one before."""
+    """Our numbers for every segment of a fixture, each from our own memory of the segment before."""
     arrays, found = reference.load(name), []
     with jax.enable_x64(True):
         model = reference.build(name)
@@ -131,7 +131,7 @@ def run_jacobian(graphdef, state, tokens_BL, memory, v):
     """The loss, its gradient through the equilibrium too, and its gradient with the equilibrium held constant."""
 
     def equilibrium(state):
-        return nnx.merge(graphdef, state)(tokens_BL, memory, solver=TIGHT).hidden_BLD
+        return nnx.merge(graphdef, state)(tokens_BL, memory, solve=solving(solver=TIGHT)).hidden_BLD
 
     def loss(state, z):
         return jacobian_loss(nnx.merge(graphdef, state).equation(tokens_BL, memory).f, z, vectors=v)
@@ -243,5 +243,5 @@ def test_bfloat16_is_close_to_float32():
 @partial(jit, static_argnums=(0, 1))
 def run_forward(graphdef, solver, state, tokens_BL, targets_BL, memory):
     model = nnx.merge(graphdef, state)
-    out = model(tokens_BL, memory, solver=solver)
+    out = model(tokens_BL, memory, solve=solving(solver=solver))
     return out.hidden_BLD, out.memory, model.nll(out.hidden_BLD, targets_BL)

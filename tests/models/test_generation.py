@@ -1,4 +1,4 @@
-"""Laws of generation: one token at a time is the whole text at once, only cheaper."""
+"""Laws of generation: one token at a time gives the same text as whole forward passes."""
 
 from functools import cache
 
@@ -12,6 +12,7 @@ from deq_flax.equilibrium import Picard
 from deq_flax.models import generation
 from deq_flax.models.generation import Generator, Sampling
 from tests import reference
+from tests.reference import solving
 
 TIGHT = Picard(tol=1e-6, max_steps=200)
 PROMPT = np.array([5, 17, 300, 5, 999, 42, 17, 300, 5, 999])
@@ -38,7 +39,7 @@ def test_greedy_text_is_the_argmax_of_a_full_forward_pass():
 
     @jax.jit
     def whole(tokens_BL):
-        out = model()(tokens_BL, model().fresh_memory(1), solver=TIGHT)
+        out = model()(tokens_BL, model().fresh_memory(1), solve=solving(solver=TIGHT))
         return model().log_probabilities(out.hidden_BLD)
 
     likeliest = np.argmax(whole(text)[0], axis=-1)
@@ -46,7 +47,7 @@ def test_greedy_text_is_the_argmax_of_a_full_forward_pass():
 
 
 def test_a_warm_start_saves_evaluations_and_changes_no_token():
-    """Of a model that attends to few words, as words of real texts depend on few others."""
+    """For a model that attends to few words, as the words of real texts depend on few others."""
     text, found = np.tile(PROMPT[1:6], 6), []
     for warm_start in (True, False):
         near = Generator(model(local_size=3), solver=TIGHT, sampling=Sampling(), memory=40, warm_start=warm_start)
@@ -74,7 +75,7 @@ def test_a_solve_begins_at_the_state_of_the_nearest_remembered_input():
     assert not generation.nearest_states(empty, jnp.asarray(asked)).any()
 
 
-def test_the_prompt_may_come_in_pieces():
+def test_a_prompt_may_come_in_pieces():
     at_once = generator().start(PROMPT)
     state = generator().start(PROMPT[:7])
     for token in PROMPT[7:]:
@@ -98,7 +99,7 @@ def test_generation_leaves_the_model_as_it_was():
     before = reference.flat(nnx.state(model()))
     list(generator().tokens(PROMPT, 2))
     after = reference.flat(nnx.state(model()))
-    assert set(before) == set(after) and model().mem_len == 16
+    assert set(before) == set(after) and model().options.mem_len == 16
     assert all(np.array_equal(before[path], after[path]) for path in before)
 
 
@@ -129,7 +130,7 @@ def test_words_are_drawn_from_the_likeliest_in_proportion(options, allowed):
 @pytest.mark.parametrize(
     "options", [dict(temperature=-1.0), dict(temperature=np.nan), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1)]
 )
-def test_numbers_that_make_no_sense_are_refused(options):
+def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="temperature and top_k"):
         Sampling(**options)
     with pytest.raises(ValueError, match="memory must be at least 1"):

@@ -1,4 +1,4 @@
-"""Laws of the MDEQ that need no reference: equilibria, what is random and when, what is remembered, what is refused."""
+"""Laws of the MDEQ that need no reference numbers: equilibria, randomness, running statistics, refused options."""
 
 from functools import partial
 
@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from deq_flax.equilibrium import Broyden, Implicit, Picard, backward_probe
-from deq_flax.models.mdeq import MDEQ
-from deq_flax.models.mdeq_heads import resize_bilinear
-from tests.reference import flat
+from deq_flax.models.mdeq import MDEQ, MDEQOptions
+from deq_flax.nn.resize import resize_bilinear
+from tests.reference import flat, solving
 
 SMALL = dict(num_classes=5, expansion=2, groups=2)
 SOLVER = Broyden(tol=1e-5, max_steps=60)
@@ -20,8 +20,8 @@ SOLVER = Broyden(tol=1e-5, max_steps=60)
 def build(n_branches=2, head="classification", **options):
     sizes = dict(head_channels=(2,) * n_branches, final_channels=6) if head == "classification" else {}
     options = SMALL | sizes | dict(fuse_norm_affine=True) | options
-    model = MDEQ(channels=(4, 4, 8, 8)[:n_branches], head=head, **options, rngs=nnx.Rngs(0))
-    # A new cell does not contract: pretraining sees to that. One whose blocks hardly look at their input does.
+    model = MDEQ(MDEQOptions(channels=(4, 4, 8, 8)[:n_branches], head=head, **options), rngs=nnx.Rngs(0))
+    # A new cell does not contract before it is pretrained. One whose blocks barely depend on their input does.
     for block in model.cell.blocks:
         block.norm1.scale_C[...], block.norm1.bias_C[...] = 0.1 * block.norm1.scale_C[...], 1 + block.norm1.bias_C[...]
         block.norm3.scale_C[...] = 0.3 * block.norm3.scale_C[...]
@@ -35,9 +35,9 @@ def images(batch_size=2, height=8, width=8, channels=3, seed=0):
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("solver", "gradient", "train"))
-def run(graph, state, x, **options):
+def run(graph, state, x, key=None, train=None, **options):
     model = nnx.merge(graph, state, copy=True)
-    return model(x, **options), nnx.state(model, nnx.BatchStat)
+    return model(x, solve=solving(**options), key=key, train=train), nnx.state(model, nnx.BatchStat)
 
 
 @pytest.mark.parametrize(("n_branches", "head"), [(1, "classification"), (4, "classification"), (2, "segmentation")])
@@ -58,7 +58,7 @@ def test_three_downsamplings():
     assert [z.shape for z in model.equation(images(height=20, width=16)).z0] == [(2, 3, 2, 4)]
 
 
-def test_evaluation_is_deterministic_and_of_each_image_alone():
+def test_evaluation_is_deterministic_and_independent_for_each_image():
     state = nnx.split(build(dropout=0.5))
     x = images(4)
     (together, kept), (apart, _) = run(*state, x, solver=SOLVER), run(*state, x[:2], solver=SOLVER)
@@ -66,19 +66,19 @@ def test_evaluation_is_deterministic_and_of_each_image_alone():
     jax.tree.map(np.testing.assert_array_equal, flat(kept), flat(nnx.state(nnx.merge(*state), nnx.BatchStat)))
 
 
-def test_training_draws_masks_and_remembers_statistics_once():
+def test_training_draws_masks_and_updates_statistics_once():
     graph, state = nnx.split(build(dropout=0.5))
     once, after = run(graph, state, images(), solver=SOLVER, key=jax.random.key(1))
     same, _ = run(graph, state, images(), solver=SOLVER, key=jax.random.key(1))
     other, _ = run(graph, state, images(), solver=SOLVER, key=jax.random.key(2))
     np.testing.assert_array_equal(once.logits, same.logits)
     assert (once.logits != other.logits).any()
-    # The stem's first convolution is outside the solve: its statistics tell how often it was remembered.
+    # The stem's first convolution is outside the solve: its running statistics show how often they were updated.
     y = nnx.merge(graph, state).stem.layers[0].conv(images())
     np.testing.assert_allclose(flat(after)["stem/layers/0/norm/mean_C"], 0.1 * y.mean((0, 1, 2)), atol=1e-6)
 
 
-def test_train_without_a_key_normalises_by_the_batch_and_drops_nothing():
+def test_train_without_a_key_normalizes_by_the_batch_and_drops_nothing():
     state = nnx.split(build(dropout=0.5))
     a, after = run(*state, images(), solver=SOLVER, train=True)
     b, _ = run(*nnx.split(build(dropout=0.0)), images(), solver=SOLVER, key=jax.random.key(0))
@@ -86,16 +86,17 @@ def test_train_without_a_key_normalises_by_the_batch_and_drops_nothing():
     assert flat(after)["head/final/norm/mean_C"].any()
 
 
-def test_the_jacobian_loss_and_the_report_of_the_adjoint_solve():
+def test_the_jacobian_loss_and_the_statistics_of_the_adjoint_solve():
     graph, params, rest = nnx.split(build(1), nnx.Param, ...)
+
+    def solve(probe, through):
+        options = dict(jacobian_key=jax.random.key(1), jacobian_through_equilibrium=through)
+        return solving(solver=Picard(tol=1e-4), gradient=Implicit(), probe=probe, **options)
 
     @partial(jax.jit, static_argnums=2)
     def gradients(params, probe, through):
         def loss(params, probe):
-            out = nnx.merge(graph, params, rest, copy=True)(
-                images(), solver=Picard(tol=1e-4), gradient=Implicit(), key=jax.random.key(0), probe=probe,
-                jacobian_key=jax.random.key(1), jacobian_through_equilibrium=through,
-            )  # fmt: skip
+            out = nnx.merge(graph, params, rest, copy=True)(images(), solve=solve(probe, through), key=jax.random.key(0))
             return out.jacobian_loss
 
         return jax.value_and_grad(loss, argnums=(0, 1))(params, probe)

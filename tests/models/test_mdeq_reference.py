@@ -14,16 +14,16 @@ from flax import nnx
 
 from deq_flax.equilibrium import Broyden, Implicit, PhantomGradient, Unroll, fixed_point
 from tests import mdeq_reference as reference
-from tests.reference import QUICK_COMPILE, flat, load
+from tests.reference import QUICK_COMPILE, flat, load, solving
 
 TIGHT = Broyden(tol=1e-12, max_steps=120)
 jit = partial(jax.jit, compiler_options=QUICK_COMPILE)
 
 
 def predict(model, images, solver, gradient, train):
-    """Logits at the resolution of the authors' loss, which for segmentation is that of the first branch, and the branches."""
+    """The logits at the resolution of the authors' loss, for segmentation that of the first branch, and the branches."""
     if model.head.__class__.__name__ == "ClassificationHead":
-        out = model(images, solver=solver, gradient=gradient, train=train)
+        out = model(images, solve=solving(solver=solver, gradient=gradient), train=train)
         return out.logits, out.branches
     f, z0 = model.equation(images, train=train)
     z = fixed_point(f, z0, solver=solver, gradient=gradient).value
@@ -68,7 +68,7 @@ def trained(name, gradient=None, solver=TIGHT):
 
 
 def theirs(logits):
-    """Their order of axes."""
+    """Logits in the originals' order of axes."""
     return np.moveaxis(np.asarray(logits), -1, 1)
 
 
@@ -82,7 +82,7 @@ def all_close(ours, theirs, error):
 
 
 def same_gradients(gradient, arrays, prefix, table, error=1e-6):
-    """Every parameter's gradient, each relative to its own norm; where theirs is rounding error, against the whole's."""
+    """Compare each gradient relative to its norm, or to that of the whole where the expected one is rounding error."""
     ours, expected = flat(gradient), reference.ours(arrays, f"{prefix}/grad/", table)
     assert set(ours) == set(expected)
     whole = np.sqrt(sum(np.sum(x**2) for x in expected.values()))
@@ -146,7 +146,7 @@ def test_float32(name):
 
 
 def test_bfloat16_is_close_to_float32():
-    """With running statistics: normalised by batches of two images, gradients move by a seventh if weights are but rounded."""
+    """With running statistics: those of batches of two images would change gradients by a seventh when weights are rounded."""
     arrays, solver, results = load("mdeq_tdeq_cls2"), Broyden(tol=3e-3, max_steps=40), {}
     inputs = reference.images(arrays).astype(np.float32), jnp.asarray(arrays["y"])
     for dtype in ("float32", "bfloat16"):

@@ -1,4 +1,4 @@
-"""Laws of the Transformer-XL that equilibria are compared with."""
+"""Laws of the Transformer-XL, the explicit counterpart of the DEQ-Transformer."""
 
 import jax
 import jax.numpy as jnp
@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.models.language_model import TransformerOptions
 from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.transformer import Memory
 
 SIZES = dict(vocab_size=50, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=24, cutoffs=(20,), div_value=2)
+SMALL = SIZES | dict(mem_len=0, dropout=0.0)
 
 
 def build(blocks=3, **options):
-    """Kernels large enough for every layer to matter."""
-    model = TransformerXL(**SIZES, blocks=blocks, **options, rngs=nnx.Rngs(0))
+    """A model with kernels large enough for every layer to matter."""
+    model = TransformerXL(TransformerOptions(**SMALL | dict(blocks=blocks) | options), rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
     random = np.random.default_rng(0)
     state = jax.tree.map(lambda x: jnp.asarray(random.normal(scale=0.3, size=x.shape), x.dtype), state)
@@ -32,7 +34,7 @@ def close(a, b):
 
 @pytest.mark.parametrize("options", [{"weight_norm": False}, {"pre_norm": True, "affine_norm": True}])
 def test_segments_with_enough_memory_equal_the_whole(options):
-    """Each layer's memory holds the inputs that the layer had: nothing is lost by cutting."""
+    """Each layer's memory holds the inputs of that layer, so cutting a text loses nothing."""
     model = build(mem_len=12, **options)
     whole = model(tokens(), model.fresh_memory(2)).hidden_BLD
     memory, parts = model.fresh_memory(2), []
@@ -47,8 +49,8 @@ def test_segments_with_enough_memory_equal_the_whole(options):
     assert np.abs(forgetful(tokens()[:, 6:], memory).hidden_BLD - whole[:, 6:]).max() > 1e-3
 
 
-def test_layers_are_the_cell_of_the_equilibrium_one_after_the_other():
-    """Without memory: the embeddings sent through each cell, nothing injected."""
+def test_layers_are_the_cells_of_a_deq_transformer_in_sequence():
+    """Without memory, the output is the embeddings passed through each cell, with nothing injected."""
     model = build(weight_norm=False)
     x = model.embed(tokens())
     nothing = Memory(jnp.zeros((2, 0, 16)), jnp.zeros((2, 0, 48)), jnp.zeros(2, jnp.int32))
@@ -57,14 +59,14 @@ def test_layers_are_the_cell_of_the_equilibrium_one_after_the_other():
     close(model(tokens(), model.fresh_memory(2)).hidden_BLD, x)
 
 
-def test_later_tokens_leave_earlier_states_alone():
+def test_later_tokens_do_not_affect_earlier_states():
     model = build(mem_len=4)
     a, b = (model(x, model.fresh_memory(2)).hidden_BLD for x in (tokens(), tokens().at[:, 7].set(tokens()[:, 7] ^ 1)))
     close(a[:, :7], b[:, :7])
     assert np.abs(a[:, 7:] - b[:, 7:]).min() > 0
 
 
-def test_invalid_memory_is_not_seen():
+def test_invalid_memory_is_not_attended_to():
     model = build(mem_len=4)
     memory = model.fresh_memory(2)
     poisoned = memory._replace(states_BNMD=memory.states_BNMD + 3.0)
@@ -81,4 +83,4 @@ def test_dropout_needs_a_key_and_follows_it():
 def test_options_out_of_range_are_refused():
     for options, word in (({"blocks": 0}, "blocks"), ({"mem_len": -1}, "mem_len"), ({"output_dropout": "x"}, "tokens")):
         with pytest.raises(ValueError, match=word):
-            TransformerXL(**SIZES, **options, rngs=nnx.Rngs(0))
+            TransformerXL(TransformerOptions(**SMALL | options), rngs=nnx.Rngs(0))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.models.mdeq_heads import resize_bilinear
 from deq_flax.nn.convolution import Conv, convolve
-from deq_flax.nn.image_norm import BatchNorm, GroupNorm
-from deq_flax.nn.multiscale import MultiscaleCell
+from deq_flax.nn.multiscale import MultiscaleCell, MultiscaleOptions
+from deq_flax.nn.normalization import BatchNorm, GroupNorm
+from deq_flax.nn.resize import resize_bilinear
 
 
 def normal(*shape, seed=0):
@@ -32,7 +32,7 @@ def test_a_convolution_is_a_sum_over_its_window(size, stride):
     assert found.shape[1:3] == (-(-6 // stride), -(-5 // stride))
 
 
-def test_weight_normalisation_starts_as_v_and_has_norm_g():
+def test_weight_normalization_starts_as_v_and_has_norm_g():
     conv = Conv(4, 6, 3, weight_norm=True, rngs=nnx.Rngs(0))
     close(conv.kernel(), conv.v_HWIO[...], 1e-6)
     assert np.abs(conv.v_HWIO[...]).max() <= 1 / 6
@@ -40,7 +40,7 @@ def test_weight_normalisation_starts_as_v_and_has_norm_g():
     close(np.linalg.norm(np.reshape(conv.kernel(), (-1, 6)), axis=0), np.arange(1.0, 7.0))
 
 
-def test_group_norm_normalises_each_group_of_each_image():
+def test_group_norm_normalizes_each_group_of_each_image():
     norm, x = GroupNorm(6, 3), 5 + 2 * normal(2, 4, 3, 6)
     y = np.asarray(norm(x)).reshape(2, 12, 3, 2)
     close(y.mean((1, 3)), 0)
@@ -53,7 +53,7 @@ def test_group_norm_normalises_each_group_of_each_image():
         GroupNorm(6, 4)
 
 
-def test_batch_norm_trains_on_the_batch_and_evaluates_with_what_it_remembers():
+def test_batch_norm_trains_on_the_batch_and_evaluates_with_running_statistics():
     norm, x = BatchNorm(3, momentum=0.25), 5 + 2 * normal(4, 2, 2, 3)
     before = norm(x, False)
     close(before, x / np.sqrt(1 + 1e-5))
@@ -90,7 +90,7 @@ def test_bilinear_resizing_is_exact_for_bilinear_images_and_keeps_corners(size):
 @pytest.mark.parametrize("sizes", [((8, 8), (4, 4), (2, 2), (1, 1)), ((7, 10), (4, 5), (2, 3), (1, 2))])
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_branches_halve_rounding_up_and_keep_their_shapes(n, sizes):
-    cell = MultiscaleCell((4, 4, 8, 8)[:n], expansion=2, groups=2, rngs=nnx.Rngs(0))
+    cell = MultiscaleCell(MultiscaleOptions(channels=(4, 4, 8, 8)[:n], expansion=2, groups=2), rngs=nnx.Rngs(0))
     injection = normal(2, *sizes[0], 4)
     z0 = cell.fresh_state(injection)
     assert [z.shape[1:3] for z in z0] == list(sizes[:n])
@@ -98,7 +98,7 @@ def test_branches_halve_rounding_up_and_keep_their_shapes(n, sizes):
 
 
 def test_masks_drop_whole_channels_of_an_image():
-    cell = MultiscaleCell((16, 32), groups=4, dropout=0.5, rngs=nnx.Rngs(0))
+    cell = MultiscaleCell(MultiscaleOptions(channels=(16, 32), groups=4, dropout=0.5), rngs=nnx.Rngs(0))
     masks = cell.draw_masks(jax.random.key(0), 40)
     assert [mask.shape for mask in masks] == [(40, 1, 1, 16), (40, 1, 1, 32)]
     assert {float(x) for mask in masks for x in np.unique(mask)} == {0.0, 2.0}
@@ -125,4 +125,4 @@ def test_masks_drop_whole_channels_of_an_image():
 )
 def test_options_out_of_range_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        nnx.eval_shape(lambda: MultiscaleCell(**options, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: MultiscaleCell(MultiscaleOptions(**options), rngs=nnx.Rngs(0)))

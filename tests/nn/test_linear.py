@@ -1,4 +1,4 @@
-"""Laws of the small layers: linear maps, masks, normalisation, mixed precision."""
+"""Laws of the small layers: linear layers, masks, normalization, mixed precision."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ from flax import nnx
 
 from deq_flax.nn.dropout import apply_mask, check_rate, draw_mask, draw_masks
 from deq_flax.nn.linear import Linear
-from deq_flax.nn.norm import layer_norm
+from deq_flax.nn.normalization import layer_norm
 from deq_flax.nn.precision import compute_dtype, contract
 
 
-def test_weight_norm_starts_as_plain_map_and_g_is_its_column_norm():
+def test_weight_norm_starts_as_a_plain_layer_and_g_is_its_column_norm():
     layer = Linear(6, 4, weight_norm=True, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(layer.kernel(), layer.v_IO[...], rtol=1e-6)
     assert np.abs(layer.v_IO[...]).max() <= 6**-0.5

@@ -1,4 +1,4 @@
-"""The block of unrolled language models against its formulas, written out. The others are tested on the authors' numbers."""
+"""The affine block against its formulas. Blocks of other options are tested against the authors' numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +7,18 @@ import pytest
 from flax import nnx
 
 from deq_flax.nn.attention import position_encoding
-from deq_flax.nn.transformer import Memory, TransformerCell, TransformerStack
+from deq_flax.nn.transformer import CellOptions, Memory, TransformerCell, TransformerStack
 
 B, L, M, D, H, E, F = 2, 4, 3, 8, 2, 4, 12
 
 
+def cell_options(**changed):
+    return CellOptions(**dict(d_model=D, n_head=H, d_head=E, d_inner=F, pre_norm=True, affine_norm=True) | changed)
+
+
 def cell(seed=0, **options):
-    sizes = dict(n_head=H, d_head=E, d_inner=F, pre_norm=True, affine_norm=True)
-    made = TransformerCell(D, **sizes | options, rngs=nnx.Rngs(seed))
-    # Numbers away from where training starts, so that a parameter that is not used is noticed.
+    made = TransformerCell(cell_options(**options), rngs=nnx.Rngs(seed))
+    # Values far from the initial ones, so that an unused parameter shows.
     keys = iter(jax.random.split(jax.random.key(seed), 99))
     for _, param in nnx.iter_graph(made):
         if isinstance(param, nnx.Param):
@@ -31,7 +34,7 @@ def inputs(seed=0):
 
 
 def written_out(cell, z_BLD, injection_BLJ, memory, positions_KD):
-    """One member, head, query and key at a time."""
+    """The affine block for one sample, head, query and key at a time."""
 
     def norm(x, module):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -65,11 +68,9 @@ def test_the_affine_block_is_its_formulas():
     np.testing.assert_allclose(block(*given), written_out(block, *given), rtol=2e-4, atol=2e-4)
 
 
-def test_a_stack_is_its_blocks_one_after_the_other():
+def test_a_stack_is_its_blocks_in_sequence():
     z_BLD, *rest = inputs()
-    stack = TransformerStack(
-        D, blocks=3, n_head=H, d_head=E, d_inner=F, pre_norm=True, affine_norm=True, dropout=0.5, rngs=nnx.Rngs(0)
-    )
+    stack = TransformerStack(cell_options(dropout=0.5), blocks=3, rngs=nnx.Rngs(0))
     masks = stack.draw_masks(jax.random.key(1), B, L, M)
     together = stack.evaluate(z_BLD, stack.context(*rest, masks))
     for block, mask in zip(stack.blocks, masks, strict=True):
@@ -79,6 +80,6 @@ def test_a_stack_is_its_blocks_one_after_the_other():
     np.testing.assert_array_equal(masks[0].positions_1D, masks[2].positions_1D)
 
 
-def test_affine_norms_need_norms_before():
+def test_affine_norms_require_pre_norm():
     with pytest.raises(ValueError, match="set pre_norm too"):
         cell(pre_norm=False)

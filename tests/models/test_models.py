@@ -1,0 +1,154 @@
+"""The table of models: every model has its interface, an abstract form, and sharding metadata."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from deq_flax.equilibrium import Unroll
+from deq_flax.errors import UserError
+from deq_flax.models import MODELS, abstract_model, build_model
+from deq_flax.models.language_model import TransformerOptions
+from deq_flax.models.mdeq import MDEQOptions
+from deq_flax.models.model import ImageModel, ImageOutput, LanguageModel, LanguageOutput, ModelOptions
+from tests.reference import parameters, solving
+
+SMALL_TRANSFORMER = dict(
+    vocab_size=50, d_model=16, d_embed=16, n_head=2, d_head=4, d_inner=24, cutoffs=(20,), div_value=2, mem_len=4
+)
+SMALL = {
+    "deq_transformer": SMALL_TRANSFORMER,
+    "transformer_xl": SMALL_TRANSFORMER,
+    "mdeq": dict(channels=(4, 8), head_channels=(2, 2), final_channels=6, expansion=2, groups=2),
+}
+
+
+def options(name, **changed):
+    return MODELS[name].Options(**{"name": name} | SMALL[name] | changed)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_the_interface_of_its_kind(name):
+    model, given = build_model(options(name), rngs=nnx.Rngs(0)), dict(solve=solving(gradient=Unroll(2)), key=jax.random.key(0))
+    if model.kind == "language":
+        assert isinstance(model, LanguageModel)
+        tokens_BL = jnp.arange(6).reshape(2, 3)
+        out, inputs = model(tokens_BL, model.fresh_memory(2), **given), (tokens_BL, model.fresh_memory(2))
+        assert isinstance(out, LanguageOutput)
+        assert jax.tree.map(jnp.shape, out.memory) == jax.tree.map(jnp.shape, model.fresh_memory(2))
+        assert model.nll(out.hidden_BLD, tokens_BL).shape == (2, 3)
+        assert model.log_probabilities(out.hidden_BLD).shape == (2, 3, 50)
+        assert out.memory._replace(length_B=jnp.zeros(2)).length_B.sum() == 0
+    else:
+        assert isinstance(model, ImageModel)
+        images_BHWC = jnp.ones((2, 8, 8, 3))
+        out, inputs = model(images_BHWC, **given, train=True), (images_BHWC,)
+        assert isinstance(out, ImageOutput) and out.logits.shape == (2, 10)
+    assert model.has_equilibrium == hasattr(model, "equation") == (out.stats is not None)
+    if model.has_equilibrium:
+        f, z0, *_ = model.equation(*inputs)
+        assert jax.tree.map(jnp.shape, f(z0)) == jax.tree.map(jnp.shape, z0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_abstract_model_has_the_shapes_and_the_structure_of_the_real_one(name):
+    (graphdef, state), (abstract_graphdef, abstract) = (
+        nnx.split(model) for model in (build_model(options(name), rngs=nnx.Rngs(0)), abstract_model(options(name)))
+    )
+    assert graphdef == abstract_graphdef and hash(graphdef) == hash(abstract_graphdef)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (ModelOptions(name="rnn"), "unknown model.name 'rnn'; known: deq_transformer, transformer_xl, mdeq"),
+        (TransformerOptions(), "section model: vocab_size must be at least 1"),
+        (TransformerOptions(vocab_size=50), r"section model: cutoffs must increase strictly within \(0, 50\)"),
+        (MDEQOptions(channels=(8, 12), head_channels=(2, 2)), "section model: 60 channels cannot be divided into 8 groups"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_in_one_line(wrong, words):
+    with pytest.raises(UserError, match=words):
+        abstract_model(wrong)
+
+
+@pytest.mark.parametrize("cls", {model.Options for model in MODELS.values()})
+def test_options_have_defaults_the_name_first_and_tuples_of_lists(cls):
+    assert next(field.name for field in dataclasses.fields(cls)) == "name"
+    assert cls().name in MODELS and hash(cls()) == hash(cls())
+    given = {name: list(value) for name, value in dataclasses.asdict(cls()).items() if isinstance(value, tuple)}
+    assert given and cls(**given) == cls()
+
+
+TRANSFORMER_SPLIT = {
+    "relative/v_IO": (None, "tensor"),
+    "relative/g_O": ("tensor",),
+    "out/v_IO": ("tensor", None),
+    "inner/v_IO": (None, "tensor"),
+    "inner/g_O": ("tensor",),
+    "inner/bias_O": ("tensor",),
+    "outer/v_IO": ("tensor", None),
+}
+PLAIN_SPLIT = {
+    "relative/weight_IO": (None, "tensor"),
+    "out/weight_IO": ("tensor", None),
+    "inner/weight_IO": (None, "tensor"),
+    "inner/bias_O": ("tensor",),
+    "outer/weight_IO": ("tensor", None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "places", "split"),
+    [
+        ("deq_transformer", {}, ["cell"], TRANSFORMER_SPLIT),
+        ("deq_transformer", {"weight_norm": False}, ["cell"], PLAIN_SPLIT),
+        ("deq_transformer", {"blocks": 2}, ["cell/blocks/0", "cell/blocks/1"], TRANSFORMER_SPLIT),
+        ("transformer_xl", {"blocks": 2}, ["cells/0", "cells/1"], TRANSFORMER_SPLIT),
+        ("mdeq", {}, [], {}),
+    ],
+)
+def test_params_say_which_axes_tensor_may_split(name, changed, places, split):
+    """Pairs of kernels of feed-forward and attention; not qkv, whose parts would be no sets of heads."""
+    expected = {f"{place}/{path}": axes for place in places for path, axes in split.items()}
+    for model in (build_model(options(name, **changed), rngs=nnx.Rngs(0)), abstract_model(options(name, **changed))):
+        found = {path: param.get_metadata().get("out_sharding") for path, param in parameters(model).items()}
+        assert {path: axes for path, axes in found.items() if axes} == expected
+        again = nnx.merge(*nnx.split(model), copy=True)
+        assert {path: param.get_metadata().get("out_sharding") for path, param in parameters(again).items()} == found
+
+
+def test_metadata_works_in_jit_under_a_mesh_and_in_a_shard_map():
+    """Arrays are not moved by the metadata: where they lie is the trainer's affair."""
+    graphdef, state = nnx.split(build_model(options("deq_transformer"), rngs=nnx.Rngs(0)))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tokens_BL = jnp.arange(12).reshape(4, 3)
+
+    def hidden(state, tokens_BL):
+        model = nnx.merge(graphdef, state, copy=True)
+        memory = model.fresh_memory(tokens_BL.shape[0])
+        return model(tokens_BL, memory, solve=solving(gradient=Unroll(2))).hidden_BLD
+
+    expected = jax.jit(hidden)(state, tokens_BL)
+    by_shards = jax.shard_map(
+        hidden, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), axis_names={"data"}, check_vma=False
+    )
+    with jax.set_mesh(mesh):
+        for function in (hidden, by_shards):
+            np.testing.assert_allclose(jax.jit(function)(state, tokens_BL), expected, atol=1e-5)
+        made = jax.jit(lambda: nnx.state(build_model(options("deq_transformer"), rngs=nnx.Rngs(0))))()
+    assert jax.tree.structure(made) == jax.tree.structure(state)
+
+
+def test_the_table_needs_only_jax_and_flax():
+    program = "import flax.nnx, sys; before = set(sys.modules); import deq_flax.models; print(*set(sys.modules) - before)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    added = {module.split(".")[0] for module in result.stdout.split()}
+    assert added - set(sys.stdlib_module_names) <= {"deq_flax", "jax", "flax", "numpy"}
