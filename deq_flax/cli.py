@@ -222,7 +222,7 @@ def _help(main: Callable, positional: Sequence[str], flag_values: flags.FlagValu
     if positional:
         lines.insert(2, f"Arguments: {' '.join(positional)}\n")
     if "config" in flag_values and flag_values["config"].value is not None:
-        lines += ["", f"Keys of {flag_values['config'].config_filename}, with their values here:"]
+        lines += ["", f"Keys of {_flag(flag_values).config_filename}, with their values here:"]
         lines += _documented(resolved(flag_values))
     elif "config" in flag_values:
         lines += ["", "Every key of the config can be set: --config.section.key=value. To list them: --config FILE.py --help"]

@@ -62,7 +62,7 @@ def resolve(mapping: Mapping[str, Any], overrides: Sequence[Override] = ()) -> C
     Raises:
       UserError: a section or key is unknown (the nearest known one is named), missing, of another type, or out of range.
     """
-    merged = {name: dict(part) if isinstance(part, Mapping) else part for name, part in mapping.items()}
+    merged: dict[str, Any] = {name: dict(part) if isinstance(part, Mapping) else part for name, part in mapping.items()}
     for key, text in sorted(overrides, key=lambda override: override[0] not in ("task", "model.name")):
         _override(merged, key, text)
     sections = section_types(merged)

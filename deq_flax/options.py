@@ -74,7 +74,7 @@ def parse(text: str, hint: Any, where: str) -> Any:
     raise UserError(f"{where} must be {_noun(hint)}, not {text!r}")
 
 
-def hints_of(cls: type) -> dict[str, Any]:
+def hints_of(cls: Any) -> dict[str, Any]:
     """Name -> type of every option that `cls` takes."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}

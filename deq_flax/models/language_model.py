@@ -21,25 +21,24 @@ OUTPUT_DROPOUT = {"tokens": (True, True, False), "features": (True, False, True)
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerOptions(CellOptions, ModelOptions):
-    """Options of a Transformer language model. The defaults are those of the published WikiText-103 model.
+    """Options of a Transformer language model.
 
     Raises:
       ValueError: a value is out of range.
     """
 
     name: str = "deq_transformer"
-    dropout: float = 0.05
     vocab_size: int = 0
     """Words of the vocabulary; 0 in a config: as many as the corpus has."""
-    d_embed: int = 700
+    d_embed: int
     """Features of the embedding of the most frequent words."""
-    cutoffs: tuple[int, ...] = (20_000, 40_000, 200_000)
+    cutoffs: tuple[int, ...] = ()
     """First word of each cluster of rarer words in the adaptive embedding and softmax; (): one softmax over all words."""
-    div_value: int = 4
+    div_value: int = 1
     """Ratio of the embedding features of successive clusters; 1: all clusters share one table of d_embed features."""
     blocks: int = 1
     """Transformer blocks in sequence: in f of deq_transformer, or the layers of transformer_xl."""
-    mem_len: int = 150
+    mem_len: int = 0
     """Positions of memory carried from segment to segment; 0: none."""
     output_dropout: Literal["tokens", "features", "none"] = "tokens"
     """What dropout of the hidden states zeroes: tokens, whole tokens, as published; features, features of all tokens; none."""

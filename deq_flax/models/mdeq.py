@@ -28,20 +28,20 @@ HEADS = ("classification", "segmentation")
 
 @dataclass(frozen=True, kw_only=True)
 class MDEQOptions(MultiscaleOptions, ModelOptions):
-    """Options of an MDEQ. The defaults are those of the published CIFAR-10 model, except for dropout, which is off.
+    """Options of an MDEQ.
 
     Raises:
       ValueError: a value is out of range.
     """
 
     name: str = "mdeq"
-    num_classes: int = 10
+    num_classes: int
     """Classes to tell apart."""
     head: Literal["classification", "segmentation"] = "classification"
     """Kind of output: classification, one class per image, or segmentation, one class per pixel."""
-    head_channels: tuple[int, ...] = (14, 28, 56, 112)
+    head_channels: tuple[int, ...] = ()
     """Inner channels of the classification head's bottleneck for each branch; four times as many leave it."""
-    final_channels: int = 1680
+    final_channels: int = 0
     """Channels before the classification head's linear layer."""
     last_kernel: int = 1
     """Size of the segmentation head's last convolution: 1 or 3."""

@@ -29,13 +29,13 @@ State = tuple[jax.Array, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class MultiscaleOptions:
-    """Options of a `MultiscaleCell`. The default sizes are those of the published CIFAR-10 model.
+    """Options of a `MultiscaleCell`.
 
     Raises:
       ValueError: a value is out of range.
     """
 
-    channels: tuple[int, ...] = (32, 64, 128, 256)
+    channels: tuple[int, ...]
     """Channels of each of one to four branches, the finest first; each branch has half the resolution of the one before."""
     expansion: int = 5
     """Inner channels of a branch's residual block, as a multiple of its channels."""

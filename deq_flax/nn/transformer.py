@@ -21,19 +21,19 @@ from deq_flax.nn.precision import compute_dtype, contract, contract_narrow
 
 @dataclass(frozen=True, kw_only=True)
 class CellOptions:
-    """Options of a Transformer block. The default sizes are those of the published WikiText-103 model.
+    """Options of a Transformer block.
 
     Raises:
       ValueError: a value is out of range.
     """
 
-    d_model: int = 700
+    d_model: int
     """Features of a hidden state."""
-    n_head: int = 10
+    n_head: int
     """Attention heads."""
-    d_head: int = 70
+    d_head: int
     """Features of an attention head."""
-    d_inner: int = 48_000
+    d_inner: int
     """Inner features of the feed-forward layer."""
     pre_norm: bool = False
     """Normalize the inputs of attention and feed-forward instead of their sums with the residuals."""

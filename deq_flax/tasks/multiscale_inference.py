@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from deq_flax.errors import UserError
-from deq_flax.models.mdeq_heads import resize_bilinear
+from deq_flax.nn.resize import resize_bilinear
 
 Predict = Callable[[jax.Array], tuple[jax.Array, Any]]
 """Images (B, H, W, C) -> logits (B, H, W, K) and the statistics of the solve."""

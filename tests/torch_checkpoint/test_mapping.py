@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.test_configs import LANGUAGE, resolved
 
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model
@@ -26,6 +25,7 @@ from deq_flax.torch_checkpoint import (
 )
 from deq_flax.torch_checkpoint.mapping import Row
 from tests import reference
+from tests.test_configs import LANGUAGE, resolved
 
 FAMILY = FAMILIES["deq_transformer"]
 FULL_SIZE = {name: tuple(shape) for name, shape in reference.facts()["wt103"]["state_dict"].items()}

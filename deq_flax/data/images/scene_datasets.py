@@ -32,17 +32,17 @@ class SceneOptions:
     """Data set: cityscapes or camvid, from the published files; folders, any images with masks of class numbers."""
     path: str = ""
     """Folder or zip file of the data set."""
-    batch_size: int = 12
+    batch_size: int = 8
     """Crops in a training step, over all devices and micro-batches."""
-    eval_batch_size: int = 2
+    eval_batch_size: int = 4
     """Images in an evaluation step, over all devices."""
-    crop_size: tuple[int, int] = (512, 1024)
+    crop_size: tuple[int, int] = (512, 512)
     """Height and width of training crops."""
     scales: tuple[float, ...] = tuple(tenths / 10 for tenths in range(5, 22))
     """Factors by one of which, drawn at random, a training image is scaled."""
     ignored: tuple[int, ...] = ()
     """Labels that are not scored, besides 255; only with data.name folders."""
-    eval_size: tuple[int, int] = (1024, 2048)
+    eval_size: tuple[int, int] = (512, 512)
     """Height and width that smaller images are filled up to in evaluation."""
     eval_scales: tuple[float, ...] = (1.0,)
     """Sizes, relative to the image, at which it is evaluated; the probabilities are averaged."""

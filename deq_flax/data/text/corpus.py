@@ -32,13 +32,13 @@ class TextOptions:
     """Folder of the text's files; for wt103 also the published zip file. pydoc needs none."""
     cache: str = ""
     """Folder for encoded texts; empty: $XDG_CACHE_HOME/deq_flax or ~/.cache/deq_flax."""
-    batch_size: int = 56
+    batch_size: int = 32
     """Parallel streams of text in a training step, over all devices and micro-batches."""
-    seq_len: int = 150
+    seq_len: int = 128
     """Tokens of each stream in a training step."""
     eval_batch_size: int = 16
     """Parallel streams of text in evaluation, over all devices."""
-    eval_seq_len: int = 150
+    eval_seq_len: int = 128
     """Tokens of each stream in an evaluation step."""
 
     def __post_init__(self):
