@@ -41,7 +41,7 @@ class TransformerOptions(CellOptions, ModelOptions):
     mem_len: int = 0
     """Positions of memory carried from segment to segment; 0: none."""
     output_dropout: Literal["tokens", "features", "none"] = "tokens"
-    """What dropout of the hidden states zeroes: tokens, whole tokens, as published; features, features of all tokens; none."""
+    """Dropout of the hidden states: tokens drops whole tokens, as published; features drops features of all tokens; none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cutoffs", tuple(self.cutoffs))

@@ -36,7 +36,7 @@ class MDEQOptions(MultiscaleOptions, ModelOptions):
 
     name: str = "mdeq"
     num_classes: int
-    """Classes to tell apart."""
+    """Number of classes."""
     head: Literal["classification", "segmentation"] = "classification"
     """Kind of output: classification, one class per image, or segmentation, one class per pixel."""
     head_channels: tuple[int, ...] = ()

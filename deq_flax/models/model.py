@@ -61,7 +61,7 @@ class Model(nnx.Module):
     kind: ClassVar[Literal["language", "image"]]
     """Its interface: that of `LanguageModel` or that of `ImageModel`."""
     has_equilibrium: ClassVar[bool]
-    """Whether it solves for an equilibrium, and so has `equation` and a use for `solve`."""
+    """True for a model that solves for an equilibrium: it has `equation` and uses the argument `solve`."""
 
     def __init__(self, options: Any, *, rngs: nnx.Rngs):
         raise NotImplementedError

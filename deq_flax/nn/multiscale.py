@@ -21,7 +21,7 @@ from deq_flax.nn.precision import compute_dtype
 from deq_flax.nn.resize import enlarge_nearest
 
 FUSE_WEIGHT_NORM = {"none": (False, False), "post": (False, True), "all": (True, True)}
-"""Whether the convolutions (between branches, after fusion) have weight normalization if those of the blocks do."""
+"""Weight normalization of the convolutions (between branches, after fusion), given that those of the blocks have it."""
 
 State = tuple[jax.Array, ...]
 """The branches (B, H, W, C), the finest first."""
@@ -77,7 +77,7 @@ class Context(NamedTuple):
     blocks: tuple[tuple[jax.Array, jax.Array], ...]
     """The two kernels of each branch's block."""
     spread: tuple[tuple[jax.Array | None, jax.Array | None], ...]
-    """For each source branch its kernels (to finer, to coarser) targets, side by side for all of them; None: no targets."""
+    """For each source branch its kernels (to finer targets, to coarser ones), all targets side by side; None: no targets."""
     onward: tuple[tuple[tuple[jax.Array, ...], ...], ...]
     """[target][source]: the remaining kernels on the way to a target that is two or more levels coarser."""
     post: tuple[jax.Array, ...]

@@ -116,7 +116,7 @@ def test_generation_leaves_the_model_as_it_was():
         (dict(temperature=1.0), [3, 0, 1, 2]),
     ],
 )
-def test_words_are_drawn_from_the_likeliest_in_proportion(options, allowed):
+def test_words_are_drawn_from_the_most_likely_in_proportion(options, allowed):
     p_V = np.array([0.3, 0.15, 0.05, 0.5])
     keys = jax.random.split(jax.random.key(0), 4000)
     sampling = Sampling(**options)

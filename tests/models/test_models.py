@@ -1,6 +1,7 @@
 """The table of models: every model has its interface, an abstract form, and sharding metadata."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
 
@@ -74,7 +75,7 @@ def test_an_abstract_model_has_the_shapes_and_the_structure_of_the_real_one(name
         (MDEQOptions(channels=(8, 12), head_channels=(2, 2)), "section model: 60 channels cannot be divided into 8 groups"),
     ],
 )
-def test_a_model_that_cannot_be_is_refused_in_one_line(wrong, words):
+def test_an_impossible_model_is_refused_in_one_line(wrong, words):
     with pytest.raises(UserError, match=words):
         abstract_model(wrong)
 
@@ -115,8 +116,8 @@ PLAIN_SPLIT = {
         ("mdeq", {}, [], {}),
     ],
 )
-def test_params_say_which_axes_tensor_may_split(name, changed, places, split):
-    """Pairs of kernels of feed-forward and attention; not qkv, whose parts would be no sets of heads."""
+def test_params_carry_the_axes_that_tensor_may_split(name, changed, places, split):
+    """Pairs of kernels of feed-forward and attention are split; qkv is not, whose parts would not be sets of heads."""
     expected = {f"{place}/{path}": axes for place in places for path, axes in split.items()}
     for model in (build_model(options(name, **changed), rngs=nnx.Rngs(0)), abstract_model(options(name, **changed))):
         found = {path: param.get_metadata().get("out_sharding") for path, param in parameters(model).items()}
@@ -126,7 +127,7 @@ def test_params_say_which_axes_tensor_may_split(name, changed, places, split):
 
 
 def test_metadata_works_in_jit_under_a_mesh_and_in_a_shard_map():
-    """Arrays are not moved by the metadata: where they lie is the trainer's affair."""
+    """The metadata places no arrays: that is left to the trainer."""
     graphdef, state = nnx.split(build_model(options("deq_transformer"), rngs=nnx.Rngs(0)))
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     tokens_BL = jnp.arange(12).reshape(4, 3)
@@ -149,6 +150,7 @@ def test_metadata_works_in_jit_under_a_mesh_and_in_a_shard_map():
 
 def test_the_table_needs_only_jax_and_flax():
     program = "import flax.nnx, sys; before = set(sys.modules); import deq_flax.models; print(*set(sys.modules) - before)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    root = pathlib.Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     added = {module.split(".")[0] for module in result.stdout.split()}
     assert added - set(sys.stdlib_module_names) <= {"deq_flax", "jax", "flax", "numpy"}

@@ -15,7 +15,7 @@ WINDOWS = [
 ]
 
 
-def jaxs(x, kernel, window):
+def lax_convolution(x, kernel, window):
     dilation = dict(lhs_dilation=window.x_dilation, rhs_dilation=window.kernel_dilation)
     numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, window.strides, window.padding, dimension_numbers=numbers, **dilation)
@@ -27,7 +27,7 @@ def operands(*leading):
 
 
 def derivatives(f):
-    """Value, both gradients, a directional derivative, and a gradient of a gradient's size, of f(x, kernel)."""
+    """The map (x, kernel) -> f and its directional derivative, both gradients, and the gradients of their size."""
 
     def all_of_them(x, kernel):
         def value(x, kernel):
@@ -46,7 +46,7 @@ def derivatives(f):
 def test_derivatives(window):
     with jax.enable_x64(True):
         ours = derivatives(lambda x, k: convolve_nhwc(x, k, window))(*operands())
-        theirs = derivatives(lambda x, k: jaxs(x, k, window))(*operands())
+        theirs = derivatives(lambda x, k: lax_convolution(x, k, window))(*operands())
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10)
 
@@ -57,13 +57,13 @@ def test_batching(axes):
     x, kernel = x if axes[0] == 0 else x[0], kernel if axes[1] == 0 else kernel[0]
     with jax.enable_x64(True):
         ours, theirs = (
-            jax.jit(jax.vmap(lambda a, b, f=f: f(a, b, WINDOWS[1]), axes))(x, kernel) for f in (convolve_nhwc, jaxs)
+            jax.jit(jax.vmap(lambda a, b, f=f: f(a, b, WINDOWS[1]), axes))(x, kernel) for f in (convolve_nhwc, lax_convolution)
         )
     np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_derivatives_in_a_loop_keep_the_layout():
-    """Inside a loop XLA's CPU programs are fast for this layout alone."""
+    """On the CPU, XLA has fast programs inside a loop for this layout only."""
     x, kernel = (jnp.asarray(a, jnp.float32) for a in operands())
 
     def loop(x, kernel):
