@@ -75,7 +75,9 @@ def resolve(mapping: Mapping[str, Any], overrides: Sequence[Override] = ()) -> C
         if not isinstance(part, Mapping):
             raise UserError(f"{name} is a section of the config, not {part!r}: set its keys, --config.{name}.KEY=VALUE")
         made[name] = options.make(cls, part, name)
-    return Config(task=merged["task"], **made)
+    config = Config(task=merged["task"], **made)
+    config.eval.check(None if config.deq is None else config.deq.max_steps)
+    return config
 
 
 def section_types(mapping: Mapping[str, Any]) -> dict[str, type]:

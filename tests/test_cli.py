@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 def get_config(variant="base"):
     if variant not in ("base", "tiny"):
         raise ValueError(f"unknown variant {variant!r}; known: base, tiny")
-    model = {"name": "deq_transformer", "d_model": 32, "cutoffs": (1, 2)}
+    sizes = {"d_model": 32, "d_embed": 32, "n_head": 2, "d_head": 16, "d_inner": 8}
+    model = {"name": "deq_transformer", "cutoffs": (1, 2)} | sizes
     sections = {"data": {"name": "pydoc"}, "model": model, "train": {"steps": 10}}
     return ConfigDict(sections | {"task": "language"}).lock()
 """

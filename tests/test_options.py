@@ -118,7 +118,8 @@ def test_the_reference_is_up_to_date():
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
 
 
-BASE = {"task": "language", "data": {"name": "pydoc"}, "model": {"name": "deq_transformer"}, "train": {"steps": 3}}
+MODEL = {"name": "deq_transformer", "d_model": 32, "d_embed": 32, "n_head": 2, "d_head": 16, "d_inner": 8}
+BASE = {"task": "language", "data": {"name": "pydoc"}, "model": MODEL, "train": {"steps": 3}}
 
 
 def test_a_resolved_config_resolves_to_itself():
@@ -133,7 +134,7 @@ def test_a_resolved_config_resolves_to_itself():
         ({"model": {}}, "model.name is missing from the config; known: deq_transformer"),
         ({"model": {"name": "lstm"}}, "unknown model.name 'lstm'"),
         ({"model": {"name": "mdeq"}}, "is no model for task 'language'; known: deq_transformer, transformer_xl"),
-        ({"model": {"name": "transformer_xl"}, "deq": {"tol": 1e-3}}, "no equilibrium: leave out section deq"),
+        ({"model": MODEL | {"name": "transformer_xl"}, "deq": {"tol": 1e-3}}, "no equilibrium: leave out section deq"),
         ({"optimiser": {}}, "the config has no section 'optimiser'; did you mean 'optimizer'?"),
         ({"loss": {}}, "the config has no section 'loss'"),
         ({"train": 3}, "train is a section of the config, not 3"),
@@ -152,7 +153,7 @@ def test_a_recipe_is_a_difference():
     variants = {"base": {}, "other": {"model.d_model": 3, "mesh.fsdp": 2, "train": None}}
     assert recipe(BASE, variants, "base").to_dict() == BASE
     other = recipe(BASE, variants, "other").to_dict()
-    assert other["model"] == {"name": "deq_transformer", "d_model": 3} and other["mesh"] == {"fsdp": 2} and "train" not in other
-    assert BASE["model"] == {"name": "deq_transformer"}
+    assert other["model"] == MODEL | {"d_model": 3} and other["mesh"] == {"fsdp": 2} and "train" not in other
+    assert MODEL["d_model"] == 32
     with pytest.raises(ValueError, match="unknown variant 'bass'; known: base, other"):
         recipe(BASE, variants, "bass")

@@ -16,9 +16,19 @@ def test_the_examples_run(file):
         exec(compile(block, file, "exec"), namespace)
 
 
-def test_every_file_that_is_pointed_to_exists():
-    text = (ROOT / "README.md").read_text()
-    named = re.findall(r"`((?:configs|benchmarks|docs|tests|deq_flax|launch)/[\w./]*)", text)
-    assert len(named) > 5
-    for name in named:
+PAGES = ["README.md", "benchmarks/README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_pointed_to_exists(page):
+    text = (ROOT / page).read_text()
+    for name in re.findall(r"`((?:configs|benchmarks|docs|tests|deq_flax|launch)/[\w./]*)", text):
         assert (ROOT / name).exists(), name
+    links = re.findall(r"\]\(([^)#:]+)", text)
+    for link in links:
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_the_readme_points_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert all(f"]({page})" in text for page in PAGES if page != "README.md")

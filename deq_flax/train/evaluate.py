@@ -38,6 +38,18 @@ class EvalOptions:
     """Limits on the evaluations of f to evaluate with as well, for a table of score against evaluations; none above
     deq.max_steps."""
 
+    def check(self, max_steps: int | None) -> None:
+        """Raise UserError for an option that does not suit the equilibrium. `max_steps`: deq.max_steps; None: no equilibrium."""
+        if max_steps is None and self.spectral_radius:
+            raise UserError("eval.spectral_radius: this model has no equilibrium; set it to False")
+        for steps in self.max_steps_sweep:
+            if max_steps is None:
+                raise UserError("eval.max_steps_sweep: there is no equilibrium to limit; set it to ()")
+            if not 1 <= steps <= max_steps:
+                raise UserError(
+                    f"eval.max_steps_sweep holds {steps}: whole numbers from 1 to deq.max_steps ({max_steps}) are possible"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -130,7 +142,7 @@ def evaluate_checkpoint(
       UserError: there is no checkpoint, it does not fit, or an option needs an equilibrium that the model does not have.
     """
     solver = phases.evaluation.solver
-    _check_sweep(options, solver)
+    options.check(None if solver is None else solver.max_steps)
     devices = make_mesh(mesh)
     check_batch(devices, batch_size=task.batch_size, accumulate=1, eval_batch_size=task.eval_batch_size)
     model, graphdef, weights, number = load(task, path, devices, seed=seed)
@@ -144,16 +156,6 @@ def evaluate_checkpoint(
         for split in SPLITS
     ]
     return Evaluation(step=number, metrics=results, anytime=anytime)
-
-
-def _check_sweep(options: EvalOptions, solver: Solver | None) -> None:
-    for steps in options.max_steps_sweep:
-        if solver is None:
-            raise UserError("eval.max_steps_sweep: there is no equilibrium to limit; set it to ()")
-        if not 1 <= steps <= solver.max_steps:
-            raise UserError(
-                f"eval.max_steps_sweep holds {steps}: whole numbers from 1 to deq.max_steps ({solver.max_steps}) are possible"
-            )
 
 
 def _spectral_radius(

@@ -157,8 +157,9 @@ def test_memory_carries_no_gradient():
 
 
 def test_full_size_parameter_count():
-    """The defaults are the published WikiText-103 model."""
-    options = TransformerOptions(vocab_size=267735)
+    """The published WikiText-103 model."""
+    sizes = dict(d_model=700, d_embed=700, n_head=10, d_head=70, d_inner=48_000)
+    options = TransformerOptions(vocab_size=267_735, cutoffs=(20_000, 40_000, 200_000), div_value=4, **sizes)
     state = nnx.state(nnx.eval_shape(lambda: DEQTransformer(options, rngs=nnx.Rngs(0))), nnx.Param)
     count = sum(int(np.prod(param.shape)) for _, param in nnx.to_flat_state(state))
     tied_projections = 700 * (700 // 4 + 700 // 16 + 700 // 64)  # two parameters on one storage in the original: counted twice

@@ -126,7 +126,7 @@ def test_unrolled_pretraining(name):
 
 @pytest.mark.parametrize("name", ["mdeq_tdeq_cls2"])
 def test_phantom_gradient(name):
-    arrays, table, ((loss, _), gradient) = trained(name, PhantomGradient(steps=5, damping=0.7))
+    arrays, table, ((loss, _), gradient) = trained(name, PhantomGradient(steps=5, relaxation=0.7))
     close(loss, arrays["phantom5_tau0.7_train/loss"], 1e-8)
     same_gradients(gradient, arrays, "phantom5_tau0.7_train", table)
 

@@ -26,7 +26,7 @@ SMALL_TRANSFORMER = dict(
 SMALL = {
     "deq_transformer": SMALL_TRANSFORMER,
     "transformer_xl": SMALL_TRANSFORMER,
-    "mdeq": dict(channels=(4, 8), head_channels=(2, 2), final_channels=6, expansion=2, groups=2),
+    "mdeq": dict(num_classes=10, channels=(4, 8), head_channels=(2, 2), final_channels=6, expansion=2, groups=2),
 }
 
 
@@ -66,13 +66,22 @@ def test_an_abstract_model_has_the_shapes_and_the_structure_of_the_real_one(name
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
 
 
+SIZES = dict(d_model=8, d_embed=8, n_head=2, d_head=4, d_inner=8)
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
         (ModelOptions(name="rnn"), "unknown model.name 'rnn'; known: deq_transformer, transformer_xl, mdeq"),
-        (TransformerOptions(), "section model: vocab_size must be at least 1"),
-        (TransformerOptions(vocab_size=50), r"section model: cutoffs must increase strictly within \(0, 50\)"),
-        (MDEQOptions(channels=(8, 12), head_channels=(2, 2)), "section model: 60 channels cannot be divided into 8 groups"),
+        (TransformerOptions(**SIZES), "section model: vocab_size must be at least 1"),
+        (
+            TransformerOptions(**SIZES, vocab_size=50, cutoffs=(60,)),
+            r"section model: cutoffs must increase strictly within \(0, 50\)",
+        ),
+        (
+            MDEQOptions(num_classes=3, channels=(8, 12), head_channels=(2, 2), final_channels=8),
+            "section model: 60 channels cannot be divided into 8 groups",
+        ),
     ],
 )
 def test_an_impossible_model_is_refused_in_one_line(wrong, words):
@@ -80,12 +89,13 @@ def test_an_impossible_model_is_refused_in_one_line(wrong, words):
         abstract_model(wrong)
 
 
-@pytest.mark.parametrize("cls", {model.Options for model in MODELS.values()})
-def test_options_have_defaults_the_name_first_and_tuples_of_lists(cls):
-    assert next(field.name for field in dataclasses.fields(cls)) == "name"
-    assert cls().name in MODELS and hash(cls()) == hash(cls())
-    given = {name: list(value) for name, value in dataclasses.asdict(cls()).items() if isinstance(value, tuple)}
-    assert given and cls(**given) == cls()
+@pytest.mark.parametrize("name", MODELS)
+def test_options_begin_with_the_name_and_take_lists_for_tuples(name):
+    made = options(name)
+    assert next(field.name for field in dataclasses.fields(made)) == "name" and made.name == name
+    as_lists = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(made).items()}
+    assert any(isinstance(value, list) for value in as_lists.values())
+    assert type(made)(**as_lists) == made and hash(type(made)(**as_lists)) == hash(made)
 
 
 TRANSFORMER_SPLIT = {

@@ -58,7 +58,9 @@ def config(name, **model):
     """A config of the task and head of a fixture or published model."""
     task = reference.task(name)
     required = {"data": {"name": "folders"}, "optimizer": {"learning_rate": 0.1}, "train": {"steps": 1}}
-    return resolve({"task": task, "model": {"name": "mdeq", "head": task} | model} | required)
+    return resolve(
+        {"task": task, "model": {"name": "mdeq", "head": task, "num_classes": 10, "channels": (8, 8)} | model} | required
+    )
 
 
 @cache

@@ -32,7 +32,7 @@ class TextOptions:
     """Folder of the text's files; for wt103 also the published zip file. pydoc needs none."""
     cache: str = ""
     """Folder for encoded texts; empty: $XDG_CACHE_HOME/deq_flax or ~/.cache/deq_flax."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Parallel streams of text in a training step, over all devices and micro-batches."""
     seq_len: int = 128
     """Tokens of each stream in a training step."""
