@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.state import flattener, norm
+from deq_flax.equilibrium.fixed_point import flattener
+from deq_flax.equilibrium.solution import norm
 
 
 def jacobian_loss(

@@ -9,8 +9,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import SolverStats
-from deq_flax.equilibrium.state import FlatMap, norm, relative_residual
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, relative_residual
 
 
 @runtime_checkable

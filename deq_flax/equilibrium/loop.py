@@ -12,8 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import SolverStats
-from deq_flax.equilibrium.state import FlatMap, norm, relative_residual
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, relative_residual
 
 StopMode = Literal["relative", "absolute"]
 

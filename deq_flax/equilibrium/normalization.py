@@ -7,7 +7,7 @@ equilibrium is unique and every solver finds it.
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.state import norm
+from deq_flax.equilibrium.solution import norm
 
 
 def spectral_normalized(kernel: jax.Array, u: jax.Array, *, bound: float = 1.0, steps: int = 1) -> tuple[jax.Array, jax.Array]:

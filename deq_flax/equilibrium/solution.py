@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -48,5 +49,18 @@ class Solution:
     """The auxiliary output of f at `value`; None unless `fixed_point` was called with `has_aux=True`."""
 
 
+FlatMap = Callable[[jax.Array], jax.Array]
+"""f: (B, N) -> (B, N), a map of flat states. A row is a sample; rows do not depend on each other."""
+
 Solve = Callable[[Callable[[Any], Any], Any], tuple[Solution, jax.Array | None]]
 """(f, z0) -> (solution of z = f(z) from z0, Jacobian loss there or None). Models take one as the argument `solve`."""
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """Return the Euclidean norm over the last axis: (B, N) -> (B,), one norm per sample."""
+    return jnp.sqrt(jnp.sum(x * x, axis=-1))
+
+
+def relative_residual(absolute: jax.Array, size: jax.Array) -> jax.Array:
+    """Return ||f(z) - z|| / ||f(z)||, (B,), from both norms (B,); a residual of zero is zero relative to any f(z)."""
+    return jnp.where(absolute == 0, 0.0, absolute / size)

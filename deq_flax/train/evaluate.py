@@ -39,7 +39,7 @@ class EvalOptions:
     deq.max_steps."""
 
     def check(self, max_steps: int | None) -> None:
-        """Raise UserError for an option that does not suit the equilibrium. `max_steps`: deq.max_steps; None: no equilibrium."""
+        """Raise UserError for an option that does not suit the equilibrium; `max_steps`: deq.max_steps, None without one."""
         if max_steps is None and self.spectral_radius:
             raise UserError("eval.spectral_radius: this model has no equilibrium; set it to False")
         for steps in self.max_steps_sweep:

@@ -26,7 +26,7 @@ from deq_flax import (
     fixed_point,
     fixed_point_correction_loss,
 )
-from deq_flax.equilibrium.state import flattener
+from deq_flax.equilibrium.fixed_point import flattener
 from tests.equilibrium.dense import cell, close, loss, problem, run
 from tests.equilibrium.test_compiled import outside_entry
 

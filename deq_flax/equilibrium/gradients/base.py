@@ -9,8 +9,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from deq_flax.equilibrium.loop import Solver
-from deq_flax.equilibrium.solution import SolverStats
-from deq_flax.equilibrium.state import FlatMap
+from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
 
 class Gradient(Protocol):

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.linear import LinearSolver
 from deq_flax.equilibrium.loop import Solver, solve
-from deq_flax.equilibrium.solution import SolverStats
-from deq_flax.equilibrium.state import FlatMap
+from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from deq_flax.equilibrium.loop import Solver, solve
-from deq_flax.equilibrium.solution import SolverStats
-from deq_flax.equilibrium.state import FlatMap
+from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
 
 @dataclass(frozen=True)

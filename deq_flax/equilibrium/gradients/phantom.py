@@ -6,8 +6,7 @@ import jax
 
 from deq_flax.equilibrium.gradients.base import attach, stopped
 from deq_flax.equilibrium.loop import Solver, solve
-from deq_flax.equilibrium.solution import SolverStats
-from deq_flax.equilibrium.state import FlatMap
+from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.gradients.base import attach, stopped
 from deq_flax.equilibrium.loop import Solver, solve, solve_with_state
-from deq_flax.equilibrium.solution import SolverStats
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm
 from deq_flax.equilibrium.solvers.broyden import Broyden, BroydenState, apply_inverse_transpose
-from deq_flax.equilibrium.state import FlatMap, norm
 
 
 @dataclass(frozen=True)

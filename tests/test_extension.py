@@ -1,0 +1,116 @@
+"""A new solver, gradient, model and data set, each by one class or function and a line in its table, trained from a config."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_flax import Solver
+from deq_flax.config import resolve
+from deq_flax.data.text.corpus import TEXTS, Corpus
+from deq_flax.equilibrium import GRADIENTS, SOLVERS
+from deq_flax.equilibrium.gradients.base import attach, stopped
+from deq_flax.equilibrium.loop import solve as run_loop
+from deq_flax.models import MODELS
+from deq_flax.models.language_model import TransformerLanguageModel
+from deq_flax.models.model import LanguageOutput
+from deq_flax.nn.linear import Linear
+from deq_flax.train.phases import make_phases
+from tests.train.commands import metrics
+from tests.train.small import config, run, write_tokens
+
+
+@dataclass(frozen=True)
+class HeavyBall(Solver):
+    """z_{k+1} = z_k + g_k + momentum (z_k - z_{k-1})."""
+
+    momentum: float = 0.2
+
+    def init(self, z):
+        return z
+
+    def step(self, k, z, g, before):
+        return z + g + self.momentum * (z - before), z
+
+
+@dataclass(frozen=True)
+class ScaledOneStep:
+    """The gradient of one evaluation at z*, times a factor."""
+
+    factor: float = 1.0
+
+    def __call__(self, f, x0, solver, max_steps, probe):
+        x, stats = run_loop(stopped(f), x0, solver, max_steps)
+        return attach(x, self.factor * f(x)), stats
+
+
+class NoMemory(NamedTuple):
+    length_B: jax.Array
+
+
+class Bag(TransformerLanguageModel):
+    """The equilibrium of z = tanh(W z) / 2 + embedding: no attention, no memory."""
+
+    has_equilibrium = True
+
+    def __init__(self, options, *, rngs):
+        super().__init__(options, rngs=rngs)
+        self.state = Linear(options.d_model, options.d_model, rngs=rngs)
+        self.tie(rngs)
+
+    def fresh_memory(self, batch_size):
+        return NoMemory(jnp.zeros(batch_size, jnp.int32))
+
+    def equation(self, tokens_BL, memory, key=None):
+        x_BLD = self.embed(tokens_BL, key)
+        return (lambda z_BLD: 0.5 * jnp.tanh(self.state(z_BLD)) + x_BLD), jnp.zeros_like(x_BLD)
+
+    def __call__(self, tokens_BL, memory, *, solve=None, key=None):
+        solution, jacobian_loss = solve(*self.equation(tokens_BL, memory, key))
+        return LanguageOutput(solution.value, memory, solution.stats, jacobian_loss)
+
+
+def counting(options, vocab_size):
+    """A text that counts from 0 to 9 again and again."""
+    splits = {split: np.tile(np.arange(10, dtype=np.int32), 40) for split in ("train", "valid", "test")}
+    return Corpus(**splits, vocab_size=vocab_size or 10)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    return write_tokens(tmp_path / "tokens")
+
+
+def lines(c, workdir):
+    run(c, workdir)
+    return [line for line in metrics(workdir) if line["split"] == "train"]
+
+
+def test_a_solver_and_a_gradient(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(SOLVERS, "heavy_ball", HeavyBall)
+    monkeypatch.setitem(GRADIENTS, "scaled", ScaledOneStep)
+    deq = {"solver": "heavy_ball", "solver_options": {"momentum": 0.1}, "gradient": "scaled", "gradient_options": {"factor": 2}}
+    c = config(folder, deq=deq | {"pretrain_steps": 0, "jacobian_weight": 0.0}, train={"steps": 2})
+    phase = make_phases(resolve(c).deq).phase(0)
+    assert phase.solver == HeavyBall(tol=1e-3, max_steps=8, momentum=0.1) and phase.gradient == ScaledOneStep(factor=2.0)
+    found = lines(c, tmp_path / "run")
+    assert len(found) == 2 and np.isfinite(found[-1]["grad_norm"]) and found[0]["forward_nfe"] > 1
+
+
+def test_a_model(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "bag", Bag)
+    c = config(folder, model={"name": "bag", "mem_len": 0}, train={"steps": 30, "log_every": 10, "eval_every": 0})
+    found = lines(c, tmp_path / "run")
+    assert found[-1]["loss"] < found[0]["loss"] and found[-1]["forward_residual"] < 1e-2
+
+
+def test_a_text(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(TEXTS, "counting", counting)
+    data, model = {"name": "counting"}, {"vocab_size": 0, "cutoffs": ()}
+    c = config(folder, data=data, model=model, train={"steps": 40, "log_every": 20, "eval_every": 0, "checkpoint_every": 40})
+    found = lines(c, tmp_path / "run")
+    assert found[-1]["loss"] < found[0]["loss"]
