@@ -1,4 +1,4 @@
-"""The shell of every command: flags, configs, help, and one clear line for every mistake of the user's.
+"""Common parts of all commands: flags, configs, help, and one clear line for every user error.
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
@@ -42,7 +42,7 @@ def config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder
 
 
 def resolved(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-    """The config of the command line, checked, with its overrides. UserError: as of `config.resolve`."""
+    """The config of the command line, checked, with its overrides. Raises UserError like `config.resolve`."""
     flag = _flag(flag_values)
     return resolve(flag.value.to_dict(), flag.overrides)
 
@@ -62,11 +62,11 @@ def run(
 ) -> NoReturn:
     """Parse the command line, call `main(*positional arguments)` and exit.
 
-    Exit codes: 0; 2 after a mistake of the user's (one line `error: ...` on stderr, no traceback); 130 when interrupted;
-    the result of `main` if that is an integer. Any other exception is a bug of ours and keeps its traceback.
+    Exit codes: 0; 2 after a user error (one line `error: ...` on stderr, no traceback); 130 when interrupted;
+    the result of `main` if that is an integer. Any other exception is a bug and keeps its traceback.
 
     Args:
-      main: its module's docstring is the head of the help text.
+      main: the function to call; the docstring of its module begins the help text.
       argv: the command line, program name first; by default `sys.argv`.
       required: flags that must be set.
       positional: names of the arguments besides flags, all of them required.
@@ -95,7 +95,7 @@ def require(condition: bool, message: str) -> None:
 def _parse(
     main: Callable, argv: list[str], required: Sequence[str], positional: Sequence[str], flag_values: flags.FlagValues
 ) -> list[str] | None:
-    """The positional arguments; None if help was asked for, and printed."""
+    """The positional arguments; None if help was requested, which is printed."""
     end = argv.index("--") if "--" in argv else len(argv)
     wants_help = any(argument in _HELP for argument in argv[1:end])
     argv = [argument for i, argument in enumerate(argv) if i == 0 or i > end or argument not in _HELP]
@@ -172,7 +172,7 @@ def _overrides(argv: Sequence[str], mapping: dict[str, Any] | None) -> tuple[lis
 
 
 def _explain(error: BaseException, config: str) -> str:
-    """One line on what ml_collections or a config file raised."""
+    """Describe in one line an error that ml_collections or a config file raised."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     file = config.split(":")[0]
     _, has_trace, trace = text.partition("Error whilst parsing config file:")
@@ -230,7 +230,7 @@ def _help(main: Callable, positional: Sequence[str], flag_values: flags.FlagValu
 
 
 def _documented(config: Config) -> list[str]:
-    """A line for every key, and below it what it means."""
+    """A line for every key, with its documentation below."""
     values, lines = to_dict(config), [f"  --config.task={config.task}"]
     for section, cls in section_types(values).items():
         docs = options.docs_of(cls)

@@ -109,7 +109,7 @@ def section_types(mapping: Mapping[str, Any]) -> dict[str, type]:
 
 
 def make_task(config: Config) -> Task:
-    """The task of a config. UserError: its data cannot be had, or its values do not go together."""
+    """The task of a config. UserError: its data cannot be read, or its values contradict each other."""
     loss = {} if config.loss is None else {"loss": config.loss}
     return TASKS[config.task](config.data, config.model, **loss, seed=config.train.seed)
 
@@ -244,7 +244,7 @@ def _override(mapping: dict[str, Any], key: str, text: str | None) -> None:
 
 
 def takes_no_text(mapping: Mapping[str, Any], key: str) -> bool:
-    """Whether `--config.KEY` alone sets a key: that of an option which is true or false."""
+    """Return whether `--config.KEY` alone sets a key, as for an option that is true or false."""
     section, _, name = key.partition(".")
     types = section_types(mapping)
     return section in types and options.hints_of(types[section]).get(name) is bool

@@ -53,7 +53,7 @@ what is learned (but for rounding on another mesh)."""
 
 
 def main() -> int:
-    """The command."""
+    """Run the command; returns its exit code."""
     config, workdir = cli.resolved(), Path(_WORKDIR.value or "")
     cli.require(
         _MODE.value == "eval" or _CHECKPOINT.value is None,
@@ -61,7 +61,7 @@ def main() -> int:
     )
     with distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
         task = make_task(config)
-        # What was left to the data is known now, and part of the record.
+        # Options that were left to the data are known now; the record of the run holds them.
         config = dataclasses.replace(config, model=task.model_options)
         return _evaluate(task, config, workdir) if _MODE.value == "eval" else _train(task, config, workdir)
 
@@ -128,7 +128,7 @@ def _summary(head: str, step: int, metrics: Mapping[str, Mapping[str, float]]) -
 
 
 def _refuse_another_config(config: Mapping[str, Any], workdir: Path) -> None:
-    """UserError when the workdir belongs to a run of another config: continuing it would give neither's result."""
+    """Raise UserError if the workdir holds a run of another config: continuing it would give the result of neither."""
     path = workdir / "config.json"
     if not path.exists():
         return

@@ -51,7 +51,7 @@ def make(cls: type[Options], values: Mapping[str, Any], where: str, **given: Any
 
 
 def parse(text: str, hint: Any, where: str) -> Any:
-    """The value that command-line text stands for, by the type of its option. UserError: it stands for none."""
+    """Parse command-line text by the type of its option. UserError: it is no value of that type."""
     if hint is str or _choices(hint):
         return text
     if hint is bool:

@@ -32,7 +32,7 @@ def average(total: Any, count: Any = 1.0) -> clu_metrics.Average:
 
 
 class LossOutput(NamedTuple):
-    """What `Task.loss` returns beside the scalar to differentiate."""
+    """Results of `Task.loss` beside the scalar to differentiate."""
 
     carry: Carry
     metrics: Metrics
@@ -101,9 +101,9 @@ class Task(Protocol):
         ...
 
     def summary(self, split: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """The task's numbers for the log, from divided metrics, the most important first: a perplexity from a mean loss, say.
+        """The task's numbers for the log from divided metrics, the most important first, such as a perplexity of a mean loss.
 
-        Numbers only: an array, such as a confusion matrix, is reduced to some.
+        Every value is a number: an array, such as a confusion matrix, is reduced to numbers.
         """
         ...
 

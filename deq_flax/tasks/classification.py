@@ -17,7 +17,7 @@ from deq_flax.tasks.drawing import labeled_grid
 from deq_flax.tasks.images import ImageTask, confusion
 
 CONFUSION_CLASSES = 100
-"""The most classes for which a confusion matrix is counted: nobody could read a larger one."""
+"""The most classes for which a confusion matrix is counted: a larger one could not be read."""
 
 
 class ClassificationTask(ImageTask):
@@ -28,7 +28,7 @@ class ClassificationTask(ImageTask):
       seed: decides order and augmentation.
 
     Raises:
-      UserError: the images cannot be had, or a value makes no sense.
+      UserError: the images cannot be read, or an option does not suit them.
     """
 
     Data, Loss = ImageOptions, None

@@ -40,7 +40,7 @@ class ImageTask:
       seed: decides order and augmentation.
 
     Raises:
-      UserError: a value makes no sense, or the model does not suit the data.
+      UserError: an option is invalid, or the model does not suit the data.
     """
 
     kind = "image"

@@ -26,10 +26,10 @@ class LanguageTask:
     Args:
       data: section `data` of the config.
       model: section `model`, the options of a language model; `vocab_size` 0 takes the text's.
-      seed: of nothing here: segments come in order.
+      seed: unused: the segments of a text come in order.
 
     Raises:
-      UserError: the text cannot be had, or there is no such model.
+      UserError: the text cannot be read, or there is no such model.
     """
 
     Data, Loss, kind = TextOptions, None, "language"

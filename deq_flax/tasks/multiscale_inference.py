@@ -26,7 +26,7 @@ class MultiscaleInference:
     scales: Sequence[float]
     """Sizes relative to the image."""
     flip: bool
-    """Whether the mirrored image is an input too."""
+    """Use the mirrored image as an input too."""
     window: tuple[int, int]
     """Height and width of a window that slides over the (scaled) image by two thirds of its size; (0, 0): the whole image."""
     size: tuple[int, int]

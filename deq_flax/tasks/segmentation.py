@@ -28,7 +28,7 @@ class SegmentationTask(ImageTask):
       seed: decides order and augmentation.
 
     Raises:
-      UserError: the images cannot be had, or a value makes no sense.
+      UserError: the images cannot be read, or an option does not suit them.
     """
 
     Data, Loss = SceneOptions, PixelLoss

@@ -66,7 +66,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """The end of a run."""
+    """The result of a run."""
 
     step: int
     metrics: Mapping[str, Mapping[str, float]]
@@ -86,9 +86,9 @@ def train(
     mesh: MeshOptions,
     checkpoint: CheckpointOptions,
 ) -> RunResult:
-    """Train from where `workdir` stands to `train.steps`, then evaluate the best checkpoint.
+    """Train from the last checkpoint in `workdir` to step `train.steps`, then evaluate the best checkpoint.
 
-    A run that was stopped, at whatever moment, continues bit for bit as if it had not been, from its last checkpoint. SIGTERM
+    A run that was stopped at any moment continues from its last checkpoint, bit for bit as if it had not been stopped. SIGTERM
     and SIGINT end it at the next step with a checkpoint.
 
     Args:
@@ -254,7 +254,7 @@ class Run:
 
 
 class Log:
-    """Averages metrics between log lines, one step behind the device, so that the host never waits for what it just sent."""
+    """Average metrics between log lines, one step behind the device, so that the host never waits for the step it just sent."""
 
     def __init__(self, run: Run, run_log: RunLog, start: int):
         self._run, self._run_log = run, run_log
@@ -306,7 +306,7 @@ class _Stop:
     received: str = ""
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; ask after every step.
+        """Return whether to stop after `step`; to be called after every step.
 
         Several processes stop after the same step, though the signal reaches each at its own time.
         """
@@ -328,7 +328,7 @@ def _stop_signal() -> Generator[_Stop]:
         else:
             stop.received = signal.Signals(number).name
 
-    # With several processes, SIGTERM is caught by JAX, which tells the others.
+    # With several processes, SIGTERM is caught by JAX, which notifies the others.
     numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
     try:
         before = {number: signal.signal(number, on_signal) for number in numbers}

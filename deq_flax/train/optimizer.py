@@ -35,7 +35,7 @@ class OptimizerOptions:
     momentum: float = 0.0
     """Momentum of sgd."""
     nesterov: bool = False
-    """Whether the momentum of sgd is Nesterov's."""
+    """Use Nesterov momentum in sgd."""
 
     def __post_init__(self):
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -41,7 +41,7 @@ class DEQOptions:
     tol: float = 1e-3
     """Residual at which a sample's forward solve stops."""
     max_steps: int = 30
-    """Most evaluations of f in a forward solve."""
+    """Largest number of evaluations of f in a forward solve."""
     stop: Literal["relative", "absolute"] = "relative"
     """Residual that tolerances are compared with: relative, ||f(z) - z|| / ||f(z)||, or absolute, ||f(z) - z||."""
     solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -56,7 +56,7 @@ class DEQOptions:
     backward_tol: float = 1e-3
     """Residual at which a sample's adjoint solve stops."""
     backward_max_steps: int = 30
-    """Most vector-Jacobian products in an adjoint solve."""
+    """Largest number of vector-Jacobian products in an adjoint solve."""
     backward_solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options that only the adjoint solver has."""
     jacobian_weight: float = 0.0
@@ -70,7 +70,7 @@ class DEQOptions:
     jacobian_stop: int = 0
     """First step without a Jacobian loss; 0: it never stops."""
     jacobian_through_equilibrium: bool = False
-    """Whether the gradient of the Jacobian loss also flows through the equilibrium, which otherwise is held constant."""
+    """Differentiate the Jacobian loss through the equilibrium too, which otherwise is held constant."""
     max_steps_jitter: int = 0
     """Each training step draws its limit on evaluations from max_steps - max_steps_jitter to max_steps."""
     pretrain_steps: int = 0
@@ -151,7 +151,7 @@ class Phase:
     """None: the model has no equilibrium."""
     gradient: Gradient | None = None
     jacobian_loss: bool = False
-    """Whether the Jacobian loss is added."""
+    """Add the Jacobian loss."""
     jacobian_through_equilibrium: bool = False
 
     def __str__(self) -> str:
@@ -205,7 +205,7 @@ class Phases:
 class EquilibriumPhases(Phases):
     """The phases of an equilibrium model: unrolled pretraining, then the equilibrium, some steps with a Jacobian loss.
 
-    Evaluation always solves: for `unroll`, whose training does not, with the implicit gradient that nobody asks for.
+    Evaluation always solves: for `unroll`, whose training does not, with the implicit gradient, which evaluation does not use.
     """
 
     def __init__(self, deq: DEQOptions, seed: int):

@@ -166,7 +166,7 @@ def make_train_step(
             axis_names=manual_axes(mesh),
             check_vma=False,
         )(state.params, state.variables, state.carry, batch, scalars, number)
-        # The specs of the shard_map know nothing of what is split over `tensor`.
+        # The specs of the shard_map leave out the axes that are split over `tensor`.
         gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
         return update(state._replace(variables=variables, carry=carry), state, value, gradient, metrics)
 
