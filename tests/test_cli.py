@@ -1,4 +1,4 @@
-"""Laws of the command line: a mistake of the user's is one line and exit code 2; only bugs have tracebacks."""
+"""Laws of the command line: a user error is one line and exit code 2; only bugs have tracebacks."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def get_config(variant="base"):
 
 
 class Command:
-    """A command as the real ones are built, but with flags of its own."""
+    """A command built like the real ones, with flags of its own."""
 
     def __init__(self, body=None):
         self.values = flags.FlagValues()
@@ -84,7 +84,7 @@ def test_a_model_can_be_chosen_by_name(config):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--config.modle.d_model=3"], "--config has no section 'modle'; did you mean 'model'?"),
         (["--config.model.d_modle=3"], "--config.model has no key 'd_modle'; did you mean 'd_model'?"),
@@ -105,13 +105,13 @@ def test_a_model_can_be_chosen_by_name(config):
         (["stray"], "got 1 arguments besides flags (stray), need none"),
     ],
 )
-def test_mistakes_in_flags_are_one_line(config, capsys, arguments, words):
+def test_mistakes_in_flags_are_one_line(config, capsys, arguments, message):
     assert Command()("--config", config, *arguments) == 2
-    assert words in the_error(capsys)
+    assert message in the_error(capsys)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         (None, "no such file"),
         ("def get_config(:", "SyntaxError"),
@@ -123,13 +123,13 @@ def test_mistakes_in_flags_are_one_line(config, capsys, arguments, words):
     ],
 )
 @pytest.mark.parametrize("override", [[], ["--config.train.steps=3"]])
-def test_mistakes_in_config_files_are_one_line(tmp_path, capsys, text, words, override):
+def test_mistakes_in_config_files_are_one_line(tmp_path, capsys, text, message, override):
     path = tmp_path / "broken.py"
     if text is not None:
         path.write_text(text)
     assert Command()(f"--config={path}", *override) == 2
-    message = the_error(capsys)
-    assert str(path) in message and (words in message or override)
+    line = the_error(capsys)
+    assert str(path) in line and message in line
 
 
 def test_an_unknown_variant_lists_the_known(config, capsys):
@@ -153,7 +153,7 @@ def test_positional_arguments_reach_main():
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help", "--helpshort", "--helpfull"])
-def test_help_tells_the_purpose_the_flags_and_the_keys(config, capsys, flag):
+def test_help_lists_the_purpose_the_flags_and_the_keys(config, capsys, flag):
     assert Command()(flag, required=("config",)) == 0
     text = capsys.readouterr().out
     assert "Laws of the command line" in text and "--config.section.key=value" in text

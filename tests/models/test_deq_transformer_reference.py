@@ -107,9 +107,10 @@ def test_equilibrium_likelihoods_and_memory(name):
 @pytest.mark.parametrize("name", FIXTURES)
 def test_implicit_gradients(name):
     arrays, found = results(name)
-    for s, ours in enumerate(found):
-        if any(key.startswith(f"seg{s}/grad/") for key in arrays):
-            same_gradients(ours["gradient"], reference.our_gradients(arrays, f"seg{s}/grad/"))
+    segments = [s for s in range(len(found)) if any(key.startswith(f"seg{s}/grad/") for key in arrays)]
+    assert segments, "gradients are stored for some segments only"
+    for s in segments:
+        same_gradients(found[s]["gradient"], reference.our_gradients(arrays, f"seg{s}/grad/"))
 
 
 @pytest.mark.parametrize("name", ["lm_deq_postln", "lm_tdeq_postln"])
@@ -162,8 +163,8 @@ def test_unrolled_pretraining(prefix, steps):
             (loss, (hidden, memory, _)), gradient = run_segment(graphdef, TIGHT, Unroll(steps), state, *inputs, memory)
             close(loss, arrays[f"{prefix}/seg{s}/loss"], 1e-10)
             close(hidden, np.swapaxes(arrays[f"{prefix}/seg{s}/z_out"], 1, 2), 1e-10)
-            if expected := reference.our_gradients(arrays, f"{prefix}/seg{s}/grad/"):
-                same_gradients(reference.flat(gradient), expected)
+            if prefix == "train_n2":
+                same_gradients(reference.flat(gradient), reference.our_gradients(arrays, f"{prefix}/seg{s}/grad/"))
 
 
 @pytest.mark.parametrize("variant", ["postln", "preln"])

@@ -45,7 +45,9 @@ def test_every_model_has_the_interface_of_its_kind(name):
         assert jax.tree.map(jnp.shape, out.memory) == jax.tree.map(jnp.shape, model.fresh_memory(2))
         assert model.nll(out.hidden_BLD, tokens_BL).shape == (2, 3)
         assert model.log_probabilities(out.hidden_BLD).shape == (2, 3, 50)
-        assert out.memory._replace(length_B=jnp.zeros(2)).length_B.sum() == 0
+        again, emptied = model(tokens_BL, out.memory, **given), out.memory._replace(length_B=jnp.zeros(2, jnp.int32))
+        np.testing.assert_array_equal(model(tokens_BL, emptied, **given).hidden_BLD, out.hidden_BLD)
+        assert np.abs(again.hidden_BLD - out.hidden_BLD).max() > 0
     else:
         assert isinstance(model, ImageModel)
         images_BHWC = jnp.ones((2, 8, 8, 3))
@@ -70,7 +72,7 @@ SIZES = dict(d_model=8, d_embed=8, n_head=2, d_head=4, d_inner=8)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "message"),
     [
         (ModelOptions(name="rnn"), "unknown model.name 'rnn'; known: deq_transformer, transformer_xl, mdeq"),
         (TransformerOptions(**SIZES), "section model: vocab_size must be at least 1"),
@@ -84,8 +86,8 @@ SIZES = dict(d_model=8, d_embed=8, n_head=2, d_head=4, d_inner=8)
         ),
     ],
 )
-def test_an_impossible_model_is_refused_in_one_line(wrong, words):
-    with pytest.raises(UserError, match=words):
+def test_an_impossible_model_is_refused_in_one_line(wrong, message):
+    with pytest.raises(UserError, match=message):
         abstract_model(wrong)
 
 
@@ -127,7 +129,7 @@ PLAIN_SPLIT = {
     ],
 )
 def test_params_carry_the_axes_that_tensor_may_split(name, changed, places, split):
-    """Pairs of kernels of feed-forward and attention are split; qkv is not, whose parts would not be sets of heads."""
+    """The paired kernels of feed-forward and attention are split; qkv is not, as its parts would not hold whole heads."""
     expected = {f"{place}/{path}": axes for place in places for path, axes in split.items()}
     for model in (build_model(options(name, **changed), rngs=nnx.Rngs(0)), abstract_model(options(name, **changed))):
         found = {path: param.get_metadata().get("out_sharding") for path, param in parameters(model).items()}

@@ -1,4 +1,4 @@
-"""Runs on images: exact resumption, running statistics, pictures, and a start from another task's model."""
+"""Laws of runs on images: exact resumption, running statistics, pictures, and a start from another task's model."""
 
 import json
 import zlib
@@ -8,24 +8,24 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from deq_flax.checkpoints.loading import load_params_except_head
+from deq_flax.checkpoints.loading import load_params, load_params_except_head
 from deq_flax.checkpoints.stored_step import named_leaves
 from deq_flax.errors import UserError
 from deq_flax.train.step import split_model
-from tests.tasks.images import classification, segmentation, write_labelled, write_scenes
-from tests.train.small import Disturbed, arrays, run
+from tests.tasks.images import classification, segmentation, write_labeled, write_scenes
+from tests.train.small import ChangedBatches, arrays, run
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_labelled(tmp_path_factory.mktemp("images"))
+    return write_labeled(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """Six steps in one go, and where."""
+    """The workdir and the result of an uninterrupted run of six steps."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     return workdir, run(classification(images), workdir)
 
@@ -35,7 +35,7 @@ def lines(workdir):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(images, whole, tmp_path):
-    """Order, crops, dropout, running statistics: nothing depends on where a run was cut."""
+    """Order, crops, dropout, running statistics: nothing depends on where a run was interrupted."""
 
     def interrupt(number, batch):
         if number == 5:
@@ -43,14 +43,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(images, whole, tmp_path):
         return batch
 
     with pytest.raises(KeyboardInterrupt):
-        run(classification(images), tmp_path / "cut", wrap=lambda task: Disturbed(task, interrupt))
+        run(classification(images), tmp_path / "cut", wrap=lambda task: ChangedBatches(task, interrupt))
     resumed = run(classification(images), tmp_path / "cut")
     assert resumed.metrics == whole[1].metrics
     assert arrays(tmp_path / "cut", 6) == arrays(whole[0], 6)
     assert any(name.startswith("variables/") for name in arrays(whole[0], 6)["rest"])
 
 
-def test_lines_carry_what_they_must(whole):
+def test_lines_hold_the_documented_metrics(whole):
     train = [line for line in lines(whole[0]) if line["split"] == "train"]
     for name in ("loss", "accuracy", "forward_nfe", "forward_residual", "grad_norm", "steps_per_second", "examples_per_second"):
         assert name in train[-1], name
@@ -73,7 +73,7 @@ def scenes(tmp_path_factory):
 
 
 def test_segmentation_starts_from_a_classifier(whole, scenes, tmp_path, capsys):
-    """The body is taken over bit for bit, running statistics too; the head is new; both are said."""
+    """The body is loaded bit for bit, running statistics too, and the head is new; a line is printed for each."""
     options = {"train": {"steps": 1, "eval_every": 0}, "optimizer": {"learning_rate": 1e-12}, "data": {"pictures": 0}}
     config = segmentation(scenes, **options, checkpoint={"init_from": str(whole[0])}, deq={"pretrain_steps": 0})
     kept = {}
@@ -86,17 +86,18 @@ def test_segmentation_starts_from_a_classifier(whole, scenes, tmp_path, capsys):
     out = capsys.readouterr().out
     best = whole[1].step
     _, params, variables = split_model(kept["task"].build_model(nnx.Rngs(0)))
-    borrowed = load_params_except_head(whole[0], params, variables, "head")
-    assert f"loaded: {len(borrowed.loaded)} arrays" in out and "fresh: " in out and "head/last" in out and "unused: " in out
-    assert all(name.startswith(("head/", "variables/head/")) for name in borrowed.fresh + borrowed.unused)
-    source = arrays(whole[0], best)
-    described = arrays(tmp_path / "run", result.step)["params"]
-    near = [name for name in described if not name.startswith("head/")]
-    assert near and all(source["params"][name]["shape"] == described[name]["shape"] for name in near)
-    for name, leaf in named_leaves(borrowed.params).items():
+    expected = load_params_except_head(whole[0], params, variables, "head")
+    assert f"loaded: {len(expected.loaded)} arrays" in out and "fresh: " in out and "head/last" in out and "unused: " in out
+    assert all(name.startswith(("head/", "variables/head/")) for name in expected.fresh + expected.unused)
+    source, trained = arrays(whole[0], best), named_leaves(load_params(tmp_path / "run", params).params)
+    body = [name for name in trained if not name.startswith("head/")]
+    assert result.step == 1 and body
+    for name in body:  # one step with a learning rate of 1e-12 leaves them where they started
+        np.testing.assert_allclose(trained[name], named_leaves(expected.params)[name], rtol=0, atol=1e-9)
+    for name, leaf in named_leaves(expected.params).items():
         if not name.startswith("head/"):
             assert crc(leaf) == source["params"][name]["crc32"]
-    for name, leaf in named_leaves(borrowed.variables).items():
+    for name, leaf in named_leaves(expected.variables).items():
         if not name.startswith("head/"):
             assert crc(leaf) == source["rest"][f"variables/{name}"]["crc32"]
 
