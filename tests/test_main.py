@@ -1,4 +1,4 @@
-"""The command, as a user meets it."""
+"""The main command, run from a command line."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,11 @@ from functools import partial
 
 import pytest
 
-from tests.commands import command
+from deq_flax.config import flattened, to_dict
+from deq_flax.main import MAY_CHANGE, _table
+from tests.commands import ROOT, command
+from tests.test_configs import resolved
+from tests.test_configs_vision import get
 
 main = partial(command, "main", timeout=280)
 QUICK = [
@@ -30,12 +34,12 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny run from the command line, and what it printed."""
+    """The workdir of a tiny run from the command line, and its finished process."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     return workdir, main("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK)
 
 
-def test_trains_and_says_how_it_went(trained):
+def test_training_prints_its_result(trained):
     workdir, result = trained
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
@@ -44,7 +48,7 @@ def test_trains_and_says_how_it_went(trained):
         assert (workdir / name).exists()
 
 
-def test_the_same_command_again_says_that_the_run_is_complete(trained):
+def test_the_same_command_again_reports_that_the_run_is_complete(trained):
     workdir, first = trained
     again = main("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK)
     assert again.returncode == 0 and "this run is complete" in again.stdout
@@ -60,7 +64,7 @@ def test_eval_reports_the_best_checkpoint_and_changes_nothing(trained):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_workdir_of_another_config_is_left_alone(trained):
+def test_a_workdir_of_another_config_is_not_changed(trained):
     workdir, _ = trained
     before = (workdir / "config.json").read_bytes()
     result = main(
@@ -74,15 +78,20 @@ def test_a_workdir_of_another_config_is_left_alone(trained):
     assert json.loads(before)["optimizer"]["learning_rate"] != 0.5
 
 
-def test_a_table_has_a_column_for_every_key():
-    from deq_flax.main import _table
+def test_keys_that_may_change_exist():
+    keys = {key for config in (resolved("wt103", "tiny"), get("digits", None)) for key, _ in flattened(to_dict(config))}
+    for name in MAY_CHANGE:
+        assert any(key.startswith(name) for key in keys), name
+    assert not {"train.seed", "train.steps", "train.accumulate", "data.name", "data.batch_size"} & set(MAY_CHANGE)
 
+
+def test_a_table_has_a_column_for_every_key():
     lines = _table([{"split": "valid", "loss": 0.5}, {"split": "test", "loss": 0.25, "skipped_images": 1.0}]).splitlines()
     assert [line.split() for line in lines] == [["split", "loss", "skipped_images"], ["valid", "0.5"], ["test", "0.25", "1"]]
 
 
 def bad_inputs(tmp_path):
-    """Name -> (arguments, what the one line must mention)."""
+    """{name: (arguments, text that the error line must contain)}."""
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "broken").mkdir()
     for split in ("train", "valid", "test"):
@@ -122,7 +131,7 @@ def bad_inputs(tmp_path):
     }
 
 
-def test_every_mistake_is_one_line_and_exit_code_2_and_leaves_nothing_behind(tmp_path):
+def test_every_user_error_is_one_line_with_exit_code_2_and_leaves_no_files(tmp_path):
     cases = bad_inputs(tmp_path)
     with ThreadPoolExecutor(2) as pool:  # two at a time: each starts a Python of its own
         results = list(pool.map(lambda case: command("main", *case[0]), cases.values()))
@@ -133,4 +142,4 @@ def test_every_mistake_is_one_line_and_exit_code_2_and_leaves_nothing_behind(tmp
         assert len(lines) == 1 and lines[0].startswith("error: "), (name, err)
         assert mentioned in lines[0], (name, err)
         assert "compiling" not in out, name
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not (ROOT / "x").exists()

@@ -1,4 +1,4 @@
-"""The examples of the READMEs run as they stand."""
+"""The examples of the READMEs run, and the files that the documentation names exist."""
 
 import re
 
@@ -16,11 +16,20 @@ def test_the_examples_run(file):
         exec(compile(block, file, "exec"), namespace)
 
 
+def test_the_numbers_that_are_explained_are_in_the_output_above():
+    text = (ROOT / "README.md").read_text()
+    outputs = "".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
+    explained = re.findall(r"`((?:fwd|bwd) \d[^`]*)`", text)
+    assert explained
+    for numbers in explained:
+        assert numbers in outputs, numbers
+
+
 PAGES = ["README.md", "benchmarks/README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_file_that_is_pointed_to_exists(page):
+def test_every_named_file_exists(page):
     text = (ROOT / page).read_text()
     for name in re.findall(r"`((?:configs|benchmarks|docs|tests|deq_flax|launch)/[\w./]*)", text):
         assert (ROOT / name).exists(), name

@@ -1,6 +1,8 @@
-"""Who may import whom. The library stays usable without the models, the trainer without any task."""
+"""Directions of imports: the library is usable without the models, the trainer without any task."""
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
 
@@ -60,7 +62,7 @@ def room_of(name):
     return PACKAGE / name if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
 
 
-def test_every_room_has_its_place():
+def test_every_room_is_listed():
     parts = {part for some in PARTS.values() for part in some}
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))}
     assert found - {"__init__"} == {*MAY, *COMMANDS, *parts}
@@ -89,8 +91,26 @@ def test_rooms_use_only_their_libraries(room):
         assert allowed or (top == "flax" and file.name == "layer.py"), f"{file} imports {module}"
 
 
+def test_required_packages_are_imported_without_a_guard():
+    """An ImportError is caught only for packages that requirements.txt does not install."""
+    required = set(re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    distributions, guarded = importlib.metadata.packages_distributions(), set()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Try)):
+            caught = {name.id for handler in node.handlers for name in ast.walk(handler) if isinstance(name, ast.Name)}
+            if caught & {"ImportError", "ModuleNotFoundError"}:
+                names = [
+                    getattr(x, "module", None) or x.names[0].name
+                    for x in node.body
+                    if isinstance(x, ast.Import | ast.ImportFrom)
+                ]
+                guarded |= {name.split(".")[0] for name in names}
+    assert guarded == {"array_record", "matplotlib"}
+    assert not {name for package in guarded for name in distributions.get(package, ())} & required
+
+
 def test_the_trainer_names_no_layer():
-    """Sharding and states are read from what a model says of its Params, never from names of its layers."""
+    """Shardings are read from the metadata of a model's Params, never from names of its layers."""
     layers = {"qkv", "softmax", "injection", "embedding", "stem", "post_fuse", "tables_NE", "v_IO", "g_O", "weight_IO"}
     for room in ("train", "devices", "checkpoints", "run_log"):
         for file in sorted((PACKAGE / room).rglob("*.py")):

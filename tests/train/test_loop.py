@@ -1,4 +1,4 @@
-"""The training run: resuming, stopping, skipping, and what evaluation may not do."""
+"""Laws of the training run: resuming, stopping, skipped updates, and evaluation without side effects."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.pretrained import load_model
 from deq_flax.train import loop
 from tests.train.commands import metrics
-from tests.train.small import Disturbed, arrays, config, explicit, make_run, run, write_tokens
+from tests.train.small import ChangedBatches, arrays, config, explicit, make_run, run, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def uninterrupted(folder, tmp_path_factory):
 
 
 def crash_at(*steps):
-    def disturb(number, batch):
+    def crash(number, batch):
         if number in steps:
             raise RuntimeError("crash")
         return batch
 
-    return lambda task: Disturbed(task, disturb)
+    return lambda task: ChangedBatches(task, crash)
 
 
 def test_a_run_crashed_twice_is_bit_identical_to_one_never_stopped(folder, uninterrupted, tmp_path):
@@ -52,7 +52,17 @@ def test_a_run_crashed_twice_is_bit_identical_to_one_never_stopped(folder, unint
     assert arrays(tmp_path, 8) == arrays(uninterrupted, 8)
 
 
-def test_layers_instead_of_an_equilibrium_train_and_resume_too(folder, tmp_path):
+def test_intervals_may_change_when_a_run_is_resumed(folder, uninterrupted, tmp_path):
+    """When a run logs, evaluates and saves, and what it keeps, does not change what it learns."""
+    with pytest.raises(RuntimeError, match="crash"):
+        run(config(folder), tmp_path, crash_at(5))
+    intervals, kept = {"log_every": 3, "eval_every": 0, "checkpoint_every": 3}, {"keep_latest": 1, "keep_best": 0}
+    run(config(folder, train=intervals, checkpoint=kept), tmp_path)
+    assert arrays(tmp_path, 8) == arrays(uninterrupted, 8)
+    assert [line["step"] for line in metrics(tmp_path) if line["split"] == "train"] == [1, 2, 3, 4, 6, 8]
+
+
+def test_explicit_layers_train_and_resume_too(folder, tmp_path):
     c = explicit(config(folder, train={"steps": 12}))
     with pytest.raises(RuntimeError, match="crash"):
         run(c, tmp_path / "crashed", crash_at(5))
@@ -72,7 +82,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_from_there(folder, uninterrupte
             os.kill(os.getpid(), signal.SIGTERM)
         return batch
 
-    result = run(config(folder), tmp_path, lambda task: Disturbed(task, terminate))
+    result = run(config(folder), tmp_path, lambda task: ChangedBatches(task, terminate))
     assert result.interrupted and result.step == 5
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps()[-1] == 5
     run(config(folder), tmp_path)
@@ -87,7 +97,7 @@ def test_a_complete_run_is_only_evaluated_again(folder, uninterrupted, tmp_path)
     assert metrics(uninterrupted) == before
 
 
-def test_lines_and_files_that_a_run_promises(uninterrupted):
+def test_the_lines_and_files_of_a_run(uninterrupted):
     lines = metrics(uninterrupted)
     assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 9))
     assert [line["step"] for line in lines if line["split"] == "valid"] == [4, 8]
@@ -104,34 +114,34 @@ def test_not_finite_updates_are_skipped_and_counted(folder, tmp_path):
     def poison(number, batch):
         return batch | {"mask": batch["mask"] * np.nan} if number in (4, 6) else batch
 
-    run(config(folder), tmp_path, lambda task: Disturbed(task, poison))
+    run(config(folder), tmp_path, lambda task: ChangedBatches(task, poison))
     lines = {line["step"]: line for line in metrics(tmp_path) if line["split"] == "train"}
     assert lines[5]["skipped"] == 1 and lines[7]["skipped"] == 1 and "skipped" not in lines[6]
     assert "loss" not in lines[5] and np.isfinite(lines[8]["loss"])
     assert np.isfinite([line["loss"] for line in metrics(tmp_path) if line["split"] == "valid"]).all()
 
 
-def test_too_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(folder, uninterrupted, tmp_path):
+def test_too_many_skipped_updates_stop_the_run_and_keep_the_last_good_checkpoint(folder, uninterrupted, tmp_path):
     def poison(number, batch):
         return batch | {"mask": batch["mask"] * np.nan} if number >= 4 else batch
 
     with pytest.raises(UserError, match="not finite 3 steps in a row"):
-        run(config(folder), tmp_path, lambda task: Disturbed(task, poison))
+        run(config(folder), tmp_path, lambda task: ChangedBatches(task, poison))
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == [4, 6]
     assert metrics(tmp_path)[:5] == metrics(uninterrupted)[:5]  # four steps and an evaluation
     assert arrays(tmp_path, 4)["params"] == arrays(tmp_path, 6)["params"]
 
 
 def test_evaluation_leaves_the_training_state_bit_identical(folder):
-    it = make_run(config(folder))
-    before = jax.tree.map(np.asarray, it.state)
-    first, second = it.evaluate("valid"), it.evaluate("valid")
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, it.state))
+    started = make_run(config(folder))
+    before = jax.tree.map(np.asarray, started.state)
+    first, second = started.evaluate("valid"), started.evaluate("valid")
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, started.state))
     assert first == second
 
 
 def plain(folder, **train):
-    """Nothing random, so that only arithmetic order may differ."""
+    """A config without randomness, so that only the order of arithmetic may differ."""
     return config(
         folder,
         model={"dropout": 0.0, "attention_dropout": 0.0},
@@ -225,7 +235,7 @@ def test_a_run_compiles_once_for_each_phase_and_once_to_evaluate(folder, tmp_pat
         ({"data": {"seq_len": 999}}, "seq_len"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(folder, tmp_path, change, message):
+def test_impossible_configs_are_refused_in_one_line(folder, tmp_path, change, message):
     with pytest.raises(UserError, match=message) as caught:
         run(config(folder, **change), tmp_path)
     assert "\n" not in str(caught.value)
