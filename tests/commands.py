@@ -1,4 +1,4 @@
-"""The commands, as a user starts them."""
+"""Commands, run as subprocesses."""
 
 import os
 import pathlib
@@ -7,11 +7,11 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "xla"
-"""Of compiled programs, which halves the time of a second run."""
+"""Cache of compiled programs, which halves the time of a second run."""
 
 
 def command(name, *arguments, timeout=120):
-    """`python -m deq_flax.NAME ARGUMENTS` until it ends: its exit code and what it printed."""
+    """Run `python -m deq_flax.NAME ARGUMENTS`; the result holds its exit code and output."""
     return subprocess.run(
         [sys.executable, "-m", f"deq_flax.{name}", *map(str, arguments)],
         cwd=ROOT,

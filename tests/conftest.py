@@ -1,6 +1,6 @@
-"""Settings of the whole suite: strict broadcasting, eight devices, and as little compilation as can be.
+"""Settings of the whole suite: strict broadcasting, eight devices, and short compilation.
 
-Programs here run for milliseconds and compile for seconds, so the CPU code generator does not optimise (XLA's own passes do),
+Programs here run for milliseconds and compile for seconds, so the CPU code generator does not optimize (XLA's own passes do),
 and a persistent cache halves the time of a second run.
 """
 

@@ -1,4 +1,4 @@
-"""Numbers computed with the authors' original MDEQ code, and its models rebuilt from its own files.
+"""Numbers computed with the authors' original MDEQ code, and our models with the weights of its files.
 
 Floating arrays are float64 (gradients are stored rounded to float32). The originals are (batch, channels, height, width).
 """
@@ -26,7 +26,7 @@ FIXTURES = [
 
 
 def facts():
-    """{'hparams': of every fixture, 'full_size': {model: its parameter count and shapes by name}}."""
+    """{'hparams': hyperparameters by fixture, 'full_size': {model: its parameter count and shapes by name}}."""
     return json.loads((FOLDER / "mdeq_models.json").read_text())
 
 

@@ -46,12 +46,12 @@ def load(name):
 
 
 def facts():
-    """{'hparams': of every fixture, 'wt103': shapes and parameter count of the full-size model}."""
+    """{'hparams': hyperparameters by fixture, 'wt103': shapes and parameter count of the full-size model}."""
     return json.loads((FOLDER / "language_models.json").read_text())
 
 
 def our_name(theirs, n_projections):
-    """Path of the Param that holds the original's `theirs` (the shared one, where weights are tied)."""
+    """Path of our Param for the original parameter `theirs`; tied weights share one."""
     if theirs in SINGLE:
         return SINGLE[theirs]
     if match := re.fullmatch(r"(?:word_emb\.emb|crit\.out)_layers\.(\d+)\.weight", theirs):
@@ -67,7 +67,7 @@ def our_name(theirs, n_projections):
 
 
 def our_layout(theirs, array):
-    """An original array as our Param holds it."""
+    """An original array in the layout of our Param."""
     if theirs.endswith(("r_w_bias", "r_r_bias")) or "_layers." in theirs:
         return array
     if theirs.endswith(("bias", "weight_g")):
@@ -127,7 +127,7 @@ def parameters(model):
 
 
 def flat(state):
-    """{path: array} of a state, of Variables or pure."""
+    """{path: array} of a state, whose leaves are Variables or arrays."""
     return {
         "/".join(map(str, path)): np.asarray(x.get_value() if isinstance(x, nnx.Variable) else x)
         for path, x in nnx.to_flat_state(state)

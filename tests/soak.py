@@ -1,4 +1,4 @@
-"""A run of 2,000 steps under random kills, stops, disk errors and damage, compared with an undisturbed run.
+"""A run of 2,000 steps under random kills, stops, disk errors and damage, compared with a run without faults.
 
     python -m tests.soak [--steps 2000] [--seed 0] [--folder DIR]
 
@@ -9,7 +9,7 @@ The run is started again and again, and ended by a random fault at a random mome
   damage    stopped, then one byte of its newest checkpoint is flipped, or a file truncated, or all of its files deleted
   full      the disk refuses files above 2 kB for a while and accepts them again; then SIGKILL
 
-In the end metrics.jsonl and the checksums of the last checkpoint must equal those of an undisturbed run.
+In the end metrics.jsonl and the checksums of the last checkpoint must equal those of the run without faults.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tests.train.commands import arguments, finish, metrics, one_process, read_u
 
 FAULTS = ("kill", "kill", "kill", "stop", "damage", "full")
 LONGEST_LIFE = 10.0
-"""Most seconds from the first step of a process to its fault."""
+"""Longest time in seconds from the first step of a process to its fault."""
 
 
 def newest(workdir: Path) -> Path:
@@ -36,7 +36,7 @@ def newest(workdir: Path) -> Path:
 
 
 def damage(step: Path, chance: random.Random) -> str:
-    """Damage a checkpoint in a random way; returns the way."""
+    """Damage a checkpoint in a random way; returns its name."""
     files = [path for path in step.rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     how = chance.choice(("flip", "cut", "empty"))
@@ -60,7 +60,7 @@ def life(command: list[str], workdir: Path, chance: random.Random) -> str | None
     except AssertionError as error:  # it printed no step: it was complete, or could not continue
         if finish(process)[0] == 0:
             return None
-        raise RuntimeError(f"the run could not go on: {error}") from error
+        raise RuntimeError(f"the run could not continue: {error}") from error
     print("".join(line for line in lines if "damaged" in line or "continuing" in line), end="", flush=True)
     fault = chance.choice(FAULTS)
     time.sleep(chance.uniform(0.0, LONGEST_LIFE))
@@ -96,7 +96,7 @@ def main() -> None:
     start = time.monotonic()
     code, out = finish(one_process(*arguments(plain, **common, train__checkpoint_every=500)), timeout=3600)
     assert code == 0, out
-    undisturbed = time.monotonic() - start
+    clean = time.monotonic() - start
     ended: Counter[str] = Counter()
     while (fault := life(arguments(soaked, **common, train__checkpoint_every=5), soaked, chance)) is not None:
         ended[fault] += 1
@@ -107,8 +107,8 @@ def main() -> None:
     aside = sum(path.name.startswith("damaged-") for path in (soaked / "checkpoints").iterdir())
     print(
         f"{options.steps} steps, {sum(ended.values())} faults ({faults}), "
-        f"{aside} damaged checkpoints set aside, {time.monotonic() - start - undisturbed:.0f} s against {undisturbed:.0f} s "
-        f"undisturbed: metrics.jsonl and the last checkpoint are {'the same, bit for bit' if same else 'DIFFERENT'}"
+        f"{aside} damaged checkpoints set aside, {time.monotonic() - start - clean:.0f} s against {clean:.0f} s "
+        f"without faults: metrics.jsonl and the last checkpoint are {'the same, bit for bit' if same else 'DIFFERENT'}"
     )
     sys.exit(not same)
 

@@ -1,6 +1,6 @@
-"""Stand-ins for a cluster's commands, to be put on PATH as `srun`, `scontrol` and `gcloud`: they start real processes here.
+"""Stand-ins for the commands `srun`, `scontrol` and `gcloud` of a cluster, which start local processes instead.
 
-What they are asked to do is written to $STAND_IN_LOG, a line a call.
+Every call is logged as one line of $STAND_IN_LOG.
 """
 
 import os
@@ -16,8 +16,8 @@ HERE = pathlib.Path(os.environ.get("STAND_IN_LOG", ".")).parent
 
 
 def workers(command, directories):
-    """One process for each directory, told what Slurm tells its tasks; the largest exit code. SIGTERM is handed on."""
-    told = {
+    """Start a process in each directory with the variables that Slurm sets. Returns the largest exit code; forwards SIGTERM."""
+    slurm = {
         "SLURM_JOB_ID": str(random.randrange(2**12)),  # from which JAX takes the port
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_STEP_NUM_NODES": "1",
@@ -25,7 +25,7 @@ def workers(command, directories):
     }
     running = []
     for i, directory in enumerate(directories):
-        environment = os.environ | told | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        environment = os.environ | slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
         running.append(subprocess.Popen(command, cwd=directory, env=environment, shell=isinstance(command, str)))
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in running])
     return max(abs(process.wait()) for process in running)
@@ -36,8 +36,8 @@ def srun(arguments):
 
 
 def gcloud(arguments):
-    """A queue that gives a slice at the second question, and takes the first slice away in the middle of the run."""
-    state, taken = HERE / "state", HERE / "taken"
+    """Imitate a queue that grants a slice at the second request for its state, and preempts the first slice during the run."""
+    state, preempted = HERE / "state", HERE / "preempted"
     if "describe" in arguments:
         if not state.exists():
             return 1
@@ -53,10 +53,10 @@ def gcloud(arguments):
         for home in homes:
             home.mkdir(exist_ok=True)
         command = arguments[arguments.index("--command") + 1]
-        if "deq_flax.main" in command and not taken.exists():
-            taken.touch()
+        if "deq_flax.main" in command and not preempted.exists():
+            preempted.touch()
             state.write_text("SUSPENDED")
-            return workers(f"exec timeout --signal=KILL {os.environ['TAKEN_AFTER']} bash -c {shlex.quote(command)}", homes)
+            return workers(f"exec timeout --signal=KILL {os.environ['PREEMPTED_AFTER']} bash -c {shlex.quote(command)}", homes)
         return workers(command, homes)
     return 0
 

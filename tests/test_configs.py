@@ -1,4 +1,4 @@
-"""Laws of the language configs: the published values, nothing repeated, locked."""
+"""Laws of the language configs: they hold the published values, repeat nothing, and are locked."""
 
 import dataclasses
 import importlib.util
@@ -40,7 +40,7 @@ def test_configs_are_locked_and_unknown_variants_fail(name):
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_a_config_file_holds_what_is_its_own(name):
+def test_a_config_file_repeats_no_default(name):
     """No key repeats a default, and no variant repeats its base."""
     module, defaults = LANGUAGE[name], {}
     for section, cls in section_types(module.BASE).items():
@@ -100,22 +100,22 @@ def test_deq_lm_is_the_published_recipe():
     assert (config.optimizer.warmup_steps, config.train.steps) == (8_000, 150_000)
 
 
-def parameters(name, variant, words):
-    model = abstract_model(dataclasses.replace(resolved(name, variant).model, vocab_size=words))
+def parameters(name, variant, vocab_size):
+    model = abstract_model(dataclasses.replace(resolved(name, variant).model, vocab_size=vocab_size))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize(("name", "words", "millions"), [("wt103", 267_735, 98), ("ptb", 10_000, 24)])
-def test_sizes_are_as_stated(name, words, millions):
-    """Those of the models that are compared with `base` too."""
-    base = parameters(name, "base", words)
+@pytest.mark.parametrize(("name", "vocab_size", "millions"), [("wt103", 267_735, 98), ("ptb", 10_000, 24)])
+def test_sizes_are_as_stated(name, vocab_size, millions):
+    """Parameter counts of `base`, and of the variants that are compared with it."""
+    base = parameters(name, "base", vocab_size)
     assert round(base / 1e6) == millions
     for variant in {"deq_lm", "explicit", "reversible", "ift"} & set(LANGUAGE[name].VARIANTS):
-        assert abs(parameters(name, variant, words) / base - 1) < 2e-3, variant
+        assert abs(parameters(name, variant, vocab_size) / base - 1) < 2e-3, variant
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_phases_follow_one_another(name, variant):
+def test_warmup_and_pretraining_end_within_the_run(name, variant):
     config = resolved(name, variant)
     assert 0 <= config.optimizer.warmup_steps < config.train.steps
     assert (config.deq is None) == (variant == "explicit") == (config.model.name == "transformer_xl")

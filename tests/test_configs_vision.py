@@ -1,4 +1,4 @@
-"""Laws of the image configs: the published values, models that can be built."""
+"""Laws of the image configs: they hold the published values, and their models can be built."""
 
 import math
 
@@ -20,7 +20,7 @@ def get(name, variant):
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_every_model_can_be_built_and_solved(name, variant):
+def test_every_model_can_be_built(name, variant):
     config = get(name, variant)
     abstract_model(config.model)
     phases = phases_of(config)
@@ -145,8 +145,8 @@ def test_the_published_augmentation():
     assert len(get("cityscapes", "large").loss.class_weights) == 19
 
 
-def test_segmentation_starts_from_the_classifier_of_its_name():
-    """All but the head has the same names and shapes, so that `checkpoint.init_from` can take it over."""
+def test_a_segmentation_model_has_the_body_of_the_classifier_of_its_variant():
+    """All but the head has the same names and shapes, so that `checkpoint.init_from` can load it."""
     for variant in ("small", "large", "xl"):
         bodies = []
         for name in ("imagenet", "cityscapes"):

@@ -1,4 +1,4 @@
-"""The convert command: the authors' weights give the authors' numbers, and come back bit for bit."""
+"""The convert command: the authors' weights give the authors' numbers, and convert back bit for bit."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def source(name):
 
 
 def config(**model):
-    """That of wt103 with changed model options."""
+    """The config of wt103 with changed model options."""
     return changed(resolved("wt103", "base"), model=model)
 
 
@@ -45,8 +45,8 @@ def changed(config, **sections):
 def converted(name, directory):
     """Convert a fixture; options that its shapes do not imply come from its hyperparameters."""
     h = reference.facts()["hparams"][name]
-    told = dict(pre_norm=h["pre_lnorm"], mem_len=h["mem_len"], local_size=h["local_size"], cutoffs=tuple(h["cutoffs"]))
-    convert(source(name), directory, config(**told), auto=True, given=told)
+    given = dict(pre_norm=h["pre_lnorm"], mem_len=h["mem_len"], local_size=h["local_size"], cutoffs=tuple(h["cutoffs"]))
+    convert(source(name), directory, config(**given), auto=True, given=given)
     return directory
 
 
@@ -69,7 +69,7 @@ def test_converted_weights_give_the_authors_likelihoods(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_there_and_back_is_bit_identical(name, tmp_path):
+def test_converting_back_is_bit_identical(name, tmp_path):
     to_torch(converted(name, tmp_path / "dir"), tmp_path / "back.pth")
     with open_tensors(source(name)) as theirs, open_tensors(tmp_path / "back.pth") as back:
         assert set(theirs.tensors) == set(back.tensors)
@@ -90,7 +90,7 @@ def test_the_result_is_an_ordinary_checkpoint(tmp_path):
     np.testing.assert_array_equal(weights["embedding"]["tables_NE"][1], stored)
 
 
-def test_memory_and_iterations_are_free_at_evaluation(tmp_path):
+def test_memory_and_max_steps_may_change_for_evaluation(tmp_path):
     folder = converted("lm_deq_nocut", tmp_path / "dir")
     random, data = np.random.default_rng(0), tmp_path
     for split in ("train", "valid", "test"):
@@ -119,7 +119,7 @@ def test_memory_and_iterations_are_free_at_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "words"),
+    ("name", "wrong", "message"),
     [
         ("lm_deq_postln", {"d_inner": 65}, "It fits with --config.model.d_inner=64"),
         (
@@ -132,22 +132,22 @@ def test_memory_and_iterations_are_free_at_evaluation(tmp_path):
         ("lm_deq_div1", {"cutoffs": (200,)}, "unknown"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused_with_one_that_does(name, wrong, words, tmp_path):
+def test_a_config_that_does_not_fit_is_refused_with_one_that_does(name, wrong, message, tmp_path):
     with open_tensors(source(name)) as file:
         found = {key: value for key, value in FAMILIES["deq_transformer"].infer(file.shapes).items() if value is not None}
     base = config(**(found if wrong else {key: found[key] for key in found if key != "cutoffs"}) | wrong)
     with pytest.raises(UserError) as caught:
         convert(source(name), tmp_path / "dir", base)
-    assert words in str(caught.value) and str(source(name)) in str(caught.value)
+    assert message in str(caught.value) and str(source(name)) in str(caught.value)
     assert not (tmp_path / "dir").exists()
 
 
-def test_what_shapes_do_not_tell_must_be_given(tmp_path):
+def test_options_that_shapes_do_not_imply_must_be_given(tmp_path):
     with pytest.raises(UserError, match=r"does not tell the model's cutoffs: add --config\.model\.cutoffs="):
         convert(source("lm_deq_div1"), tmp_path / "dir", config(), auto=True)
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_back_too(tmp_path, monkeypatch):
+def test_a_checkpoint_of_an_earlier_version_converts_back_too(tmp_path, monkeypatch):
     folder = converted("lm_deq_nocut", tmp_path / "dir")
     loaded = load_model(folder)
     earlier = dataclasses.replace(loaded, meta=loaded.meta | {"converted": loaded.meta["converted"] | {"family": "language"}})
@@ -169,7 +169,7 @@ def test_options_that_no_model_can_have_are_a_user_error():
         abstract_model(_with_model(config(vocab_size=267_735), {"blocks": 0}).model)
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path):
+def test_a_folder_in_use_is_not_changed(tmp_path):
     folder = converted("lm_deq_nocut", tmp_path / "dir")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(UserError, match="holds a run already"):
@@ -186,7 +186,7 @@ def test_the_command(tmp_path):
     assert (tmp_path / "back.pth").exists()
 
 
-def test_files_that_are_not_there_are_named(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*no\.pth"):
         convert(tmp_path / "no.pth", tmp_path / "dir", config(), auto=True)
     with pytest.raises(UserError, match="no checkpoint at"):

@@ -14,7 +14,7 @@ from tests import reference
 from tests.commands import command
 from tests.test_configs import resolved
 
-WORDS = Vocabulary(["<eos>", "<unk>", "the", "cat"], lower_case=True)
+VOCABULARY = Vocabulary(["<eos>", "<unk>", "the", "cat"], lower_case=True)
 
 
 def config(text="tokens", vocab_size=4, mem_len=7):
@@ -23,12 +23,12 @@ def config(text="tokens", vocab_size=4, mem_len=7):
     return dataclasses.replace(base, data=data, model=dataclasses.replace(base.model, vocab_size=vocab_size, mem_len=mem_len))
 
 
-def test_the_words_of_a_run_are_found_from_any_folder_of_it(tmp_path):
+def test_the_vocabulary_of_a_run_is_found_from_each_of_its_folders(tmp_path):
     step = tmp_path / "run" / "checkpoints" / "12"
     step.mkdir(parents=True)
-    WORDS.save(tmp_path / "run" / "vocabulary.txt")
+    VOCABULARY.save(tmp_path / "run" / "vocabulary.txt")
     for path in (step.parent.parent, step.parent, step):
-        assert find_vocabulary(path, config(), None).words == WORDS.words
+        assert find_vocabulary(path, config(), None).words == VOCABULARY.words
     assert (
         find_vocabulary(tmp_path, config("pydoc", 10**6), None).words == load_text(TextOptions(name="pydoc")).vocabulary.words
     )
@@ -36,28 +36,28 @@ def test_the_words_of_a_run_are_found_from_any_folder_of_it(tmp_path):
     assert find_vocabulary(step, config(), str(tmp_path / "other.txt")).words == ("a", "b")
 
 
-def test_words_that_are_not_to_be_had_are_asked_for(tmp_path):
-    for text, words in [("tokens", "data.path is not set"), ("wt103", "data.path is not set"), ("pydoc", "not this model's")]:
-        with pytest.raises(UserError, match=words):
+def test_a_missing_vocabulary_is_an_error_that_names_the_remedy(tmp_path):
+    for text, message in [("tokens", "data.path is not set"), ("wt103", "data.path is not set"), ("pydoc", "not this model's")]:
+        with pytest.raises(UserError, match=message):
             find_vocabulary(tmp_path, config(text), None)
     with pytest.raises(UserError, match="give --vocabulary FILE"):
         find_vocabulary(tmp_path, config("wt103"), None)
 
 
 def test_unknown_words_are_named(capsys):
-    assert encode_prompt("The dog and\nthe dog", WORDS, "tokens").tolist() == [2, 1, 1, 0, 2, 1]
+    assert encode_prompt("The dog and\nthe dog", VOCABULARY, "tokens").tolist() == [2, 1, 1, 0, 2, 1]
     assert capsys.readouterr().err == "warning: not in the vocabulary, read as <unk>: dog, and\n"
     with pytest.raises(UserError, match="the word 'dog' is not in the vocabulary"):
         encode_prompt("dog", Vocabulary(["the"]), "tokens")
 
 
-def test_prompts_are_cut_into_words_as_their_text_was(capsys):
-    assert encode_prompt("The cat,\nthe cat", WORDS, "pydoc").tolist() == [2, 3, 1, 0, 2, 3]
-    assert encode_prompt("The cat,", WORDS, "tokens").tolist() == [2, 1]
+def test_prompts_are_split_into_words_like_their_text(capsys):
+    assert encode_prompt("The cat,\nthe cat", VOCABULARY, "pydoc").tolist() == [2, 3, 1, 0, 2, 3]
+    assert encode_prompt("The cat,", VOCABULARY, "tokens").tolist() == [2, 1]
 
 
 def test_an_empty_prompt_is_the_beginning_of_a_line():
-    assert encode_prompt("  ", WORDS, "tokens").tolist() == [0]
+    assert encode_prompt("  ", VOCABULARY, "tokens").tolist() == [0]
     with pytest.raises(UserError, match="--prompt is empty"):
         encode_prompt("", Vocabulary(["the"]), "tokens")
 

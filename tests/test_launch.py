@@ -1,4 +1,4 @@
-"""The scripts in launch/: what they would start, and that what they start is one run."""
+"""The scripts in launch/: the commands that a dry run prints, and real runs with stand-ins for a cluster's commands."""
 
 import os
 import shutil
@@ -17,14 +17,14 @@ TPU = {"NAME": "deq", "TYPE": "v5litepod-16", "ZONE": "us-west4-a", "REPOSITORY"
 
 @pytest.fixture
 def cluster(tmp_path):
-    """An environment whose PATH has stand-ins for a cluster's commands; with `log`, what they were asked."""
+    """Environment variables that put stand-ins for a cluster's commands on PATH, which log their calls to the file `log`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = f"#!{sys.executable}\n" + (ROOT / "tests" / "stand_ins.py").read_text()
     for name in ("srun", "scontrol", "gcloud"):
         (folder / name).write_text(program)
         (folder / name).chmod(0o755)
-    for name in ("pip", "git"):  # a worker's own; what it would get is here
+    for name in ("pip", "git"):  # on a worker: nothing to install, and a link to this repository in place of a clone
         (folder / name).write_text(f'#!/bin/sh\ntest {name} = pip || ln -s "$2" "$3"\n')
         (folder / name).chmod(0o755)
     (folder / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -60,7 +60,7 @@ def test_dry_runs_print_what_would_be_started():
 
 
 @pytest.mark.parametrize("script", ["local.sh", "tpu_pod.sh"])
-def test_what_is_missing_is_one_line(script):
+def test_a_missing_argument_is_one_line(script):
     result = subprocess.run(["bash", f"launch/{script}"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout
 
@@ -101,10 +101,10 @@ def test_a_slurm_job_saves_before_its_limit_and_is_queued_again(cluster, tmp_pat
 
 
 @pytest.mark.faults
-def test_a_preempted_slice_is_queued_for_again(cluster, tmp_path):
+def test_a_preempted_slice_is_requested_again(cluster, tmp_path):
     run = arguments(tmp_path / "run", train__steps=60)
-    code, out = finish(start(["bash", "launch/tpu_pod.sh"], *run, **TPU, **cluster, TAKEN_AFTER="18"))
+    code, out = finish(start(["bash", "launch/tpu_pod.sh"], *run, **TPU, **cluster, PREEMPTED_AFTER="18"))
     assert code == 0 and out.count("done: best") == 1, out
-    asked = [line.split()[4] for line in (tmp_path / "log").read_text().splitlines() if " describe " not in line]
-    assert asked == ["create", "ssh", "ssh", "delete", "create", "ssh", "ssh", "delete"]
+    calls = [line.split()[4] for line in (tmp_path / "log").read_text().splitlines() if " describe " not in line]
+    assert calls == ["create", "ssh", "ssh", "delete", "create", "ssh", "ssh", "delete"]
     assert [line["step"] for line in metrics(tmp_path / "run") if line["split"] == "train"] == list(range(1, 61))

@@ -1,4 +1,4 @@
-"""Laws of options: a mapping or a text becomes a checked dataclass, or one line that says what is wrong."""
+"""Laws of options: a mapping or a text becomes a checked dataclass, or one line that describes the error."""
 
 import re
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def test_values_take_the_type_of_their_option():
         ({"steps": 0}, "part: steps must be at least 1"),
     ],
 )
-def test_what_is_wrong_is_one_line(values, message):
+def test_an_invalid_option_is_one_line(values, message):
     with pytest.raises(UserError) as error:
         make(**values)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
@@ -88,7 +88,7 @@ def test_text_becomes_a_value_of_the_options_type(name, text, value):
 @pytest.mark.parametrize(
     ("name", "text"), [("steps", "1.5"), ("steps", "x"), ("rate", "x"), ("on", "maybe"), ("sizes", "1,,2")]
 )
-def test_text_that_stands_for_nothing_is_refused(name, text):
+def test_text_that_is_no_value_of_the_option_is_refused(name, text):
     with pytest.raises(UserError, match=f"{name} must be"):
         options.parse(text, options.hints_of(Section)[name], name)
 
@@ -135,7 +135,7 @@ def test_a_resolved_config_resolves_to_itself():
         ({"model": {"name": "lstm"}}, "unknown model.name 'lstm'"),
         ({"model": {"name": "mdeq"}}, "is no model for task 'language'; known: deq_transformer, transformer_xl"),
         ({"model": MODEL | {"name": "transformer_xl"}, "deq": {"tol": 1e-3}}, "no equilibrium: leave out section deq"),
-        ({"optimiser": {}}, "the config has no section 'optimiser'; did you mean 'optimizer'?"),
+        ({"optimzer": {}}, "the config has no section 'optimzer'; did you mean 'optimizer'?"),
         ({"loss": {}}, "the config has no section 'loss'"),
         ({"train": 3}, "train is a section of the config, not 3"),
         ({"data": {"name": "pydoc", "path": "", "bath": 1}}, "data has no key 'bath'; did you mean 'path'?"),

@@ -16,7 +16,7 @@ from deq_flax.equilibrium import Anderson, fixed_point
 from deq_flax.errors import UserError
 from deq_flax.plot_model import branch_residuals, draw_confusion
 from tests.commands import command
-from tests.tasks.images import classification, write_labelled
+from tests.tasks.images import classification, write_labeled
 from tests.test_configs import resolved
 
 LINES = [
@@ -27,7 +27,7 @@ LINES = [
 
 
 def write_run(folder, lines=LINES):
-    """What a run on text leaves behind, but for its checkpoints."""
+    """Write the metrics and the config of a run on text, without checkpoints."""
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 30, "spl')
     (folder / "config.json").write_text(json.dumps(to_dict(resolved("wt103", "tiny"))))
@@ -54,7 +54,7 @@ def test_each_split_is_a_line_in_the_panel_of_its_metric():
 
 
 @pytest.mark.parametrize("case", ["no folder", "no metrics", "damaged"])
-def test_mistakes_are_one_line(tmp_path, case):
+def test_user_errors_are_one_line(tmp_path, case):
     if case == "no metrics":
         (tmp_path / "metrics.jsonl").write_text("")
     elif case == "damaged":
@@ -65,7 +65,7 @@ def test_mistakes_are_one_line(tmp_path, case):
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_without_matplotlib_it_says_so(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"requirements-plot\.txt"):
         plot._pyplot()
@@ -80,7 +80,7 @@ def test_the_confusion_matrix_is_shown_by_row():
 
 
 def test_the_residual_of_the_only_branch_is_that_of_the_state(tmp_path):
-    task = make_task(resolve(classification(write_labelled(tmp_path))))
+    task = make_task(resolve(classification(write_labeled(tmp_path))))
     model, solver = task.build_model(nnx.Rngs(0)), Anderson(max_steps=6)
 
     @jax.jit

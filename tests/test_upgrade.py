@@ -1,6 +1,6 @@
 """Runs of an earlier version, stored in tests/data/stored: they are read, evaluated and continued.
 
-Their configs name no model, leave the size of the vocabulary to the text, and have words for options that are gone.
+Their configs name no model, leave the size of the vocabulary to the text, and hold options that no longer exist.
 """
 
 import json
@@ -14,7 +14,7 @@ from deq_flax.devices.mesh import MeshOptions
 from deq_flax.pretrained import load_model
 from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from tests.commands import ROOT
-from tests.tasks.images import write_labelled, write_scenes
+from tests.tasks.images import write_labeled, write_scenes
 from tests.train import small
 
 MODELS = {
@@ -27,9 +27,9 @@ MODELS = {
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    """A function: name -> the unpacked run. Its config names its data by a path relative to the working directory."""
+    """A function that unpacks the run of a name. Its config names its data by a path relative to the working directory."""
     monkeypatch.chdir(tmp_path)
-    for name, write in (("tokens", small.write_tokens), ("images", write_labelled), ("scenes", write_scenes)):
+    for name, write in (("tokens", small.write_tokens), ("images", write_labeled), ("scenes", write_scenes)):
         (tmp_path / name).mkdir()
         write(tmp_path / name)
 
@@ -59,15 +59,15 @@ def test_an_earlier_run_evaluates_to_its_own_numbers(stored, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_earlier_checkpoint_becomes_its_model(stored, name):
+def test_an_earlier_checkpoint_loads_as_its_model(stored, name):
     loaded = load_model(stored(name))
     assert type(loaded.model).__name__ == MODELS[name]
     if loaded.config.task == "language":
-        assert loaded.config.model.vocab_size == 39  # the largest id and one, as its arrays have it
+        assert loaded.config.model.vocab_size == 39  # the largest id plus one, as in its arrays
 
 
-def test_an_earlier_run_goes_on(stored):
-    """The state fits: what the optimizer remembers, the memory of the text, the position in the data."""
+def test_an_earlier_run_continues(stored):
+    """The state of the optimizer, the memory and the position in the data are restored."""
     workdir = stored("language")
     config = read_run_config(workdir)
     longer = small.resolve(small.to_dict(config) | {"train": small.to_dict(config)["train"] | {"steps": 4}})

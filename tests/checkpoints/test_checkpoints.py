@@ -197,7 +197,7 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("options", [dict(keep_latest=0), dict(keep_best=-1)])
-def test_retention_has_a_least(options):
+def test_the_numbers_of_checkpoints_to_keep_have_a_minimum(options):
     with pytest.raises(UserError, match=r"checkpoint.keep_latest must be at least 1, keep_best at least 0"):
         CheckpointOptions(**options)
 

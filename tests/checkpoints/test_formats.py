@@ -35,7 +35,7 @@ def rewrite(folder, change):
     path.write_text(text)
 
 
-def test_format_1_restores_and_the_run_goes_on(format_1):
+def test_format_1_restores_and_the_run_continues(format_1):
     rest = {"variables": {"norm": {"mean_C": jnp.zeros(3)}}, "opt_state": (jnp.zeros((2, 3)),), "skipped": jnp.int32(0)}
     params = {"cell": {"w_IO": jnp.zeros((2, 3))}}
     with opened(format_1) as checkpoints:

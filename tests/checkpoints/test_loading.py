@@ -29,7 +29,7 @@ def test_the_moving_average_is_what_is_evaluated(tmp_path):
     assert (restored.params["w"][0], restored.eval_params["w"][0]) == (0.0, 1.0)
 
 
-def test_variables_alone_are_read_of_the_rest(tmp_path):
+def test_only_the_variables_are_read_from_the_rest(tmp_path):
     with opened(tmp_path) as checkpoints:
         save(checkpoints, 1, {"w": jnp.zeros(3)}, rest={"opt_state": jnp.zeros(9), "variables": {"mean_C": jnp.ones(2)}})
     restored = load_params(tmp_path, {"w": jnp.zeros(3)}, {"mean_C": jnp.zeros(2)})
@@ -48,7 +48,7 @@ def test_missing_checkpoints_are_one_line(tmp_path):
 
 @pytest.fixture(params=[False, True], ids=["params", "ema"])
 def trained(request, tmp_path):
-    """A checkpoint of ones, whether they are its parameters or their moving average, with a head of its own."""
+    """A checkpoint with a head of its own, whose weights to evaluate are ones: its parameters, or their moving average."""
     ones = {"body": {"w": jnp.ones(3)}, "head": {"bias": jnp.ones(2), "out": jnp.ones((2, 4)), "old": jnp.ones(1)}}
     zeros = {"body": {"w": jnp.zeros(3)}, "head": {"bias": jnp.zeros(2), "out": jnp.zeros((2, 4)), "old": jnp.zeros(1)}}
     with opened(tmp_path) as checkpoints:

@@ -46,7 +46,7 @@ def test_what_is_saved_can_be_restored_with_its_metadata(tmp_path):
     assert (restored.step, restored.meta["config"], restored.meta["metrics"]) == (4, {"a": 1}, {"loss": 2.0})
 
 
-def test_a_refused_save_is_logged_and_made_up_for(disk, caplog):
+def test_a_refused_save_is_logged_and_tried_again(disk, caplog):
     saver = RetryingSaver(disk, {})
     disk.full = True
     saver.save(1, TREES)

@@ -25,14 +25,14 @@ def test_lists_become_tuples(section):
     ("section", "name", "least"),
     [(section, name, least) for section in SECTIONS for name, least in LEAST.items() if name in section.__dataclass_fields__],
 )
-def test_numbers_have_a_least_value(section, name, least):
+def test_numbers_have_a_minimum(section, name, least):
     assert getattr(section(**{"name": "folders", name: least}), name) == least
     with pytest.raises(UserError, match=f"data.{name} must be at least {least}, not {least - 1}"):
         section(**{"name": "folders", name: least - 1})
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
         ({"crop_size": (0, 8)}, "1 or more"),
         ({"eval_size": (8,)}, "1 or more"),
@@ -41,6 +41,6 @@ def test_numbers_have_a_least_value(section, name, least):
         ({"ignored": (5,)}, "knows what to ignore"),
     ],
 )
-def test_scene_options_that_make_no_sense_are_refused(changed, says):
-    with pytest.raises(UserError, match=says):
+def test_scene_options_that_make_no_sense_are_refused(changed, message):
+    with pytest.raises(UserError, match=message):
         SceneOptions(name="camvid", **changed)

@@ -1,4 +1,4 @@
-"""Laws of reading HLO: a collective is counted with its bytes, in its loop or out of it, and one device has none."""
+"""Laws of reading HLO: a collective is listed with its bytes and whether it is within a loop; a single device has none."""
 
 import jax
 import jax.numpy as jnp
@@ -26,5 +26,5 @@ def test_kind_bytes_and_place():
     assert table(found) == {"all-gather": (1, 512), "all-reduce": (1, 256)}
 
 
-def test_one_device_sends_nothing():
+def test_one_device_has_no_collectives():
     assert program(3) == []

@@ -1,4 +1,4 @@
-"""Laws of meshes: options make up a mesh of the devices that there are, or an error says what would."""
+"""Laws of meshes: options become a mesh of the available devices, or an error that names possible values."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ def test_the_default_splits_the_batch_over_all_devices():
     ("sizes", "shape"),
     [((-1, 2, 2), (2, 2, 2)), ((2, -1, 1), (2, 4, 1)), ((1, 1, 1), (1, 1, 1)), ((-1, 1, 1), (8, 1, 1)), ((1, 2, 3), (1, 2, 3))],
 )
-def test_minus_one_is_the_rest(sizes, shape):
+def test_minus_one_stands_for_the_remaining_devices(sizes, shape):
     assert tuple(make_mesh(options(*sizes)).shape.values()) == shape
 
 
@@ -35,7 +35,7 @@ def test_minus_one_is_the_rest(sizes, shape):
         ((4, 4, 1), "takes 16 devices, and there are 8"),
     ],
 )
-def test_a_mesh_that_cannot_be_says_why(sizes, message):
+def test_an_impossible_mesh_is_refused(sizes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(options(*sizes))
 
@@ -46,7 +46,7 @@ def test_several_processes_take_all_devices(monkeypatch):
         make_mesh(options(2, 2, 1))
 
 
-def test_a_batch_that_cannot_be_split_comes_with_the_cure():
+def test_a_batch_that_cannot_be_split_is_refused_with_sizes_that_can():
     mesh = make_mesh(options(2, 2, 2))
     check_batch(mesh, batch_size=8, accumulate=2, eval_batch_size=4)
     with pytest.raises(UserError, match=r"batch_size 20 must be a multiple of .* = 4 x 2: set it to 16 or to 24"):
@@ -57,7 +57,7 @@ def test_a_batch_that_cannot_be_split_comes_with_the_cure():
         check_batch(mesh, batch_size=8, accumulate=0, eval_batch_size=4)
 
 
-def test_a_batch_lies_in_rows_and_the_rest_everywhere():
+def test_a_batch_is_split_by_rows_and_other_arrays_are_replicated():
     mesh = make_mesh(options(2, 2, 2))
     assert local_rows(mesh, 8) is None  # one process reads them all
     batch = put_batch(mesh, {"x": np.arange(24).reshape(8, 3)}, 8)["x"]

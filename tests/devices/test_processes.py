@@ -61,7 +61,7 @@ def test_two_processes_are_one_run_that_another_count_continues(alone, tmp_path)
     run = arguments(tmp_path, train__steps=STEPS)
     processes = several(2, *run, "--config.mesh.fsdp=2", devices=2)
     read_until(processes, "step  7/30")
-    # A notice to one of them is a notice to all; each prints nothing but the first.
+    # A signal to one of them stops all; only the first prints.
     subprocess.run(["kill", "-TERM", str(children(processes)[1])], check=True)
     code, out = finish(processes)
     assert code == 0 and out.count("stopped at step") == 1, out

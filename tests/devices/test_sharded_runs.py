@@ -1,4 +1,4 @@
-"""Laws of sharded runs: many devices compute what one does, store a part each, and send nothing while a solver iterates."""
+"""Laws of sharded runs: many devices give the result of one, store a part each, and send nothing while a solver iterates."""
 
 import jax
 import numpy as np
@@ -88,12 +88,12 @@ def test_losses_and_gradients_are_those_of_one_device(steps, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale), other_change, change)
 
 
-def test_images_give_what_one_device_gives(tmp_path):
-    """Batch normalization too is over the whole batch, and nothing is sent within a loop."""
+def test_a_step_on_images_is_that_of_one_device(tmp_path):
+    """Batch normalization is over the whole batch, and no collective is within a loop."""
     deq = {"solver": "picard", "backward_solver": "picard", "pretrain_steps": 0, "jacobian_weight": 0.0, "max_steps_jitter": 0}
     sgd = {"learning_rate": 1.0, "schedule": "constant", "clip_norm": 0.0, "momentum": 0.0, "nesterov": False}
     data = {"batch_size": 8, "eval_batch_size": 8, "pictures": 0}
-    c = images.classification(images.write_labelled(tmp_path), data=data, model={"dropout": 0.0}, deq=deq, optimizer=sgd)
+    c = images.classification(images.write_labeled(tmp_path), data=data, model={"dropout": 0.0}, deq=deq, optimizer=sgd)
     results = []
     for mesh in (dict(data=1, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=1), dict(data=4, fsdp=1, tensor=1)):
         run = make_run(c, mesh)
@@ -114,15 +114,15 @@ def test_images_give_what_one_device_gives(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])
-def test_nothing_is_sent_within_a_loop(steps, name):
+def test_no_collective_is_within_a_loop(steps, name):
     found = collectives(steps(name)[0])
     assert found
     kinds = {collective.kind for collective in found if collective.in_loop}
-    # The sum over parts of a feed-forward, which the compiler places, is what a tensor axis is.
+    # A tensor axis needs a sum over the parts of each feed-forward, which the compiler places in the loop.
     assert kinds <= ({"all-reduce"} if "tensor" in name else set())
 
 
-def test_what_is_sent_does_not_depend_on_the_iterations(folder):
+def test_communication_does_not_depend_on_the_iterations(folder):
     def sent(limit):
         deq = {"solver": "anderson", "backward_solver": "broyden", "max_steps": limit, "backward_max_steps": limit}
         step, _ = compiled_step(start(folder, dict(data=2, fsdp=4, tensor=1), deq=deq))
@@ -133,7 +133,7 @@ def test_what_is_sent_does_not_depend_on_the_iterations(folder):
     few = sent(4)
     assert few == sent(16)
     assert few["all-gather"][0] > 0 and few["reduce-scatter"][0] > 0
-    # What is gathered is what is scattered, and one parameter, in float32, is four bytes.
+    # Parameters are gathered and their gradients scattered once, all of them in float32.
     assert few["all-gather"][1] == few["reduce-scatter"][1]
 
 

@@ -1,4 +1,4 @@
-"""Laws of stored parameters: metadata alone decides what `tensor` splits, size what `fsdp` does, and norms are of the whole."""
+"""Laws of stored parameters: metadata decides what `tensor` splits, shapes what `fsdp` splits; norms are those of the whole."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def test_fsdp_splits_the_longest_axis_that_divides(shape, expected):
     assert spec(Kernel(*shape), fsdp=2) == expected
 
 
-def test_fsdp_takes_what_tensor_leaves():
+def test_fsdp_splits_an_axis_that_tensor_does_not():
     assert spec(Kernel(4, 6, names=(None, "tensor")), fsdp=2, tensor=2) == P("fsdp", "tensor")
     assert spec(Kernel(6, names=("tensor",)), fsdp=2, tensor=2) == P("tensor")
 
@@ -122,7 +122,7 @@ def test_norms_are_of_whole_parameters(optimizer):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
 
 
-def test_moments_lie_like_their_parameters():
+def test_moments_are_sharded_like_their_parameters():
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
     params = {"a": jnp.zeros((16, 3)), "b": jnp.zeros(3)}
     model = nnx.Dict({name: nnx.Param(x) for name, x in params.items()})

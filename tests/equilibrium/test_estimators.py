@@ -125,7 +125,7 @@ def test_shine_uses_the_transposed_inverse_of_the_forward_solver(gradient):
 
 @pytest.mark.parametrize("solver", [Broyden(memory=5), Broyden(line_search=True)], ids=["memory=5", "line_search"])
 def test_transposed_inverse_is_that_of_the_step_taken(solver):
-    """The step after the last evaluation is -H g: with H^T applied to the basis vectors, the same."""
+    """The step after the last evaluation, -H g, equals the one computed from H^T applied to the basis vectors."""
     with jax.enable_x64(True):
         w, x, _ = problem()
         solver = replace(solver, tol=0.0, max_steps=9, trajectory_steps=(8,))
@@ -157,7 +157,7 @@ def error(a, b):
 
 
 def test_reversible_is_the_gradient_of_its_own_steps():
-    """In float64 to rounding, in float32 too with checkpoints, without them not. Samples stop at different steps."""
+    """Exact to rounding in float64, and in float32 with checkpoints but not without. Samples stop at different steps."""
     with jax.enable_x64(True):
         w, x, _ = problem()
         x = x * np.array([[0.0], [1.0], [3.0]])
@@ -190,7 +190,7 @@ ALL = [Neumann(), PhantomGradient(), SHINE(), Reversible()]
 
 @pytest.mark.parametrize("gradient", ALL, ids=lambda g: type(g).__name__)
 def test_inside_vmap_scan_and_checkpoint(gradient):
-    """Batched over w and a traced integer that f closes over, scanned, rematerialized: the same as one by one."""
+    """With a traced integer that f closes over; the sum over a batch or a scan equals that of single gradients."""
     w, x, _ = problem(batch=2)
     table = jnp.asarray(np.stack([x, 2 * x]))
 
@@ -245,7 +245,7 @@ def test_forward_mode_is_refused_where_it_is_not_offered(gradient):
 
 @pytest.mark.parametrize("gradient", [Implicit(), *ALL, JacobianFree(), Unroll(50)], ids=lambda g: type(g).__name__)
 def test_value_dtype_and_statistics_are_those_of_the_solver(gradient):
-    """bfloat16 beside float32, an ignored probe, and a value that is the same bits whichever way it is differentiated."""
+    """With a bfloat16 leaf, a float32 leaf and a probe. But for Unroll and Reversible, the value is the same bit for bit."""
     x = np.float32([[0.3, -1.0, 2.0]])
 
     @functools.partial(jax.jit, static_argnums=1)

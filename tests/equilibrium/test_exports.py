@@ -48,7 +48,7 @@ def test_every_gradient_of_the_table_solves_and_differentiates(name):
     assert abs(value - 2) < 1e-3 and 0 < slope < 2.1
 
 
-def test_lists_of_exports_are_what_is_there():
+def test_lists_of_exports_are_complete():
     for package in (deq_flax, equilibrium):
         public = {name for name, value in vars(package).items() if not name.startswith("_") and not inspect.ismodule(value)}
         assert set(package.__all__) - {"__version__"} == public

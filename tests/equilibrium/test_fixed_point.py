@@ -93,7 +93,7 @@ leaf = st.tuples(st.lists(st.integers(1, 3), max_size=2), st.sampled_from([np.fl
 
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True, database=None)
 @hypothesis.given(st.integers(1, 3), st.lists(leaf, min_size=1, max_size=3))
-def test_any_pytree_of_shapes_goes_flat_and_comes_back_and_has_its_fixed_point_and_gradient(batch, leaves):
+def test_any_pytree_is_flattened_restored_solved_and_differentiated(batch, leaves):
     """z = z / 2 + c has z* = 2 c and dz*/dc = 2."""
     c = [np.arange(batch * np.prod(shape, dtype=int)).reshape(batch, *shape).astype(dtype) for shape, dtype in leaves]
 

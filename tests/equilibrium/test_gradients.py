@@ -112,7 +112,7 @@ def test_every_solver_of_the_table_solves_a_linear_equation_within_its_limits(na
 
 
 @pytest.mark.parametrize("solver", ["broyden", GMRES, 3])
-def test_a_solver_of_no_linear_equation_is_refused(solver):
+def test_an_invalid_adjoint_solver_is_refused(solver):
     with pytest.raises(TypeError, match=r"a Solver such as Broyden\(\)"):
         Implicit(solver=solver)
 
@@ -131,7 +131,7 @@ def test_statistics_and_initial_guess_carry_no_gradient():
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, jnp.zeros_like(g)), slope((x, 0.1 * x)))
 
 
-def test_a_sample_that_fails_forward_leaves_the_gradients_of_others():
+def test_a_sample_that_fails_forward_does_not_change_the_gradients_of_others():
     w, x, _ = problem()
 
     @jax.jit
@@ -204,7 +204,7 @@ def test_memory_of_the_gradient_does_not_grow_with_the_iterations():
 
 
 def test_gmres_is_optimal_for_each_sample_and_reports_the_true_residual():
-    """A rotation stops simple residual methods; a sample in an invariant plane needs two steps; restarts go on."""
+    """A rotation stops simple residual methods; a sample in an invariant plane needs two steps; restarts continue."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         rotation = np.kron(np.eye(3), [[0.0, 1.0], [-1.0, 0.0]])

@@ -35,7 +35,7 @@ def test_jacobian_loss_differentiates_through_z_only_when_asked():
     np.testing.assert_array_equal(no, np.zeros((2, 6)))
 
 
-def test_jacobian_loss_needs_randomness_from_somewhere():
+def test_jacobian_loss_without_key_or_vectors_is_refused():
     with pytest.raises(ValueError, match="key"):
         jacobian_loss(jnp.tanh, jnp.zeros((1, 2)))
 

@@ -11,7 +11,7 @@ KERNEL = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
 U = np.ones(5, np.float32)
 
 
-def test_the_norm_is_brought_to_the_bound_and_no_smaller_one_is_touched():
+def test_a_norm_above_the_bound_is_scaled_to_it_and_a_smaller_one_kept():
     normalize = jax.jit(spectral_normalized, static_argnames=("bound", "steps"))
     kernel, u = jax.device_get(normalize(KERNEL, U, bound=0.9, steps=60))
     singular = np.linalg.svd(np.asarray(KERNEL).reshape(6, 5))
@@ -21,7 +21,7 @@ def test_the_norm_is_brought_to_the_bound_and_no_smaller_one_is_touched():
     np.testing.assert_array_equal(small, np.float32(0.01) * KERNEL)
 
 
-def test_one_step_a_call_finds_the_vector_in_time():
+def test_one_step_per_call_converges_over_calls():
     normalize = jax.jit(spectral_normalized)
     u = U
     for _ in range(60):

@@ -66,7 +66,7 @@ def test_residual_is_that_of_the_returned_iterate(solver):
 
 
 @every_solver
-def test_converged_says_whether_the_residual_is_within_tolerance(solver):
+def test_converged_means_that_the_residual_is_within_tolerance(solver):
     stats = solved(solver).stats
     np.testing.assert_array_equal(stats.converged == 1, stats.relative_residual <= solver.tol)
     impossible = [i for i, problem in enumerate(TABLE.values()) if not problem.solvable]

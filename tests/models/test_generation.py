@@ -47,7 +47,7 @@ def test_greedy_text_is_the_argmax_of_a_full_forward_pass():
 
 
 def test_a_warm_start_saves_evaluations_and_changes_no_token():
-    """For a model that attends to few words, as the words of real texts depend on few others."""
+    """For a model that attends to few tokens, as the tokens of real texts depend on few others."""
     text, found = np.tile(PROMPT[1:6], 6), []
     for warm_start in (True, False):
         near = Generator(model(local_size=3), solver=TIGHT, sampling=Sampling(), memory=40, warm_start=warm_start)
@@ -116,7 +116,7 @@ def test_generation_leaves_the_model_as_it_was():
         (dict(temperature=1.0), [3, 0, 1, 2]),
     ],
 )
-def test_words_are_drawn_from_the_most_likely_in_proportion(options, allowed):
+def test_tokens_are_drawn_from_the_most_likely_in_proportion(options, allowed):
     p_V = np.array([0.3, 0.15, 0.05, 0.5])
     keys = jax.random.split(jax.random.key(0), 4000)
     sampling = Sampling(**options)

@@ -35,8 +35,8 @@ def images(batch_size=2, height=8, width=8, channels=3, seed=0):
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("solver", "gradient", "train"))
-def run(graph, state, x, key=None, train=None, **options):
-    model = nnx.merge(graph, state, copy=True)
+def run(graphdef, state, x, key=None, train=None, **options):
+    model = nnx.merge(graphdef, state, copy=True)
     return model(x, solve=solving(**options), key=key, train=train), nnx.state(model, nnx.BatchStat)
 
 
@@ -67,14 +67,14 @@ def test_evaluation_is_deterministic_and_independent_for_each_image():
 
 
 def test_training_draws_masks_and_updates_statistics_once():
-    graph, state = nnx.split(build(dropout=0.5))
-    once, after = run(graph, state, images(), solver=SOLVER, key=jax.random.key(1))
-    same, _ = run(graph, state, images(), solver=SOLVER, key=jax.random.key(1))
-    other, _ = run(graph, state, images(), solver=SOLVER, key=jax.random.key(2))
+    graphdef, state = nnx.split(build(dropout=0.5))
+    once, after = run(graphdef, state, images(), solver=SOLVER, key=jax.random.key(1))
+    same, _ = run(graphdef, state, images(), solver=SOLVER, key=jax.random.key(1))
+    other, _ = run(graphdef, state, images(), solver=SOLVER, key=jax.random.key(2))
     np.testing.assert_array_equal(once.logits, same.logits)
     assert (once.logits != other.logits).any()
     # The stem's first convolution is outside the solve: its running statistics show how often they were updated.
-    y = nnx.merge(graph, state).stem.layers[0].conv(images())
+    y = nnx.merge(graphdef, state).stem.layers[0].conv(images())
     np.testing.assert_allclose(flat(after)["stem/layers/0/norm/mean_C"], 0.1 * y.mean((0, 1, 2)), atol=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_train_without_a_key_normalizes_by_the_batch_and_drops_nothing():
 
 
 def test_the_jacobian_loss_and_the_statistics_of_the_adjoint_solve():
-    graph, params, rest = nnx.split(build(1), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(build(1), nnx.Param, ...)
 
     def solve(probe, through):
         options = dict(jacobian_key=jax.random.key(1), jacobian_through_equilibrium=through)
@@ -96,7 +96,7 @@ def test_the_jacobian_loss_and_the_statistics_of_the_adjoint_solve():
     @partial(jax.jit, static_argnums=2)
     def gradients(params, probe, through):
         def loss(params, probe):
-            out = nnx.merge(graph, params, rest, copy=True)(images(), solve=solve(probe, through), key=jax.random.key(0))
+            out = nnx.merge(graphdef, params, rest, copy=True)(images(), solve=solve(probe, through), key=jax.random.key(0))
             return out.jacobian_loss
 
         return jax.value_and_grad(loss, argnums=(0, 1))(params, probe)
@@ -111,13 +111,13 @@ def test_the_jacobian_loss_and_the_statistics_of_the_adjoint_solve():
 
 
 def test_the_limit_on_evaluations_is_traced():
-    graph, state = nnx.split(build())
-    out = [run(graph, state, images(), solver=Picard(tol=0.0, max_steps=9), max_steps=jnp.int32(k))[0] for k in (2, 5)]
+    graphdef, state = nnx.split(build())
+    out = [run(graphdef, state, images(), solver=Picard(tol=0.0, max_steps=9), max_steps=jnp.int32(k))[0] for k in (2, 5)]
     assert [int(o.stats.nfe) for o in out] == [2, 5]
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (dict(head="detection"), "known: classification, segmentation"),
         (dict(head_channels=(2,)), "head_channels for each branch"),
@@ -127,6 +127,6 @@ def test_the_limit_on_evaluations_is_traced():
         (dict(norm_momentum=0.0), "norm_momentum in"),
     ],
 )
-def test_options_out_of_range_are_refused(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: build(**options))

@@ -31,11 +31,11 @@ def predict(model, images, solver, gradient, train):
 
 
 @partial(jit, static_argnums=(0, 1, 2), static_argnames="train")
-def run_training(graph, solver, gradient, params, variables, images, labels, train=True):
+def run_training(graphdef, solver, gradient, params, variables, images, labels, train=True):
     """(loss, (logits, branches, running statistics after)), and the gradient."""
 
     def loss(params):
-        model = nnx.merge(graph, params, variables, copy=True)
+        model = nnx.merge(graphdef, params, variables, copy=True)
         logits, z = predict(model, images, solver, gradient, train)
         value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return value, (logits, z, nnx.split(model, nnx.Param, ...)[2])
@@ -44,9 +44,9 @@ def run_training(graph, solver, gradient, params, variables, images, labels, tra
 
 
 @partial(jit, static_argnums=(0, 1))
-def run_evaluation(graph, solver, params, variables, images, z_rand):
+def run_evaluation(graphdef, solver, params, variables, images, z_rand):
     """(injection, f(z_rand), logits, branches, variables after)."""
-    model = nnx.merge(graph, params, variables, copy=True)
+    model = nnx.merge(graphdef, params, variables, copy=True)
     logits, z = predict(model, images, solver, None, train=False)
     f, _ = model.equation(images)
     return model.stem(images, False), f(z_rand), logits, z, nnx.split(model, nnx.Param, ...)[2]
@@ -61,10 +61,10 @@ def fixture(name):
 
 
 def trained(name, gradient=None, solver=TIGHT):
-    arrays, table, (graph, params, variables) = fixture(name)
+    arrays, table, (graphdef, params, variables) = fixture(name)
     with jax.enable_x64(True):
         inputs = reference.images(arrays), jnp.asarray(arrays["y"])
-        return arrays, table, run_training(graph, solver, gradient, params, variables, *inputs)
+        return arrays, table, run_training(graphdef, solver, gradient, params, variables, *inputs)
 
 
 def theirs(logits):
@@ -92,10 +92,10 @@ def same_gradients(gradient, arrays, prefix, table, error=1e-6):
 
 @pytest.mark.parametrize("name", reference.FIXTURES)
 def test_evaluation(name):
-    arrays, _, (graph, params, variables) = fixture(name)
+    arrays, _, (graphdef, params, variables) = fixture(name)
     with jax.enable_x64(True):
         inputs = reference.images(arrays), reference.branches(arrays, "eval/z_rand")
-        injection, f_rand, logits, z, after = run_evaluation(graph, TIGHT, params, variables, *inputs)
+        injection, f_rand, logits, z, after = run_evaluation(graphdef, TIGHT, params, variables, *inputs)
     close(injection, reference.branches(arrays, "eval/injection")[0], 1e-10)
     all_close(f_rand, reference.branches(arrays, "eval/f_z_rand"), 1e-10)
     all_close(z, reference.branches(arrays, "eval/z_star"), 1e-8)
@@ -134,10 +134,10 @@ def test_phantom_gradient(name):
 @pytest.mark.parametrize("name", reference.FIXTURES[:-1])
 def test_float32(name):
     arrays = load(name)
-    graph, params, variables = nnx.split(reference.build(name, wide=False), nnx.Param, ...)
+    graphdef, params, variables = nnx.split(reference.build(name, wide=False), nnx.Param, ...)
     z_rand = [x.astype(np.float32) for x in reference.branches(arrays, "eval/z_rand")]
     inputs = reference.images(arrays).astype(np.float32), tuple(z_rand)
-    injection, f_rand, logits, z, _ = run_evaluation(graph, Broyden(tol=1e-6, max_steps=60), params, variables, *inputs)
+    injection, f_rand, logits, z, _ = run_evaluation(graphdef, Broyden(tol=1e-6, max_steps=60), params, variables, *inputs)
     assert {x.dtype for x in (injection, *f_rand, logits, *z)} == {jnp.dtype("float32")}
     close(injection, reference.branches(arrays, "eval/injection")[0], 1e-4)
     all_close(f_rand, reference.branches(arrays, "eval/f_z_rand"), 1e-4)
@@ -146,7 +146,7 @@ def test_float32(name):
 
 
 def test_bfloat16_is_close_to_float32():
-    """With running statistics: those of batches of two images would change gradients by a seventh when weights are rounded."""
+    """With running statistics: with those of a batch of two images, rounded weights would change the gradients by a seventh."""
     arrays, solver, results = load("mdeq_tdeq_cls2"), Broyden(tol=3e-3, max_steps=40), {}
     inputs = reference.images(arrays).astype(np.float32), jnp.asarray(arrays["y"])
     for dtype in ("float32", "bfloat16"):

@@ -18,10 +18,10 @@ SMALL = SIZES | dict(mem_len=0, dropout=0.0)
 def build(blocks=3, **options):
     """A model with kernels large enough for every layer to matter."""
     model = TransformerXL(TransformerOptions(**SMALL | dict(blocks=blocks) | options), rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
+    graphdef, state = nnx.split(model)
     random = np.random.default_rng(0)
     state = jax.tree.map(lambda x: jnp.asarray(random.normal(scale=0.3, size=x.shape), x.dtype), state)
-    return nnx.merge(graph, state)
+    return nnx.merge(graphdef, state)
 
 
 def tokens(length=12):

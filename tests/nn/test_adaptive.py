@@ -69,7 +69,7 @@ def test_chunks_never_hold_more_logits_than_allowed():
 
 
 def test_a_large_tail_is_computed_for_few_tokens_at_a_time():
-    """Of 512 tokens a sixteenth are in the tail, whose logits for all tokens would be 512 x 3000."""
+    """One in 16 of 512 tokens is in the tail; the tail's logits of all tokens would be 512 x 3000."""
     embedding = AdaptiveEmbedding(3050, 4, 4, cutoffs=(50,), rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(AdaptiveSoftmax(embedding, rngs=nnx.Rngs(1)))
     hidden_BLD = jax.random.normal(jax.random.key(0), (8, 64, 4))

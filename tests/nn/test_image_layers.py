@@ -111,7 +111,7 @@ def test_masks_drop_whole_channels_of_an_image():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (dict(channels=(8,) * 5), "one to four branches"),
         (dict(channels=()), "one to four branches"),
@@ -123,6 +123,6 @@ def test_masks_drop_whole_channels_of_an_image():
         (dict(channels=(8,), dtype="float16"), "unknown dtype"),
     ],
 )
-def test_options_out_of_range_are_refused(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: MultiscaleCell(MultiscaleOptions(**options), rngs=nnx.Rngs(0)))

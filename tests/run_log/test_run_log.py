@@ -39,7 +39,7 @@ def test_lines_are_valid_json_with_seven_digits(tmp_path):
     assert text == '{"step": 3, "split": "train", "loss": 0.3333333, "n": 4, "bad": null, "worse": null}\n'
 
 
-def test_resuming_drops_what_will_be_written_again(tmp_path):
+def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path):
     with RunLog(tmp_path, None) as log:
         for step in (10, 20, 30):
             log.write(step, "train", {"loss": 1.0})
@@ -79,7 +79,7 @@ def test_events_carry_the_numbers_and_purge_on_resume(tmp_path):
     assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [0, 2]
 
 
-def test_a_full_disk_warns_once_and_the_run_goes_on(tmp_path, caplog):
+def test_a_full_disk_warns_once_and_the_run_continues(tmp_path, caplog):
     old_signal = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with RunLog(tmp_path, None) as log:
@@ -104,7 +104,7 @@ def test_an_unwritable_workdir_is_one_line(tmp_path):
         RunLog(tmp_path / "file" / "run", None)
 
 
-def test_the_vocabulary_is_a_word_a_line(tmp_path):
+def test_the_vocabulary_has_one_word_a_line(tmp_path):
     with RunLog(tmp_path, None) as log:
         log.write_vocabulary(["the", "café", "<eos>"])
     assert (tmp_path / "vocabulary.txt").read_text(encoding="utf-8") == "the\ncafé\n<eos>\n"

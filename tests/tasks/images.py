@@ -1,4 +1,4 @@
-"""Image tasks small enough to compile in seconds, on data made here."""
+"""Image tasks small enough to compile in seconds, on generated data."""
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ def merged(config, overrides):
 
 
 def classification(folder, **overrides):
-    """A config; overrides by section name: `train={'steps': 3}`."""
+    """A config of classification; overrides by section name: `train={'steps': 3}`."""
     data = dict(
         name="folders", path=str(folder), batch_size=4, eval_batch_size=4, image_size=8, resize=8, augment="resized_crop_flip",
         mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), pictures=2,
@@ -33,7 +33,7 @@ def classification(folder, **overrides):
 
 
 def segmentation(folder, **overrides):
-    """A config; overrides by section name."""
+    """A config of segmentation; overrides by section name."""
     data = dict(
         name="folders", path=str(folder), batch_size=2, eval_batch_size=2, crop_size=(8, 8), scales=(0.8, 1.0, 1.25),
         ignored=(9,), eval_size=(8, 12), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), pictures=2,
@@ -43,8 +43,8 @@ def segmentation(folder, **overrides):
     return merged({"task": "segmentation", "data": data, "model": model, "loss": loss} | COMMON, overrides)
 
 
-def write_labelled(folder, counts=(5, 3, 3)):
-    """Images of three classes by brightness; `counts` a class in each split."""
+def write_labeled(folder, counts=(5, 3, 3)):
+    """Write images of three classes of brightness; `counts`: images of a class in each split."""
     random = np.random.default_rng(0)
     for split, count in zip(("train", "val", "test"), counts, strict=True):
         for kind in range(3):
@@ -56,7 +56,7 @@ def write_labelled(folder, counts=(5, 3, 3)):
 
 
 def write_scenes(folder, counts=(4, 3, 2)):
-    """Images of three classes by brightness in vertical bands, a row of each to be ignored."""
+    """Write images with vertical bands of three classes of brightness, and a row of pixels to be ignored."""
     random = np.random.default_rng(0)
     for split, count in zip(("train", "val", "test"), counts, strict=True):
         for name in ("images", "labels"):

@@ -1,4 +1,4 @@
-"""The classification task: what is counted, and by whom."""
+"""The classification task: every image counts once, in every metric."""
 
 from types import SimpleNamespace
 
@@ -9,13 +9,13 @@ from flax import nnx
 
 from deq_flax.errors import UserError
 from deq_flax.train.evaluate import evaluate, measure
-from tests.tasks.images import classification, write_labelled
+from tests.tasks.images import classification, write_labeled
 from tests.train.small import evaluation_of, make_task, solve_of
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_labelled(tmp_path_factory.mktemp("images"))
+    return write_labeled(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_image_is_scored_once(folder, task, model, measured):
     np.testing.assert_allclose(np.trace(table), right.sum(), rtol=1e-6)
 
 
-def test_the_summary_is_of_numbers_the_loss_first(measured):
+def test_the_summary_holds_numbers_with_the_loss_first(measured):
     assert list(measured[1])[:2] == ["loss", "accuracy"] and all(isinstance(x, float) for x in measured[1].values())
 
 
@@ -78,7 +78,7 @@ def test_masked_images_change_nothing(task, model):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"model": {"num_classes": 4}}, "the data has 3: set it to that"),
         ({"model": {"in_channels": 1}}, "model.in_channels"),
@@ -91,7 +91,7 @@ def test_masked_images_change_nothing(task, model):
         ({"deq": {"gradient": "none"}}, "deq.gradient"),
     ],
 )
-def test_what_does_not_fit_is_one_line(folder, changes, says):
+def test_options_that_do_not_fit_are_one_line(folder, changes, message):
     with pytest.raises(UserError) as error:
         make_task(classification(folder, **changes))
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)

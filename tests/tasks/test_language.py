@@ -1,4 +1,4 @@
-"""The language task: what is counted, what is carried."""
+"""The language task: every token is scored once, and memory is carried from segment to segment."""
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,8 @@ def test_every_token_of_a_split_is_scored_once(settings, task, model, loss):
         carry, n = output.carry, batches[i]["mask"].sum()
         total, count = total + float(mean) * n, count + n
     assert count == len(task.corpus.valid) - 1
-    np.testing.assert_allclose(
-        reported["loss"], total / count, rtol=1e-4
-    )  # solves of an untrained model end at their limit, which amplifies rounding
+    # Solves of an untrained model end at their limit, which amplifies rounding.
+    np.testing.assert_allclose(reported["loss"], total / count, rtol=1e-4)
     np.testing.assert_allclose(reported["ppl"], np.exp(reported["loss"]), rtol=1e-6)
 
 
@@ -97,7 +96,7 @@ def test_a_key_and_nothing_else_draws_dropout(settings, task, model, loss):
     assert noisy(jax.random.key(0)) == first
 
 
-def test_a_model_that_cannot_be_is_refused_in_one_line(tmp_path):
+def test_an_impossible_model_is_refused_in_one_line(tmp_path):
     c = config(write_tokens(tmp_path), model={"d_inner": 0})
     with pytest.raises(UserError, match="section model"):
         make_task(c)

@@ -1,4 +1,4 @@
-"""The segmentation task: intersections, unions, hard pixels and views."""
+"""The segmentation task: intersections, unions, hard pixels, and inference at several scales."""
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +76,13 @@ def test_hard_pixels_are_those_below_the_threshold_or_the_hardest():
     assert kept(0.9, 100) == [1, 1, 1, 1, 0, 1]
 
 
-def test_class_weights_weigh():
+def test_class_weights_are_looked_up_by_label():
     loss = PixelLoss(class_weights=(1.0, 2.0, 0.5), hard_threshold=0.0, hard_pixels=1)
     np.testing.assert_array_equal(loss.weights(jnp.array([[2, 0, 1]])), [[0.5, 1.0, 2.0]])
 
 
 def local(x):
-    """A network without context: pixels decide for themselves."""
+    """A network without context: the logits of a pixel depend on that pixel alone."""
     return jnp.concatenate([x[..., :1], -x[..., 1:2], 0.5 * x[..., 2:]], axis=-1), jnp.zeros(())
 
 
@@ -90,7 +90,7 @@ IMAGE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 14, 3)).astype(n
 
 
 @pytest.mark.parametrize(("flip", "window"), [(True, (0, 0)), (False, (4, 5)), (True, (9, 6))])
-def test_windows_and_mirrors_do_not_change_what_is_local(flip, window):
+def test_windows_and_mirrors_do_not_change_a_network_without_context(flip, window):
     def log_p(**options):
         return MultiscaleInference(scales=(1.0,), size=(9, 14), **options).predict(local, IMAGE)[0]
 
@@ -126,7 +126,7 @@ def test_windows_cover_everything(length, window):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"model": {"num_classes": 0}}, "num_classes at least 1"),
         ({"loss": {"class_weights": (1.0,)}}, "1 numbers for 3 classes"),
@@ -136,7 +136,7 @@ def test_windows_cover_everything(length, window):
         ({"data": {"crop_size": (0, 4)}}, "crop_size"),
     ],
 )
-def test_what_does_not_fit_is_one_line(folder, changes, says):
+def test_options_that_do_not_fit_are_one_line(folder, changes, message):
     with pytest.raises(UserError) as error:
         make_task(segmentation(folder, **changes))
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -76,5 +76,5 @@ def legacy(*objects):
 
 
 def array(*shape, dtype=np.float32):
-    """0, 1, 2, ... in this shape."""
+    """The numbers 0, 1, 2, ... in a shape."""
     return np.arange(np.prod(shape), dtype=dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""The tables of names: each original tensor has one array of ours, all of ours are filled, mismatches are listed in full."""
+"""The tables of names: each original tensor maps to one array of ours, all are filled, mismatches are listed in full."""
 
 import dataclasses
 import itertools
@@ -60,16 +60,16 @@ def test_the_published_files_are_covered_name_by_name(variant):
     assert found | {"pos_emb.inv_freq": (350,)} == FULL_SIZE
 
 
-def test_the_published_config_is_read_off_the_shapes():
+def test_the_published_config_is_inferred_from_the_shapes():
     found = FAMILY.infer(FULL_SIZE)
     expected = dataclasses.asdict(options(vocab_size=267_735))
     assert found == {name: expected[name] for name in found}
-    untold = "name blocks pre_norm affine_norm mem_len local_size dropout attention_dropout output_dropout dtype"
-    assert set(expected) - set(found) == set(untold.split())
+    not_implied = "name blocks pre_norm affine_norm mem_len local_size dropout attention_dropout output_dropout dtype"
+    assert set(expected) - set(found) == set(not_implied.split())
 
 
 @pytest.mark.parametrize("name", ["lm_deq_postln", "lm_deq_nocut", "lm_tdeq_postln"])
-def test_all_of_ours_is_filled(name):
+def test_every_parameter_is_filled(name):
     model = fitting(reference.FOLDER / f"{name}.pth")
     assert {slot.path for slot in slots(FAMILY, model)} == set(reference.parameters(model))
 
@@ -123,7 +123,7 @@ def test_tied_weights_that_differ_are_named(tmp_path):
     model = fitting(POSTLN)
     path = rewritten(tmp_path)
     with open_tensors(path) as file:
-        convert_tensors(FAMILY, model, file)  # equal copies are as good as one storage
+        convert_tensors(FAMILY, model, file)  # equal copies are accepted like one storage
     changed = {
         "crit/out_layers/1/weight": np.zeros((300, 8), np.float32),
         "crit/out_projs/2/weight": np.ones((32, 2), np.float32),
@@ -135,16 +135,16 @@ def test_tied_weights_that_differ_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "message"),
     [
         ("inject_conv.bias", np.full(96, np.nan, np.float32), "no trained model has, in inject_conv.bias"),
         ("inject_conv.bias", np.zeros(96, np.int64), "inject_conv.bias is of type int64"),
         ("pos_emb.inv_freq", np.ones(16, np.float32), "no trained model has, in pos_emb.inv_freq"),
     ],
 )
-def test_values_that_cannot_be_are_refused(tmp_path, name, value, words):
+def test_values_that_cannot_be_are_refused(tmp_path, name, value, message):
     path = rewritten(tmp_path, **{name.replace(".", "/"): value})
-    with open_tensors(path) as file, pytest.raises(UserError, match=words):
+    with open_tensors(path) as file, pytest.raises(UserError, match=message):
         convert_tensors(FAMILY, fitting(POSTLN), file)
 
 
@@ -156,7 +156,7 @@ def test_buffers_may_be_missing(tmp_path):
         assert convert_tensors(FAMILY, model, file)[1] == {}
 
 
-def test_sizes_are_read_off_whatever_model_we_can_build():
+def test_sizes_are_inferred_for_every_model_that_can_be_built():
     """Names and shapes of random models: inferring from them gives a model that they fit."""
     sizes = itertools.product([(), (200,), (200, 500)], [1, 2, 4], [(32, 32), (32, 16)], [False, True])
     for cutoffs, div_value, (d_model, d_embed), weight_norm in sizes:

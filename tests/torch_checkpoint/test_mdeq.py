@@ -86,7 +86,7 @@ def test_the_published_files_are_covered_name_by_name(name):
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_published_options_are_read_off_the_shapes(name):
+def test_the_published_options_are_inferred_from_the_shapes(name):
     shapes, _, _ = published(name)
     found = FAMILIES[family_of("mdeq", shapes)].infer(shapes)
     expected = COMMON | (dict(last_kernel=1) if "seg" in name else {}) | FULL_SIZE[name]
@@ -96,9 +96,9 @@ def test_published_options_are_read_off_the_shapes(name):
 
 def converted(name, directory):
     """Convert a fixture, given the options that its shapes do not imply."""
-    untold = ("groups", "downsample", "norm_momentum")
-    told = {key: value for key, value in reference.options(name).items() if key in untold}
-    convert(reference.source(name), directory, config(name, **told), auto=True, given=told)
+    not_implied = ("groups", "downsample", "norm_momentum")
+    given = {key: value for key, value in reference.options(name).items() if key in not_implied}
+    convert(reference.source(name), directory, config(name, **given), auto=True, given=given)
     return directory
 
 
@@ -131,7 +131,7 @@ def test_arrays_go_where_the_models_own_tests_put_them(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_what_shapes_do_not_tell_must_be_given(tmp_path):
+def test_options_that_shapes_do_not_imply_must_be_given(tmp_path):
     with pytest.raises(UserError, match=r"does not tell the model's downsample: add --config\.model\.downsample="):
         convert(reference.source("mdeq_deq_cls4"), tmp_path / "dir", config("mdeq_deq_cls4", groups=4), auto=True)
 

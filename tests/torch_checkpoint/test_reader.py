@@ -34,7 +34,7 @@ def test_the_authors_files_hold_what_pytorch_reads_from_them(name):
 
 
 @pytest.mark.parametrize("path", [ODD, ODD_LEGACY])
-def test_types_views_and_what_scripts_put_around_them(path):
+def test_types_and_views_are_read_and_other_entries_ignored(path):
     found = read(path)
     for kind in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"):
         dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
@@ -84,7 +84,7 @@ def test_safetensors_and_npz_hold_the_same(tmp_path):
     same(read(tmp_path / "x.npz"), arrays | {"columns": arrays["b"], "big": arrays["a"]})
 
 
-def test_what_is_written_reads_back_and_is_the_same_file_each_time(tmp_path):
+def test_writing_is_deterministic_and_reads_back(tmp_path):
     arrays = {"a": array(2, 3), "b": array(3), "s": np.array(1.5, np.float32), "h": array(2, 2).astype(ml_dtypes.bfloat16)}
     triples = [*((name, name, x) for name, x in arrays.items()), ("tied", "a", arrays["a"])]
     for name in ("one", "two"):

@@ -1,4 +1,4 @@
-"""Refusals: a file that is not a dictionary of tensors is one UserError that says why, and nothing in it is executed."""
+"""Refusals: a file that is not a dictionary of tensors is one UserError with the reason, and nothing in it is executed."""
 
 import os
 import pickle

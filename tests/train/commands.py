@@ -1,4 +1,4 @@
-"""The command as real processes, on a run small enough to be killed and started many times."""
+"""The main command in real processes, on a run small enough to be killed and restarted many times."""
 
 import json
 import os
@@ -32,14 +32,14 @@ OPTIONS = {
 
 
 def arguments(workdir, **options):
-    """Arguments of deq_flax.main; options by their keys, with __ for a dot."""
+    """Arguments of deq_flax.main; options by their keys, with __ in place of a dot."""
     changed = OPTIONS | {name.replace("__", "."): value for name, value in options.items()}
     flags = [f"--config.{name}={value}" for name, value in changed.items()]
     return ["--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *flags]
 
 
 def start(program, *arguments, devices=1, **environment):
-    """A process whose output is read line by line."""
+    """Start a process whose output is read line by line."""
     settings = {
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
@@ -67,7 +67,7 @@ def several(count, *arguments, **options):
 
 
 def finish(process, timeout=240):
-    """(exit code, what it printed). What hangs is killed, with all that it started."""
+    """Wait for a process; returns its exit code and output. One that hangs is killed, with all that it started."""
     try:
         out, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -77,7 +77,7 @@ def finish(process, timeout=240):
 
 
 def read_until(process, text):
-    """Lines up to the first with `text` in it."""
+    """Read lines up to the first that contains `text`."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -87,6 +87,6 @@ def read_until(process, text):
 
 
 def metrics(workdir):
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without the numbers that depend on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: x for name, x in line.items() if not name.endswith("_per_second")} for line in lines]

@@ -1,6 +1,6 @@
-"""A language task small enough to train in a test, with everything on that could break a resume: dropout, jitter, phases.
+"""A language task small enough to train in a test, with every option that could break resuming: dropout, jitter, phases.
 
-Beside it the helpers of all tests of runs: tasks and runs from a nested mapping, disturbances, arrays to compare.
+Also the helpers of all tests of runs: tasks and runs from a nested mapping, changed batches, arrays to compare.
 """
 
 import numpy as np
@@ -43,7 +43,7 @@ def config(folder, **overrides):
 
 
 def write_tokens(folder, seed=0):
-    """A repeating, learnable stream of ids below 40."""
+    """Write splits of repeated phrases of ids below 40, which a model can learn."""
     random = np.random.default_rng(seed)
     phrases = [random.integers(0, 40, 6) for _ in range(8)]
     for split, count in {"train": 60, "valid": 12, "test": 12}.items():
@@ -77,7 +77,7 @@ def evaluation_of(config, task, model):
 
 
 def run(config, workdir, wrap=lambda task: task):
-    """Train as the command does; `wrap` may put something between the trainer and its task."""
+    """Train as the command does; `wrap` may replace the task that the trainer sees."""
     c = config if isinstance(config, Config) else resolve(config)
     return train(
         wrap(task_of(c)),
@@ -92,23 +92,23 @@ def run(config, workdir, wrap=lambda task: task):
 
 
 def explicit(config):
-    """The same with layers instead of an equilibrium."""
+    """The same config with explicit layers instead of an equilibrium."""
     sections = {name: section for name, section in config.items() if name != "deq"}
     return sections | {"model": config["model"] | {"name": "transformer_xl", "blocks": 2}}
 
 
-class Disturbed:
-    """A task whose batches are handed through `disturb(step, batch)`."""
+class ChangedBatches:
+    """A task whose batches pass through `change(step, batch)`."""
 
-    def __init__(self, task, disturb):
-        self._task, self._disturb = task, disturb
+    def __init__(self, task, change):
+        self._task, self._change = task, change
 
     def __getattr__(self, name):
         return getattr(self._task, name)
 
     def train_batches(self, step, rows=None):
         for number, batch in enumerate(self._task.train_batches(step, rows), step):
-            yield self._disturb(number, batch)
+            yield self._change(number, batch)
 
 
 def arrays(workdir, step):

@@ -1,4 +1,4 @@
-"""Laws of evaluation that hold for every task: what is asked of the device when, and how batches are summed."""
+"""Laws of evaluation for every task: when metrics are read from the device, and how batches are summed."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from deq_flax.train.evaluate import measure
 
 
 class Task:
-    """Of four batches, each its own number."""
+    """A task of four batches, each of which holds its own number."""
 
     eval_batch_size = 1
 
@@ -22,8 +22,8 @@ class Task:
         return ()
 
 
-class Read:
-    """An array that tells when it is read."""
+class RecordedArray:
+    """An array that records when it is read."""
 
     def __init__(self, number, events):
         self.number, self.events = number, events
@@ -44,7 +44,7 @@ def test_metrics_are_read_one_batch_behind():
     def step(params, variables, batch, carry, scalars):
         number = int(batch["number"][0])
         events.append(f"step {number}")
-        return carry, {"loss": clu_metrics.Average(total=Read(number, events), count=np.ones(()))}
+        return carry, {"loss": clu_metrics.Average(total=RecordedArray(number, events), count=np.ones(()))}
 
     assert measured(step) == {"loss": 1.0}
     assert events == ["step 0", "step 1", "read 0", "step 2", "read 1", "step 3", "read 2", "read 3"]

@@ -1,4 +1,4 @@
-"""What a run survives, done to real ones: the outcome is that of a run that nothing happened to."""
+"""Faults of real runs: kills, damaged checkpoints, full disks. The outcome is that of a run without faults."""
 
 import random
 import resource
@@ -24,7 +24,7 @@ def command(workdir, checkpoint_every=5):
 
 @pytest.fixture
 def run():
-    """Starts the command; what is left of it is killed in the end."""
+    """A function that starts the command; its processes are killed in the end."""
     started = []
 
     def start(*arguments):
@@ -38,8 +38,8 @@ def run():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed")
+def clean(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("clean")
     code, out = finish(one_process(*command(workdir, 1000)))
     assert code == 0, out
     return workdir
@@ -55,8 +55,8 @@ def steps_in(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
 
 
-def test_killed_at_twenty_moments(undisturbed, tmp_path, run):
-    """Saving after every step, so that most of the time there is a save to be killed in."""
+def test_killed_at_twenty_moments(clean, tmp_path, run):
+    """It saves after every step, so that many kills fall within a save."""
     chance, within_a_save = random.Random(0), 0
     for _ in range(20):
         process = run(*command(tmp_path, 1))
@@ -69,10 +69,10 @@ def test_killed_at_twenty_moments(undisturbed, tmp_path, run):
     code, out = finish(run(*command(tmp_path)))
     assert code == 0 and "damaged" not in out, out
     assert within_a_save >= 3
-    assert_same_outcome(tmp_path, undisturbed)
+    assert_same_outcome(tmp_path, clean)
 
 
-def test_stopped_then_damaged_in_every_way(undisturbed, tmp_path, run):
+def test_stopped_then_damaged_in_every_way(clean, tmp_path, run):
     """SIGTERM, each time with the newest checkpoint damaged before the run is started again."""
 
     def empty(step):
@@ -116,10 +116,10 @@ def test_stopped_then_damaged_in_every_way(undisturbed, tmp_path, run):
     (tmp_path / "kept").rename(whole)
     code, out = finish(run(*command(tmp_path)))
     assert code == 0, out
-    assert_same_outcome(tmp_path, undisturbed)
+    assert_same_outcome(tmp_path, clean)
 
 
-def test_a_disk_that_is_full_for_a_while(undisturbed, tmp_path, run):
+def test_a_disk_that_is_full_for_a_while(clean, tmp_path, run):
     process = run(*command(tmp_path))
     read_until(process, "step  12/")
     soft, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
@@ -133,10 +133,10 @@ def test_a_disk_that_is_full_for_a_while(undisturbed, tmp_path, run):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (soft, hard))
     code, out = finish(process)
     assert code == 0, out
-    assert_same_outcome(tmp_path, undisturbed)
+    assert_same_outcome(tmp_path, clean)
 
 
-def test_a_folder_that_cannot_be_written_to_keeps_the_last_good_checkpoint(undisturbed, tmp_path, run):
+def test_a_folder_that_cannot_be_written_to_keeps_the_last_good_checkpoint(clean, tmp_path, run):
     process = run(*command(tmp_path))
     read_until(process, "step  12/")
     folder = tmp_path / "checkpoints"
@@ -152,14 +152,14 @@ def test_a_folder_that_cannot_be_written_to_keeps_the_last_good_checkpoint(undis
     read_until(process, "continuing from the checkpoint of step")
     code, out = finish(process)
     assert code == 0, out
-    assert_same_outcome(tmp_path, undisturbed)
+    assert_same_outcome(tmp_path, clean)
 
 
-def test_other_shapes_are_refused_before_compilation(undisturbed, run):
-    code, out = finish(run(*command(undisturbed), "--config.model.d_inner=24"))
+def test_other_shapes_are_refused_before_compilation(clean, run):
+    code, out = finish(run(*command(clean), "--config.model.d_inner=24"))
     assert code == 2 and "model.d_inner" in out and "compiling" not in out
-    other = undisturbed.with_name("other")
-    start_from = f"--config.checkpoint.init_from={undisturbed}"
+    other = clean.with_name("other")
+    start_from = f"--config.checkpoint.init_from={clean}"
     code, out = finish(run(*command(other), "--config.model.d_inner=24", start_from))
     assert code == 2 and "does not fit this config" in out and "compiling" not in out, out
     code, out = finish(run(*command(other), "--config.train.steps=2", "--config.train.seed=3", start_from))

@@ -104,7 +104,7 @@ def test_a_step_is_decided_by_seed_and_number_alone():
     assert [phases(seed=1).phase(s) for s in range(200)] != [phase for phase, _ in forward]
 
 
-def test_a_phantom_gradient_leaves_pretraining_and_the_solve_alone():
+def test_a_phantom_gradient_changes_neither_pretraining_nor_the_solver():
     p = phases(gradient="phantom", gradient_options={"steps": 3, "relaxation": 0.7})
     assert p.phase(50).gradient == PhantomGradient(steps=3, relaxation=0.7) and p.phase(0).gradient == Unroll(2)
     assert p.phase(50).solver == phases().phase(50).solver

@@ -1,15 +1,15 @@
-"""Running statistics of batch normalization: written once by every update that counts, by nothing else, and never lost."""
+"""Running statistics of batch normalization: written once by every update that counts, by nothing else, and checkpointed."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deq_flax.nn.normalization import BatchNorm
 from flax import nnx
 
 from deq_flax.checkpoints.checkpoints import Checkpoints
 from deq_flax.checkpoints.loading import load_params
 from deq_flax.config import resolve
 from deq_flax.devices.mesh import MeshOptions
+from deq_flax.nn.normalization import BatchNorm
 from deq_flax.task import LossOutput, average
 from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from deq_flax.train.loop import train
@@ -29,7 +29,7 @@ class Normalized(nnx.Module):
 
 
 class Task:
-    """Bring normalized numbers to 1. `spoil`: the steps whose batch is not finite."""
+    """A task that brings normalized numbers to 1. `spoil`: the steps whose batch is not finite."""
 
     batch_size = eval_batch_size = 8
 
@@ -92,7 +92,7 @@ def statistics(restored):
 
 
 def updated(mean, variance, x):
-    """By hand, with the unbiased variance."""
+    """The running statistics after `x`, computed by hand with the unbiased variance."""
     x = x.reshape(-1, 2).astype(np.float64)
     mean = (1 - MOMENTUM) * mean + MOMENTUM * x.mean(0)
     return mean, (1 - MOMENTUM) * variance + MOMENTUM * x.var(0, ddof=1)
@@ -143,7 +143,7 @@ def test_a_resumed_run_has_the_statistics_of_one_never_stopped(tmp_path):
 
 
 def test_a_checkpoint_is_evaluated_with_its_own_statistics(tmp_path):
-    """By evaluation, and at the end of a run whose last steps have spoiled them; and they are what init_from starts from."""
+    """In evaluation, and at the end of a run whose last step worsened them; `init_from` starts from them too."""
 
     class Worse(Task):
         def batch(self, step):

@@ -219,7 +219,7 @@ def test_the_digits_need_no_files():
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("mnist", "MNIST database"),
         ("cifar10", "cifar-10-{python,binary}.tar.gz"),
@@ -227,18 +227,18 @@ def test_the_digits_need_no_files():
         ("pictures", "known: mnist"),
     ],
 )
-def test_missing_data_says_where_it_is_published(tmp_path, name, says):
+def test_missing_data_is_an_error_that_names_its_source(tmp_path, name, message):
     for path in ("", str(tmp_path), str(tmp_path / "none")):
         with pytest.raises(UserError) as error:
             load_images(options(name=name, path=path))
-        assert says in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "changed",
     [{"augment": "resized_crop_flip"}, {"augment": "rotate"}, {"image_size": 8}, {"pad": -1}, {"valid_examples": 9999}],
 )
-def test_options_that_do_not_suit_are_refused(changed):
+def test_options_that_do_not_fit_the_data_are_refused(changed):
     with pytest.raises(UserError, match=r"data\."):
         load_images(options(name="digits", **changed))
 

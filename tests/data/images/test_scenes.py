@@ -117,11 +117,11 @@ def test_colored_masks_are_refused_by_name(camvid, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("cityscapes", "cityscapes-dataset.com"), ("camvid", "Cambridge"), ("kitti", "known:")]
+    ("name", "message"), [("cityscapes", "cityscapes-dataset.com"), ("camvid", "Cambridge"), ("kitti", "known:")]
 )
-def test_missing_data_says_where_it_is_published(tmp_path, name, says):
+def test_missing_data_is_an_error_that_names_its_source(tmp_path, name, message):
     for path in ("", str(tmp_path), str(tmp_path / "none")):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             load_scenes(options(name=name, path=path))
 
 
