@@ -19,18 +19,34 @@ import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
 from deq_flax import cli
+from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints
+from deq_flax.config import Config, to_dict
 from deq_flax.errors import UserError
-
-if TYPE_CHECKING:
-    from deq_flax.config import Config
-    from deq_flax.torch_checkpoint import Family
+from deq_flax.models import abstract_model
+from deq_flax.pretrained import load_model
+from deq_flax.torch_checkpoint import (
+    FAMILIES,
+    Family,
+    convert_tensors,
+    export_tensors,
+    family_name,
+    family_of,
+    get_arrays,
+    head_of,
+    mismatches,
+    model_of,
+    open_tensors,
+    set_arrays,
+    write_state_dict,
+)
+from deq_flax.train.step import split_model
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
 _CONFIG = cli.config_flag(_FLAGS)
@@ -59,7 +75,7 @@ def main(source: str, destination: str) -> int:
     return 0
 
 
-def convert(source: Path, directory: Path, config: "Config", *, auto: bool = False, given: Collection[str] = ()) -> int:
+def convert(source: Path, directory: Path, config: Config, *, auto: bool = False, given: Collection[str] = ()) -> int:
     """Write the weights in `source` as a checkpoint; returns the number of its parameters.
 
     Args:
@@ -72,11 +88,6 @@ def convert(source: Path, directory: Path, config: "Config", *, auto: bool = Fal
     Raises:
       UserError: the file cannot be read or does not fit the config, or the directory is in use. Nothing has been written then.
     """
-    from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints
-    from deq_flax.config import to_dict
-    from deq_flax.models import abstract_model
-    from deq_flax.torch_checkpoint import FAMILIES, convert_tensors, family_of, mismatches, open_tensors, set_arrays
-    from deq_flax.train.step import split_model
 
     _require_unused(directory)
     with open_tensors(source) as file:
@@ -113,9 +124,6 @@ def to_torch(checkpoint: str | Path, path: Path) -> tuple[int, int]:
     Raises:
       UserError: there is no checkpoint, its model has no counterpart in the original code, or the file cannot be written.
     """
-    from deq_flax.pretrained import load_model
-    from deq_flax.torch_checkpoint import FAMILIES, export_tensors, family_name, family_of, get_arrays, write_state_dict
-    from deq_flax.train.step import split_model
 
     loaded = load_model(checkpoint)
     converted = loaded.meta.get("converted", {})
@@ -141,9 +149,7 @@ def _require_unused(directory: Path) -> None:
         raise UserError(f"{directory} holds a run already: choose another folder")
 
 
-def _from_file(
-    config: "Config", found: Mapping[str, Any], source: Path, *, auto: bool, given: Collection[str]
-) -> dict[str, Any]:
+def _from_file(config: Config, found: Mapping[str, Any], source: Path, *, auto: bool, given: Collection[str]) -> dict[str, Any]:
     """The model options to take from the file. UserError: one is needed that the file does not show."""
     if not auto:
         unknown_size = getattr(config.model, "vocab_size", None) == 0 and "vocab_size" in found
@@ -154,7 +160,7 @@ def _from_file(
     return wanted
 
 
-def _with_model(config: "Config", options: Mapping[str, Any]) -> "Config":
+def _with_model(config: Config, options: Mapping[str, Any]) -> Config:
     """The config with other model options. UserError: the model's options class refuses them."""
     try:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
@@ -162,10 +168,8 @@ def _with_model(config: "Config", options: Mapping[str, Any]) -> "Config":
         raise UserError(f"section model: {error}") from error
 
 
-def _advice(family: "Family", config: "Config", found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _advice(family: Family, config: Config, found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """A sentence with the overrides that would make the config fit, empty if there are none."""
-    from deq_flax.models import abstract_model
-    from deq_flax.torch_checkpoint import mismatches
 
     new = {key: value for key, value in found.items() if value is not None and value != getattr(config.model, key, None)}
     try:
@@ -190,7 +194,6 @@ def _names_auto(before: str, argument: str) -> bool:
 
 def _auto_config(argv: Sequence[str]) -> str:
     """The entry of AUTO_CONFIGS for the first file on the command line; one that cannot be read is reported later."""
-    from deq_flax.torch_checkpoint import head_of, model_of, open_tensors
 
     for argument in argv[1:]:
         if Path(argument).is_file():

@@ -11,21 +11,20 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
 
 from deq_flax import cli
+from deq_flax.config import Config
 from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.pydoc import tokenize
 from deq_flax.data.text.vocabulary import EOS, UNK, Vocabulary
+from deq_flax.equilibrium import Solver
 from deq_flax.errors import UserError
-
-if TYPE_CHECKING:
-    from deq_flax.config import Config
-    from deq_flax.equilibrium import Solver
-    from deq_flax.train.phases import DEQOptions
+from deq_flax.models.generation import Generator, Sampling
+from deq_flax.pretrained import load_model
+from deq_flax.train.phases import DEQOptions, make_phases
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
 _CHECKPOINT = flags.DEFINE_string(
@@ -59,10 +58,6 @@ VOCABULARY_FILE = "vocabulary.txt"
 
 def main() -> int:
     """Run the command."""
-    # Imported late, so that a mistake in the command line is reported before the libraries are loaded.
-    from deq_flax.models.generation import Generator, Sampling
-    from deq_flax.pretrained import load_model
-
     cli.require(_TOKENS.value >= 1, f"--tokens must be at least 1, not {_TOKENS.value}")
     try:
         sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
@@ -83,7 +78,7 @@ def main() -> int:
     return 0
 
 
-def find_vocabulary(checkpoint: Path, config: "Config", file: str | None) -> Vocabulary:
+def find_vocabulary(checkpoint: Path, config: Config, file: str | None) -> Vocabulary:
     """The vocabulary of a model: read from `file` if given, else from the workdir of its run, else from its training text.
 
     Raises:
@@ -123,14 +118,13 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary, text: str) -> np.ndarray:
     return vocabulary.encode(prompt if words else "\n")
 
 
-def default_memory(config: "Config") -> int:
+def default_memory(config: Config) -> int:
     """The memory length of training, in tokens; for a model without memory, the length of an evaluation segment."""
     return config.model.mem_len or config.data.eval_seq_len
 
 
-def make_solver(deq: "DEQOptions | None", *, tol: float | None, max_steps: int | None) -> "Solver":
+def make_solver(deq: DEQOptions | None, *, tol: float | None, max_steps: int | None) -> Solver:
     """The solver of evaluation, with another tolerance or limit if given. ValueError: one of these is out of range."""
-    from deq_flax.train.phases import make_phases
 
     solver = make_phases(deq, seed=0).evaluation.solver
     assert solver is not None, "a model with an equilibrium has a solver"

@@ -14,7 +14,10 @@ from typing import Any
 from absl import flags
 
 from deq_flax import cli
+from deq_flax.config import make_task, read_run_config
 from deq_flax.errors import UserError
+from deq_flax.plot_model import draw_model
+from deq_flax.task import HasPictures
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
 _WORKDIR = flags.DEFINE_string("workdir", None, "the workdir of the run", flag_values=_FLAGS)
@@ -102,14 +105,10 @@ def draw_panels(pyplot: Any, lines: Lines, panels: Sequence[tuple[str, str]]) ->
 
 def _draw_model(pyplot: Any, workdir: Path, folder: Path) -> None:
     """Plot what needs the model; nothing if its task has no pictures."""
-    from deq_flax.config import make_task, read_run_config
-    from deq_flax.task import HasPictures
 
     config = read_run_config(workdir)
     task = make_task(config)
     if isinstance(task, HasPictures):
-        from deq_flax.plot_model import draw_model
-
         for name, picture in draw_model(pyplot, task, config.deq, workdir).items():
             _save(picture, folder / f"{name}.png")
 
