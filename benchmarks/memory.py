@@ -1,4 +1,4 @@
-"""What a training step needs of memory, by the compiler's own analysis: against the limit on evaluations, and by choice.
+"""Memory of a training step, by the compiler's own analysis: against the limit on evaluations, and by choice.
 
     python -m benchmarks.memory [--write] [--only layer steps wt103]
 

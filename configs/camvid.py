@@ -5,7 +5,7 @@
 | variant | what | test mIoU |
 |---|---|---|
 | base | 30,000 steps, for an accelerator | published: none for an MDEQ; not trained here |
-| short | 240 steps at a quarter of the resolution, on two CPU cores | measured: see README |
+| short | 240 steps at a quarter of the resolution, on two CPU cores | measured: see docs/recipes.md |
 """
 
 from ml_collections import ConfigDict

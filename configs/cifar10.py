@@ -6,7 +6,7 @@
 |---|---|---|---|
 | large | four branches, 18 and 20 evaluations | 93.6 to 93.8 | not trained here |
 | tiny | two branches of 24 channels, no augmentation | 87.1 | not trained here |
-| large_reg | Jacobian regularisation, 8 and 7 evaluations | 93.1 | not trained here |
+| large_reg | Jacobian regularization, 8 and 7 evaluations | 93.1 | not trained here |
 | phantom | phantom gradient of 5 steps instead of the adjoint solve, SGD | 95.0 | not trained here |
 
 Cost: 50 epochs for `tiny`, 220 for the others. As published, the test images also choose the best checkpoint; for a clean

@@ -6,7 +6,7 @@
 
 | what | test accuracy |
 |---|---|
-| an MDEQ of two branches, about two minutes on two CPU cores | published: none; measured: see README |
+| an MDEQ of two branches, about two minutes on two CPU cores | published: none; measured: see docs/recipes.md |
 """
 
 from ml_collections import ConfigDict

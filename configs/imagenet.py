@@ -5,14 +5,14 @@
 | variant | what | top-1 accuracy on the validation images, published | measured |
 |---|---|---|---|
 | small | 26 and 27 evaluations | 75.4 | not trained here |
-| small_reg | Jacobian regularisation, 14 and 14 evaluations | 74.5 | not trained here |
+| small_reg | Jacobian regularization, 14 and 14 evaluations | 74.5 | not trained here |
 | phantom | plain iteration, phantom gradient of 5 steps | 75.7 (20 evaluations), 73.6 (10) | not trained here |
 | large | | 77.5 | not trained here |
-| large_reg | Jacobian regularisation, 14 and 14 evaluations | 76.8 | not trained here |
+| large_reg | Jacobian regularization, 14 and 14 evaluations | 76.8 | not trained here |
 | xl | | 79.2 | not trained here |
 
 Cost: 100 epochs of 1.28M images of 224 x 224. The data: a folder or zip file of {train,val}/CLASS/*.JPEG, or ArrayRecord files
-of TensorFlow Datasets. The damping of the phantom gradient is not published for this row.
+of TensorFlow Datasets. The relaxation of the phantom gradient is not published for this row.
 """
 
 from ml_collections import ConfigDict
@@ -47,7 +47,7 @@ BASE = {
     "train": {"steps": 100 * 10_009, "log_every": 200, "eval_every": 10_009, "checkpoint_every": 10_009},
 }
 
-_REGULARISED = {"deq.max_steps": 14, "deq.backward_max_steps": 14, "deq.max_steps_jitter": 2, "model.fuse_norm_affine": False}
+_REGULARIZED = {"deq.max_steps": 14, "deq.backward_max_steps": 14, "deq.max_steps_jitter": 2, "model.fuse_norm_affine": False}
 
 _LARGE = {
     "model.channels": (80, 160, 320, 640),
@@ -58,7 +58,7 @@ _LARGE = {
 
 VARIANTS = {
     "small": {},
-    "small_reg": _REGULARISED
+    "small_reg": _REGULARIZED
     | {
         "model.head_channels": (28, 56, 112, 224),
         "model.dropout": 0.02,
@@ -78,7 +78,7 @@ VARIANTS = {
     },
     "large": _LARGE,
     "large_reg": _LARGE
-    | _REGULARISED
+    | _REGULARIZED
     | {"deq.jacobian_weight": 3.0, "deq.jacobian_frequency": 0.08, "deq.jacobian_increment_every": 50_000},
     "xl": _LARGE | {"model.channels": (88, 176, 352, 704), "model.expansion": 6},
 }

@@ -5,7 +5,7 @@
 
 | what | test accuracy |
 |---|---|
-| mnist, less than ten minutes on two CPU cores | published: none; measured: see README |
+| mnist, less than ten minutes on two CPU cores | published: none; measured: see docs/recipes.md |
 """
 
 from ml_collections import ConfigDict

@@ -4,14 +4,14 @@
 
 | variant | what | test perplexity |
 |---|---|---|
-| base | Anderson and Jacobian regularisation; 40,000 steps, about 96 epochs | published: none; not trained here |
-| ift | Broyden both ways, no regularisation, no pretraining | not trained here |
+| base | Anderson and Jacobian regularization; 40,000 steps, about 96 epochs | published: none; not trained here |
+| ift | Broyden both ways, no regularization, no pretraining | not trained here |
 | reversible | a reversible iteration instead of solver and adjoint | not trained here |
 | deq_lm | three blocks in f, 12 evaluations unrolled, no solve | not trained here |
 | explicit | no equilibrium: a Transformer-XL of 8 such blocks | not trained here |
-| short | 600 steps of a model of 1.6M, on two CPU cores | measured: see README |
+| short | 600 steps of a model of 1.6M, on two CPU cores | measured: see docs/recipes.md |
 
-For comparison: DEQ-TrellisNet with 24M parameters 57.1, a heavily regularised Transformer-XL with 24M 54.5.
+For comparison: DEQ-TrellisNet with 24M parameters 57.1, a heavily regularized Transformer-XL with 24M 54.5.
 
 Parameters of `base`, with d = 480, one softmax over all words and its matrix tied to the embedding:
     embedding and softmax  10,000 d + 10,000                  4.810M
@@ -21,7 +21,7 @@ Parameters of `base`, with d = 480, one softmax over all words and its matrix ti
     biases, norm gains     attention 3 d, weight norm 18,000 + 6 d   0.022M
     in all                                                   23.975M
 Cost: 40,000 steps of 32 x 70 tokens. The corpus is tiny for that many parameters, hence the dropout, the Jacobian
-regularisation and the running average.
+regularization and the running average.
 """
 
 from ml_collections import ConfigDict

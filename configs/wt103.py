@@ -4,17 +4,17 @@
 
 | variant | what | test perplexity, published (memory) | measured |
 |---|---|---|---|
-| base | Anderson forward, Broyden backward, unrolled pretraining | 23.8; released weights 23.1 (300) | see README |
-| reg | Jacobian regularisation, 12 evaluations | 24.9; 23.8 at sequence length 300 | see README |
-| preln_reg | the same with LayerNorm before the sublayers | 24.5 | see README |
-| ift | Broyden both ways, no pretraining | 23.78 (150), 23.31 (480) | see README |
-| ift_jr | ift with Jacobian regularisation | 23.67 (150), 23.16 (480) | see README |
+| base | Anderson forward, Broyden backward, unrolled pretraining | 23.8; released weights 23.1 (300) | see docs/recipes.md |
+| reg | Jacobian regularization, 12 evaluations | 24.9; 23.8 at sequence length 300 | see docs/recipes.md |
+| preln_reg | the same with LayerNorm before the sublayers | 24.5 | see docs/recipes.md |
+| ift | Broyden both ways, no pretraining | 23.78 (150), 23.31 (480) | see docs/recipes.md |
+| ift_jr | ift with Jacobian regularization | 23.67 (150), 23.16 (480) | see docs/recipes.md |
 | deq_lm | three blocks in f, 12 evaluations unrolled, no solve | 22.34 (150), 21.85 (480) | not trained here |
 | explicit | no equilibrium: a Transformer-XL of 12 such blocks and as many parameters | none | not trained here |
-| tiny | 4 heads of 24 on English that comes with Python, no download | none | see README |
+| tiny | 4 heads of 24 on English that comes with Python, no download | none | see docs/recipes.md |
 
 Cost: 300,000 steps of 56 x 150 tokens; the originals took 2.8 to 3.1 times a Transformer-XL's training time (1.5 with
-Jacobian regularisation) and 3.7 to 3.9 GB at batch 15. `tiny` is meant for a few minutes on two CPU cores.
+Jacobian regularization) and 3.7 to 3.9 GB at batch 15. `tiny` is meant for a few minutes on two CPU cores.
 The numbers are those of Bai et al. 2019 and 2021 (base, reg, preln_reg) and of TorchDEQ's recipes (ift, ift_jr, deq_lm).
 """
 
@@ -42,7 +42,7 @@ BASE = {
     "train": {"steps": 300_000, "log_every": 200, "eval_every": 4_000, "checkpoint_every": 4_000},
 }
 
-_REGULARISED = {
+_REGULARIZED = {
     "model.mem_len": 300,
     "model.dropout": 0.06,
     "model.attention_dropout": 0.01,
@@ -53,7 +53,7 @@ _IFT = {"deq.solver": "broyden", "deq.max_steps": 35, "deq.pretrain_steps": 0}
 
 VARIANTS = {
     "base": {},
-    "reg": _REGULARISED
+    "reg": _REGULARIZED
     | {
         "deq.max_steps": 12,
         "deq.backward_max_steps": 13,
@@ -61,7 +61,7 @@ VARIANTS = {
         "deq.jacobian_frequency": 0.35,
         "deq.jacobian_increment_every": 35_000,
     },
-    "preln_reg": _REGULARISED
+    "preln_reg": _REGULARIZED
     | {
         "model.pre_norm": True,
         "deq.max_steps": 14,

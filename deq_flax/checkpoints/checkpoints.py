@@ -127,7 +127,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def is_saving(self) -> bool:
-        """Whether the last checkpoint is still being written, so that `wait` would block."""
+        """Return True while the last checkpoint is being written, so that `wait` would block."""
         return self._manager is not None and self._manager.is_saving_in_progress()
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ class RetryingSaver:
             self._remember(error)
 
     def needs_retry(self) -> bool:
-        """Whether the last save failed, perhaps in the background since, so that one should be made soon."""
+        """Return True if the last save failed, perhaps in the background since, so that one should be made soon."""
         if jax.process_count() == 1:
             self._check_previous(wait=False)
         return self._failed

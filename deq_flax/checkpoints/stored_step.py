@@ -63,7 +63,7 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def is_step(folder: Path) -> bool:
-    """Whether `folder` is itself a checkpoint, whatever its name."""
+    """Return True if `folder` is itself a checkpoint, whatever its name."""
     return (folder / "meta").is_dir()
 
 
@@ -248,7 +248,7 @@ def _sum32(x: jax.Array) -> jax.Array:
 
 
 def _is_distributed(leaf: Any) -> bool:
-    """Whether no process has all of the array."""
+    """Return True if no process has all of the array."""
     return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
 
 

@@ -77,7 +77,7 @@ def _initialize(coordinator: str, num_processes: int | None, process_id: int | N
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes the run's files and prints."""
+    """Return True in the process that writes the run's files and prints."""
     return jax.process_index() == 0
 
 

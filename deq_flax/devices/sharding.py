@@ -25,7 +25,7 @@ Specs = Any
 
 
 def param_specs(params: nnx.Module | nnx.State, mesh: Mesh) -> Specs:
-    """How each parameter is stored, as nested dictionaries like `nnx.to_pure_dict` of the Params.
+    """PartitionSpecs of the stored parameters, as nested dictionaries like `nnx.to_pure_dict` of the Params.
 
     Args:
       params: a model, of which the Params are taken, or a state of Params. Shapes suffice for arrays.

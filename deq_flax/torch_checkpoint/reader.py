@@ -77,7 +77,7 @@ def open_tensors(path: str | Path) -> TensorFile:
 
 
 def _why_unknown(start: bytes) -> str:
-    """What is wrong with a file of no known format that begins with `start`."""
+    """A message about a file of no known format that begins with `start`."""
     known = "a file of torch.save, .safetensors or .npz is needed"
     if start.startswith(b"\x80"):
         return f"is a pickle, but not one of torch.save (or its first bytes are damaged): {known}"

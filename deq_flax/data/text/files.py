@@ -92,7 +92,7 @@ class Layout:
     counted: tuple[str, ...]
     """Splits whose words form the vocabulary."""
     published: str
-    """Where to get the files, for messages."""
+    """Publisher and name of the files, for messages."""
     zip_name: str = ""
     """Published zip file that contains the files, if any."""
 
