@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import contextlib
 import inspect
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -83,6 +84,9 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -106,7 +110,7 @@ def _parse(
     except flags.Error as error:
         raise UserError(str(error)) from error
     if wants_help:
-        print(_help(main, positional, flag_values))
+        print(_help(main, positional, flag_values), flush=True)
         return None
     for name in required:
         require(flag_values[name].value is not None, f"--{name} is missing; see --help")

@@ -15,7 +15,9 @@ import numpy as np
 
 from deq_flax.equilibrium import (
     GRADIENTS,
+    SHINE,
     SOLVERS,
+    Broyden,
     Gradient,
     Solution,
     Solver,
@@ -94,7 +96,11 @@ class DEQOptions:
         ]:
             if getattr(self, name) < 0:
                 raise UserError(f"deq.{name} must not be negative, but is {getattr(self, name)}")
-        _ = self.forward_solver(), self.training_gradient(), self.pretraining_gradient()  # their options are checked now
+        solver, gradient, _ = self.forward_solver(), self.training_gradient(), self.pretraining_gradient()
+        if isinstance(gradient, SHINE) and not isinstance(solver, Broyden):
+            raise UserError(
+                f"deq.gradient shine shares the inverse of Broyden's method: set deq.solver to broyden, not {self.solver}"
+            )
 
     def forward_solver(self) -> Solver:
         """The solver of the forward pass. UserError: there is no such solver, or an option of it is wrong."""

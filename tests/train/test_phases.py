@@ -62,6 +62,7 @@ def test_options_of_one_solver_reach_it():
         (dict(solver_options={"tol": 1.0}), "deq.solver_options has no key 'tol'"),
         (dict(solver_options={"memory": "many"}), "deq.solver_options.memory must be a whole number"),
         (dict(gradient="phantom", gradient_options={"relaxation": 1.5}), "relaxation"),
+        (dict(gradient="shine"), "set deq.solver to broyden, not anderson"),
         (dict(gradient_options={"solver": 1}), "deq.gradient_options has no key 'solver'"),
         (dict(stop="rel"), "unknown deq.stop 'rel'; known: relative, absolute"),
         (dict(jacobian_frequency=2.0), "probability"),
