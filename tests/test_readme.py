@@ -18,7 +18,7 @@ def test_the_examples_run(file):
 
 def test_the_numbers_that_are_explained_are_in_the_output_above():
     text = (ROOT / "README.md").read_text()
-    outputs = "".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
+    outputs = "".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     explained = re.findall(r"`((?:fwd|bwd) \d[^`]*)`", text)
     assert explained
     for numbers in explained:
