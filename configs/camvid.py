@@ -21,8 +21,6 @@ BASE = {
         "eval_batch_size": 4,
         "crop_size": (360, 480),
         "eval_size": (360, 480),
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
     },
     "model": {
         "name": "mdeq",

@@ -32,8 +32,6 @@ BASE = {
         "eval_batch_size": 2,
         "crop_size": (512, 1024),
         "eval_size": (1024, 2048),
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
         "max_damaged": 5,
     },
     "model": {

@@ -8,7 +8,7 @@ from flax import nnx
 
 from deq_flax.config import phases_of, resolve
 from deq_flax.models import abstract_model
-from tests.test_configs import load
+from tests.test_configs import load, repeated
 
 IMAGES = {name: load(name) for name in ("digits", "mnist", "cifar10", "imagenet", "camvid", "cityscapes")}
 VARIANTS = [(name, variant) for name, module in IMAGES.items() for variant in getattr(module, "VARIANTS", {None: {}})]
@@ -27,6 +27,11 @@ def test_every_model_can_be_built(name, variant):
     assert phases.evaluation.solver.max_steps == config.deq.max_steps
     assert config.deq.pretrain_steps < config.train.steps
     assert config.optimizer.schedule == "cosine" and config.optimizer.warmup_steps == 0
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_config_file_repeats_no_default(name):
+    assert repeated(IMAGES[name]) == []
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet", "camvid", "cityscapes"])

@@ -34,9 +34,9 @@ class ImageOptions:
     """Data set: mnist, fashion_mnist or cifar10, from the published files; folders, ImageNet-like; digits, of scikit-learn."""
     path: str = ""
     """Folder or zip file of the data set; digits needs none."""
-    batch_size: int = 128
+    batch_size: int = 32
     """Images in a training step, over all devices and micro-batches."""
-    eval_batch_size: int = 200
+    eval_batch_size: int = 100
     """Images in an evaluation step, over all devices."""
     image_size: int = 0
     """Height and width that images read from files are cropped to; 0 for those in memory, which keep their size."""

@@ -32,9 +32,9 @@ class SceneOptions:
     """Data set: cityscapes or camvid, from the published files; folders, any images with masks of class numbers."""
     path: str = ""
     """Folder or zip file of the data set."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Crops in a training step, over all devices and micro-batches."""
-    eval_batch_size: int = 4
+    eval_batch_size: int = 1
     """Images in an evaluation step, over all devices."""
     crop_size: tuple[int, int] = (512, 512)
     """Height and width of training crops."""
