@@ -4,7 +4,7 @@ _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 
 def main():
-    run(cli.resolved(_CONFIG), workdir=_WORKDIR.value)
+    train(cli.resolved(), workdir=_WORKDIR.value)
 
 if __name__ == "__main__":
     cli.run(main, required=("config", "workdir"))
@@ -43,9 +43,8 @@ def config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder
 
 
 def resolved(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-    """The config of the command line, checked, with its overrides. Raises UserError like `config.resolve`."""
-    flag = _flag(flag_values)
-    return resolve(flag.value.to_dict(), flag.overrides)
+    """The config of the command line, with its overrides. `run` has checked it."""
+    return _flag(flag_values).resolved
 
 
 def given_keys(flag_values: flags.FlagValues = flags.FLAGS) -> set[str]:
@@ -122,8 +121,8 @@ def _parse(
 
 def _read_config(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str]:
     """Read the config file and the overrides, and check both. Returns the other arguments."""
-    flag, path = _flag(flag_values), _value_of(argv, "config")
-    rest, mapping = list(argv), None
+    flag, mapping = _flag(flag_values), None
+    path, without_config = _taken_out(argv, "config")
     if path is not None:
         sys.modules.pop("config_config", None)  # or a config file is executed on top of the one read before
         try:
@@ -139,12 +138,11 @@ def _read_config(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str
         except Exception as error:  # whatever a config file raises while it is executed
             raise UserError(_explain(error, path)) from error
         mapping = flag.value.to_dict()
-    flag.overrides, rest = _overrides(argv, mapping)
-    if mapping is not None:
-        rest = _without(rest, "config")  # it has been read: absl would read it again
+    # A config that was read is taken out: absl would read it again.
+    flag.overrides, rest = _overrides(argv if mapping is None else without_config, mapping)
     if mapping is not None:
         try:
-            resolve(mapping, flag.overrides)
+            flag.resolved = resolve(mapping, flag.overrides)
         except UserError as error:
             unknown = "has no key" in str(error) or "has no section" in str(error)
             raise UserError(f"{error}{f' To list the keys: --config {path} --help' if unknown else ''}") from error
@@ -192,26 +190,16 @@ def _explain(error: BaseException, config: str) -> str:
     return f"config {config}: {type(error).__name__}: {text}"
 
 
-def _without(argv: Sequence[str], name: str) -> list[str]:
-    """The arguments without a flag that takes a value."""
-    rest, arguments = [], iter(argv)
+def _taken_out(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The text given for a flag, before anything is parsed, of several the last; and the arguments without that flag."""
+    value, rest, arguments = None, [], iter(argv)
     for argument in arguments:
-        flag, equals, _ = argument.partition("=")
-        if flag not in (f"--{name}", f"-{name}"):
-            rest.append(argument)
-        elif not equals:
-            next(arguments)
-    return rest
-
-
-def _value_of(argv: Sequence[str], name: str) -> str | None:
-    """The text given for a flag, before anything is parsed; of several the last."""
-    value = None
-    for i, argument in enumerate(argv):
         flag, equals, text = argument.partition("=")
         if flag in (f"--{name}", f"-{name}"):
-            value = text if equals else next(iter(argv[i + 1 :]), None)
-    return value
+            value = text if equals else next(arguments, None)
+        else:
+            rest.append(argument)
+    return value, rest
 
 
 def _help(main: Callable, positional: Sequence[str], flag_values: flags.FlagValues) -> str:

@@ -56,6 +56,16 @@ class Config:
     checkpoint: CheckpointOptions
 
 
+_OF_EVERY_RUN: dict[str, type] = {
+    "optimizer": OptimizerOptions,
+    "train": TrainOptions,
+    "eval": EvalOptions,
+    "mesh": MeshOptions,
+    "checkpoint": CheckpointOptions,
+}
+"""The sections whose dataclass depends on neither task nor model."""
+
+
 def resolve(mapping: Mapping[str, Any], overrides: Sequence[Override] = ()) -> Config:
     """The config of a nested mapping, such as a config file returns, with overrides of the command line.
 
@@ -94,17 +104,8 @@ def section_types(mapping: Mapping[str, Any]) -> dict[str, type]:
         raise UserError(f"model.name {model['name']!r} is no model for task {mapping['task']!r}; known: {fitting}")
     if not cls.has_equilibrium and mapping.get("deq"):
         raise UserError(f"model {model['name']!r} has no equilibrium: leave out section deq")
-    sections: dict[str, type | None] = {
-        "data": task.Data,
-        "model": cls.Options,
-        "deq": DEQOptions if cls.has_equilibrium else None,
-        "loss": task.Loss,
-        "optimizer": OptimizerOptions,
-        "train": TrainOptions,
-        "eval": EvalOptions,
-        "mesh": MeshOptions,
-        "checkpoint": CheckpointOptions,
-    }
+    deq = DEQOptions if cls.has_equilibrium else None
+    sections = {"data": task.Data, "model": cls.Options, "deq": deq, "loss": task.Loss} | _OF_EVERY_RUN
     return {name: section for name, section in sections.items() if section is not None}
 
 
@@ -186,12 +187,8 @@ def reference() -> str:
         "model": {f"`{name}`": model.Options for name, model in MODELS.items()},
         "deq": {"": DEQOptions},
         "loss": {f"task `{name}`": task.Loss for name, task in TASKS.items() if task.Loss},
-        "optimizer": {"": OptimizerOptions},
-        "train": {"": TrainOptions},
-        "eval": {"": EvalOptions},
-        "mesh": {"": MeshOptions},
-        "checkpoint": {"": CheckpointOptions},
     }
+    rooms |= {name: {"": cls} for name, cls in _OF_EVERY_RUN.items()}
     for section, classes in rooms.items():
         named: dict[type, list[str]] = {}
         for who, cls in classes.items():
