@@ -180,7 +180,7 @@ class Model(nn.Module):
 def timed(variant, steps, batch=8):
     """The model of a variant of configs/cifar10.py, the inputs of its equation, and targets."""
     torch.manual_seed(0)
-    sizes = training.resolved(f"configs/cifar10.py:{variant}")["model"]
+    sizes = training.resolved(f"configs/cifar10.py:{variant}").model
     names = ("num_classes", "channels", "head_channels", "final_channels", "expansion", "groups")
-    model = Model(**{name: sizes[name] for name in names}, steps=steps)
-    return model, (torch.randn(batch, 3, 32, 32),), torch.randint(0, sizes["num_classes"], (batch,))
+    model = Model(**{name: getattr(sizes, name) for name in names}, steps=steps)
+    return model, (torch.randn(batch, 3, 32, 32),), torch.randint(0, sizes.num_classes, (batch,))
