@@ -82,4 +82,4 @@ class RetryingSaver:
         if jax.process_count() > 1:
             raise error
         self._failed = True
-        _log.warning("%s; the run goes on and tries again, the checkpoints before are kept", error)
+        _log.warning("%s; training continues and tries again, the checkpoints before are kept", error)

@@ -138,7 +138,7 @@ class RunLog:
             yield
         except OSError as error:
             if not self._warned:
-                _log.warning("cannot write to %s: %s; the run goes on", self._workdir, error.strerror or error)
+                _log.warning("cannot write to %s: %s; training continues", self._workdir, error.strerror or error)
             self._warned = True
 
 

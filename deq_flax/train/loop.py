@@ -1,19 +1,15 @@
 """The training run: steps, evaluations, checkpoints and log lines over time."""
 
-import signal
-import sys
-from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints
@@ -31,6 +27,7 @@ from deq_flax.train.evaluate import SPLITS, divide, evaluate, fetch, merge, summ
 from deq_flax.train.optimizer import OptimizerOptions, make_optimizer
 from deq_flax.train.phases import Phase, Phases
 from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model
+from deq_flax.train.stop import stop_signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +192,7 @@ class Run:
         batches = self.task.train_batches(start, local_rows(self.devices, self.task.batch_size))
         log = Log(self, run_log, start)
         self.clock.lap()
-        with _stop_signal() as stop:
+        with stop_signal() as stop:
             for number in range(start, options.steps):
                 self.dispatch(number, next(batches), log)
                 done, stopping = self.step, stop.requested(self.step)
@@ -273,7 +270,7 @@ class Log:
             return
         (step, metrics), self._pending = self._pending, None
         metrics = fetch(metrics)
-        self._stop_if_hopeless(step, metrics)
+        self._check_finite(step, metrics)
         self._totals = merge(self._totals, metrics)
         options = self._run.options
         if step % options.log_every == 0 or step == options.steps:
@@ -291,51 +288,10 @@ class Log:
         self._run_log.print_progress(step, self._run.options.steps, summary)
         self._totals, self._since = {}, step
 
-    def _stop_if_hopeless(self, step: int, metrics: Metrics) -> None:
+    def _check_finite(self, step: int, metrics: Metrics) -> None:
         in_a_row = int(metrics["skipped"].total)
         if in_a_row >= self._run.options.max_skipped:
             raise UserError(
                 f"the loss or gradient was not finite {in_a_row} steps in a row, up to step {step}: lower "
                 "optimizer.learning_rate or raise deq.max_steps; the last good checkpoint is kept"
             )
-
-
-class _Stop:
-    """A request of a signal to end the run."""
-
-    received: str = ""
-
-    def requested(self, step: int) -> bool:
-        """Return whether to stop after `step`; to be called after every step.
-
-        Several processes stop after the same step, though the signal reaches each at its own time.
-        """
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.received = signal.SIGTERM.name
-        return bool(self.received)
-
-
-@contextmanager
-def _stop_signal() -> Generator[_Stop]:
-    """Turn SIGTERM and the first SIGINT into a request to stop after the current step. A second SIGINT interrupts at once."""
-    stop = _Stop()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"{signal.Signals(number).name}: finishing the step and saving", file=sys.stderr, flush=True)
-        if jax.process_count() > 1:
-            signal.raise_signal(signal.SIGTERM)  # JAX's preemption notice, which reaches all processes
-        else:
-            stop.received = signal.Signals(number).name
-
-    # With several processes, SIGTERM is caught by JAX, which notifies the others.
-    numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
-    try:
-        before = {number: signal.signal(number, on_signal) for number in numbers}
-    except ValueError:  # outside of the main thread Python takes no signal handlers
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -50,7 +50,7 @@ def test_a_refused_save_is_logged_and_tried_again(disk, caplog):
     saver = RetryingSaver(disk, {})
     disk.full = True
     saver.save(1, TREES)
-    assert saver.needs_retry() and "the run goes on and tries again" in caplog.text
+    assert saver.needs_retry() and "training continues and tries again" in caplog.text
     disk.full = False
     saver.save(2, TREES)
     assert not saver.needs_retry() and disk.steps == [2]

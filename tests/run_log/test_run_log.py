@@ -94,7 +94,7 @@ def test_a_full_disk_warns_once_and_the_run_continues(tmp_path, caplog):
             signal.signal(signal.SIGXFSZ, old_signal)
         assert log.flush()
         log.write(99, "train", {"loss": 1.0})
-    assert len(caplog.records) == 1 and "the run goes on" in caplog.records[0].getMessage()
+    assert len(caplog.records) == 1 and "training continues" in caplog.records[0].getMessage()
     assert [line["step"] for line in lines(tmp_path)] == [*range(20), 99]
 
 

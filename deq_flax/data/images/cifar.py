@@ -46,7 +46,8 @@ def load_cifar10(path: str, damaged: DamagedFiles) -> dict[str, LabeledArrays]:
         for suffix, read in (("", read_pickled), (".bin", read_binary)):
             if (folder / f"test_batch{suffix}").is_file():
                 return {
-                    split: _joined([folder / f"{name}{suffix}" for name in names], read) for split, names in _BATCHES.items()
+                    split: _concatenated([folder / f"{name}{suffix}" for name in names], read)
+                    for split, names in _BATCHES.items()
                 }
     return _from_images(FileTree(place), damaged)
 
@@ -140,7 +141,7 @@ def _checked(labels: np.ndarray, path: Path) -> np.ndarray:
     return labels
 
 
-def _joined(paths: list[Path], read: Callable[[Path], LabeledArrays]) -> LabeledArrays:
+def _concatenated(paths: list[Path], read: Callable[[Path], LabeledArrays]) -> LabeledArrays:
     missing = ", ".join(path.name for path in paths if not path.is_file())
     if missing:
         raise UserError(f"{paths[0].parent} lacks {missing}: {_WANTED}")
