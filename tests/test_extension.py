@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_flax import Solver
 from deq_flax.config import resolve
 from deq_flax.data.text.corpus import TEXTS, Corpus
 from deq_flax.equilibrium import GRADIENTS, SOLVERS
@@ -19,21 +18,9 @@ from deq_flax.models.language_model import TransformerLanguageModel
 from deq_flax.models.model import LanguageOutput
 from deq_flax.nn.linear import Linear
 from deq_flax.train.phases import make_phases
+from tests.equilibrium.problems import HeavyBall
 from tests.train.commands import metrics
 from tests.train.small import config, run, write_tokens
-
-
-@dataclass(frozen=True)
-class HeavyBall(Solver):
-    """z_{k+1} = z_k + g_k + momentum (z_k - z_{k-1})."""
-
-    momentum: float = 0.2
-
-    def init(self, z):
-        return z
-
-    def step(self, k, z, g, before):
-        return z + g + self.momentum * (z - before), z
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """The main command, run from a command line."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
 from deq_flax.config import flattened, to_dict
 from deq_flax.main import MAY_CHANGE, _table
-from tests.commands import ROOT, command
+from tests.commands import ROOT, command, commands
 from tests.test_configs import resolved
 from tests.test_configs_vision import get
 
@@ -133,8 +132,7 @@ def bad_inputs(tmp_path):
 
 def test_every_user_error_is_one_line_with_exit_code_2_and_leaves_no_files(tmp_path):
     cases = bad_inputs(tmp_path)
-    with ThreadPoolExecutor(2) as pool:  # two at a time: each starts a Python of its own
-        results = list(pool.map(lambda case: command("main", *case[0]), cases.values()))
+    results = commands("main", [arguments for arguments, _ in cases.values()])
     for (name, (_, mentioned)), result in zip(cases.items(), results, strict=True):
         out, err = result.stdout, result.stderr
         lines = [line for line in err.splitlines() if line.strip()]

@@ -65,14 +65,6 @@ class Examples(Protocol):
         ...
 
 
-class Batches(Protocol):
-    """A finite sequence of whole batches, by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Batch: ...
-
-
 def train_dataset(examples: Examples, batch_size: int, *, seed: int, rows: slice | None = None) -> grain.MapDataset[Batch]:
     """Endless shuffled and augmented batches; the element at `step` is the batch of that training step.
 
@@ -111,7 +103,7 @@ def train_dataset(examples: Examples, batch_size: int, *, seed: int, rows: slice
     return numbers.repeat().map_with_index(choose).random_map(read)
 
 
-def repeat_batches(batches: Batches) -> grain.MapDataset[Batch]:
+def repeat_batches(batches: grain.sources.RandomAccessDataSource[Batch]) -> grain.MapDataset[Batch]:
     """Endless repetition of `batches` in order; the element at `step` is batch `step % len(batches)`."""
     return grain.MapDataset.source(batches).repeat()
 

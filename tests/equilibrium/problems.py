@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_flax import Anderson, Broyden, Picard, fixed_point
+from deq_flax import Anderson, Broyden, Picard, Solver, fixed_point
 
 N, STEPS = 12, 100
 RECORDED = (0, 3, 20)
@@ -25,6 +25,19 @@ SOLVERS = [
 def name(solver):
     plain = type(solver)(**OPTIONS)
     return type(solver).__name__ + "".join(f" {k}={v}" for k, v in vars(solver).items() if v != vars(plain)[k])
+
+
+@dataclass(frozen=True)
+class HeavyBall(Solver):
+    """A solver as a user writes it: z_{k+1} = z_k + g_k + momentum (z_k - z_{k-1})."""
+
+    momentum: float = 0.2
+
+    def init(self, z):
+        return z
+
+    def step(self, k, z, g, before):
+        return z + g + self.momentum * (z - before), z
 
 
 @dataclass(frozen=True)

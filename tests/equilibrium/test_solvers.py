@@ -1,7 +1,6 @@
 """Solvers: agreement with published traces, and laws that hold for every solver on every problem of the table."""
 
 import pathlib
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,18 @@ import numpy as np
 import pytest
 
 from deq_flax import GMRES, Anderson, Broyden, Picard, fixed_point
-from deq_flax.equilibrium import Solver
-from tests.equilibrium.problems import NAMES, RECORDED, SOLVERS, TABLE, name, solved, solved_alone, solved_thousand, value_of
+from tests.equilibrium.problems import (
+    NAMES,
+    RECORDED,
+    SOLVERS,
+    TABLE,
+    HeavyBall,
+    name,
+    solved,
+    solved_alone,
+    solved_thousand,
+    value_of,
+)
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "data" / "reference" / "solvers.npz"
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=name)
@@ -242,18 +251,6 @@ def test_anything_but_a_forward_solver_is_refused():
 
 
 def test_a_new_solver_is_a_dataclass_with_two_methods():
-    @dataclass(frozen=True)
-    class HeavyBall(Solver):
-        """z_{k+1} = z_k + g_k + momentum (z_k - z_{k-1})."""
-
-        momentum: float = 0.2
-
-        def init(self, z):
-            return z
-
-        def step(self, k, z, g, before):
-            return z + g + self.momentum * (z - before), z
-
     problem = TABLE["contractive"]
     mine, plain = (solved_alone(solver(max_steps=99), problem) for solver in (HeavyBall, Picard))
     assert mine.stats.converged[0] == 1
