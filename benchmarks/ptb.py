@@ -41,7 +41,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 def changes(variant: str, path: str, steps: int, full: bool) -> dict[str, Any]:
     """The overrides of a variant, {'section.key': value}."""
-    often = {"train.steps": steps, "train.log_every": steps // 30, "train.eval_every": steps // 6}
+    often: dict[str, Any] = {"train.steps": steps, "train.log_every": steps // 30, "train.eval_every": steps // 6}
     often |= {"train.checkpoint_every": steps // 6, "data.path": path}
     return ({} if full else SMALL | OWN.get(variant, {})) | often
 

@@ -11,6 +11,7 @@ not depend on the limit if the history is bounded (it does when XLA copies the h
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks import tables, turns
 
@@ -82,7 +83,7 @@ def bind(program: Callable, *arguments) -> Callable:
 def ours(case: str) -> Callable:
     from deq_flax import Anderson, Broyden, Implicit, Picard, fixed_point
 
-    exact = {"tol": 0.0, "max_steps": STEPS}
+    exact: dict[str, Any] = {"tol": 0.0, "max_steps": STEPS}
     solver = {"picard": Picard(**exact), "broyden": Broyden(**exact)}.get(case, Anderson(**exact))
     gradient = Implicit(Broyden(**exact))
     return lambda f, w, z: fixed_point(lambda z: f(w, z), z, solver=solver, gradient=gradient).value

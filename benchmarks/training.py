@@ -123,7 +123,7 @@ class Training:
         if "images" in self.batch:
             return model.equation(self.task.normalize(jnp.asarray(self.batch["images"])))
         rows, memory = self.task.batch_size, model.fresh_memory(self.task.batch_size)
-        return model.equation(self.batch["inputs"], memory._replace(length_B=jnp.full((rows,), model.mem_len)))[:2]
+        return model.equation(self.batch["inputs"], memory._replace(length_B=jnp.full((rows,), model.options.mem_len)))[:2]
 
     def loops(self) -> tuple[Callable, Callable]:
         """deq.max_steps evaluations of f, and of its vector-Jacobian product, as functions of (params, variables)."""
