@@ -2,14 +2,15 @@
 
   python -m deq_flax.generate --checkpoint DIR --prompt "the value of the" [--tokens 100] [--temperature 0.8] [--top_p 0.9]
 
-DIR is the workdir of a run or of `deq_flax.convert`. Words are printed as they are chosen; then the speed, and the evaluations
-of f per token, on stderr. The same seed gives the same text. Words are separated by spaces, as in the training text.
+DIR is the workdir of a run or of `deq_flax.convert`. Text is printed as it is chosen; then the speed, and the evaluations of f
+per token, on stderr. The same seed gives the same text. Where the model's tokens are words, they are separated by spaces, as in
+the training text.
 """
 
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from deq_flax import cli
 from deq_flax.config import Config
 from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.pydoc import tokenize
-from deq_flax.data.text.vocabulary import EOS, UNK, Vocabulary
+from deq_flax.data.text.tokenizer import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
+from deq_flax.data.text.vocabulary import EOS, UNK, VOCABULARY_FILE, Vocabulary
 from deq_flax.equilibrium import Solver
 from deq_flax.errors import UserError
 from deq_flax.models.generation import Generator, Sampling
@@ -31,7 +33,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "a workdir, its checkpoints folder, or the folder of one step", flag_values=_FLAGS
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "the beginning of the text; empty: the beginning of a line", flag_values=_FLAGS)
-_TOKENS = flags.DEFINE_integer("tokens", 100, "number of words to generate", flag_values=_FLAGS)
+_TOKENS = flags.DEFINE_integer("tokens", 100, "number of tokens to generate", flag_values=_FLAGS)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 1.0, "0: always the most likely word; 1: draw from the model's distribution", flag_values=_FLAGS
 )
@@ -43,7 +45,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of the draws", flag_values=_FLAGS)
 _VOCABULARY = flags.DEFINE_string(
     "vocabulary",
     None,
-    "file of the model's vocabulary, one word a line; default: that of its run or its text",
+    "file of the model's vocabulary, one word a line, or its tokenizer.json; default: that of its run or its text",
     flag_values=_FLAGS,
 )
 _MEMORY = flags.DEFINE_integer("memory", None, "number of tokens in memory; default: as in training", flag_values=_FLAGS)
@@ -51,9 +53,6 @@ _MAX_STEPS = flags.DEFINE_integer(
     "max_steps", None, "limit on the evaluations of f per token; default: as in training", flag_values=_FLAGS
 )
 _TOL = flags.DEFINE_float("tol", None, "tolerance of the solver; default: as in training", flag_values=_FLAGS)
-
-VOCABULARY_FILE = "vocabulary.txt"
-"""The file in a workdir that holds the run's vocabulary."""
 
 
 def main() -> int:
@@ -74,39 +73,47 @@ def main() -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     print(vocabulary.decode(ids), end="", flush=True)
-    _write(generator.tokens(ids, _TOKENS.value, _SEED.value), vocabulary, last=int(ids[-1]))
+    _write(generator.tokens(ids, _TOKENS.value, _SEED.value), vocabulary.stream(ids))
     return 0
 
 
-def find_vocabulary(checkpoint: Path, config: Config, file: str | None) -> Vocabulary:
+def find_vocabulary(checkpoint: Path, config: Config, file: str | None) -> Vocabulary | Tokenizer:
     """The vocabulary of a model: read from `file` if given, else from the workdir of its run, else from its training text.
+
+    A file that ends in `.json` is a tokenizer.
 
     Raises:
       UserError: there is none, or it is larger than the model's.
     """
-    if file is not None:
-        vocabulary = Vocabulary.load(file)
-    else:
-        kept = [folder / VOCABULARY_FILE for folder in _workdirs(checkpoint.absolute())]
-        kept = [path for path in kept if path.is_file()]
-        vocabulary = Vocabulary.load(kept[0]) if kept else _vocabulary_of_text(config.data)
+    names = (VOCABULARY_FILE, TOKENIZER_FILE)
+    kept = [folder / name for folder in _workdirs(checkpoint.absolute()) for name in names]
+    found = Path(file) if file is not None else next((path for path in kept if path.is_file()), None)
+    vocabulary = _vocabulary_of_text(config.data) if found is None else _load_vocabulary(found)
     known = config.model.vocab_size
     if len(vocabulary) > known:
-        raise UserError(f"the vocabulary has {len(vocabulary)} words, the model {known}: it is not this model's vocabulary")
+        raise UserError(f"the vocabulary has {len(vocabulary)} tokens, the model {known}: it is not this model's vocabulary")
     return vocabulary
 
 
-def encode_prompt(prompt: str, vocabulary: Vocabulary, text: str) -> np.ndarray:
+def _load_vocabulary(file: Path) -> Vocabulary | Tokenizer:
+    return Tokenizer.load(file) if file.suffix == ".json" else Vocabulary.load(file)
+
+
+def encode_prompt(prompt: str, vocabulary: Vocabulary | Tokenizer, text: str) -> np.ndarray:
     """The ids of a prompt, (n,) int32, n >= 1. Unknown words are listed on stderr.
 
     Args:
-      prompt: words separated by spaces; '' stands for the beginning of a line.
+      prompt: words separated by spaces, or any text for a tokenizer; '' stands for the beginning of a line or document.
       vocabulary: that of the model.
       text: name of the training text, which decides how the prompt is split into words.
 
     Raises:
       UserError: a word is unknown and the vocabulary has no '<unk>', or the prompt is empty and it has no '<eos>'.
     """
+    if isinstance(vocabulary, Tokenizer):
+        if not prompt and vocabulary.end_of_text is None:
+            raise UserError(f"--prompt is empty, and the tokenizer has no {END_OF_TEXT} to begin from: give a word")
+        return vocabulary.encode(prompt) if prompt else np.array([vocabulary.end_of_text], np.int32)
     if text == "pydoc":
         prompt = "\n".join(map(tokenize, prompt.split("\n")))
     words = (prompt.lower() if vocabulary.lower_case else prompt).replace("\n", f" {EOS} ").split()
@@ -136,10 +143,12 @@ def _workdirs(path: Path) -> list[Path]:
     return [path, *(folder.parent for folder in (path, path.parent) if folder.name == "checkpoints")]
 
 
-def _vocabulary_of_text(data: TextOptions) -> Vocabulary:
+def _vocabulary_of_text(data: TextOptions) -> Vocabulary | Tokenizer:
     try:
-        vocabulary = load_text(data).vocabulary
-        reason = "its text is token ids alone"
+        corpus = load_text(data)
+        if corpus.tokenizer_json is not None:
+            return Tokenizer.load(Path(data.path) / TOKENIZER_FILE)
+        vocabulary, reason = corpus.vocabulary, "its text is token ids alone"
     except UserError as error:
         vocabulary, reason = None, str(error)
     if vocabulary is None:
@@ -149,15 +158,12 @@ def _vocabulary_of_text(data: TextOptions) -> Vocabulary:
     return vocabulary
 
 
-def _write(tokens: Iterable[tuple[int, float]], vocabulary: Vocabulary, *, last: int) -> None:
-    """Print words as they are generated, then the speed. The first, which includes compilation, is not timed."""
+def _write(tokens: Iterable[tuple[int, float]], text_of: Callable[[int], str]) -> None:
+    """Print text as it is generated, then the speed. The first token, which includes compilation, is not timed."""
     seen, evaluations, start = 0, 0.0, 0.0
-    at_line_start = vocabulary.words[last] == EOS
     try:
         for token, nfe in tokens:
-            word = vocabulary.words[token]
-            print("\n" if word == EOS else word if at_line_start else f" {word}", end="", flush=True)
-            at_line_start = word == EOS
+            print(text_of(token), end="", flush=True)
             seen += 1
             if seen == 2:
                 start = time.perf_counter()

@@ -5,7 +5,7 @@ devices. Everything a task remembers from one batch to the next (Transformer-XL 
 pytree that goes into `loss`, comes out of it, is checkpointed, and starts afresh in evaluation.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -123,11 +123,11 @@ class HasEquation(Protocol):
 
 @runtime_checkable
 class HasVocabulary(Protocol):
-    """A task whose ids may stand for words. A run stores them, so that generation needs no data."""
+    """A task whose ids may stand for text. A run stores what decodes them, so that generation needs no data."""
 
     @property
-    def words(self) -> Sequence[str] | None:
-        """The words by their ids; None where only ids are known."""
+    def vocabulary_file(self) -> tuple[str, str] | None:
+        """Name and content of the file that decodes ids; None where only ids are known."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Run logging: `metrics.jsonl`, TensorBoard events, `config.json`, `vocabulary.txt`, pictures, and progress on the terminal.
+"""Run logging: `metrics.jsonl`, TensorBoard events, `config.json`, the vocabulary, pictures, and progress on the terminal.
 
 A disk that refuses writes does not end the run. The first refusal is logged; lines of `metrics.jsonl` are kept in memory until
 the disk takes them, TensorBoard events and pictures are dropped.
@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,10 @@ class RunLog:
         indented = "\n".join(f"    {line}" for line in text.splitlines())  # a code block to TensorBoard
         self._add_events(step, [summary.text("config", indented)])
 
-    def write_vocabulary(self, words: Sequence[str]) -> None:
-        """Write `vocabulary.txt`, one word a line in the order of their ids, completely or not at all."""
+    def write_text(self, name: str, content: str) -> None:
+        """Write the file `name`, such as vocabulary.txt, completely or not at all."""
         with self._tolerating_disk_errors():
-            _replace(self._workdir / "vocabulary.txt", "".join(f"{word}\n" for word in words).encode())
+            _replace(self._workdir / name, content.encode())
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Append a line `{"step": step, "split": split, ...}` to `metrics.jsonl`, and the same to TensorBoard.
@@ -151,7 +151,7 @@ class SilentRunLog(RunLog):
     def write_config(self, config: Mapping[str, Any], step: int = 0) -> None:
         pass
 
-    def write_vocabulary(self, words: Sequence[str]) -> None:
+    def write_text(self, name: str, content: str) -> None:
         pass
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:

@@ -4,8 +4,9 @@ B batch, L length.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,10 +42,11 @@ class LanguageTask:
         self.model_options = dataclasses.replace(model, vocab_size=model.vocab_size or self.corpus.vocab_size)
         TrainSegments(self.corpus.train, self.batch_size, data.seq_len)  # a text that is too short is refused now
         abstract_model(self.model_options)
+        self._bytes_per_token = functools.cache(self.corpus.bytes_per_token)
 
     @property
-    def words(self) -> Sequence[str] | None:
-        return None if self.corpus.vocabulary is None else self.corpus.vocabulary.words
+    def vocabulary_file(self) -> tuple[str, str] | None:
+        return self.corpus.vocabulary_file
 
     def build_model(self, rngs: nnx.Rngs) -> Any:
         return build_model(self.model_options, rngs=rngs)
@@ -75,9 +77,12 @@ class LanguageTask:
         return total / jnp.maximum(count, 1.0), LossOutput(output.memory, metrics, output.stats, output.jacobian_loss)
 
     def summary(self, split: str, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Loss and perplexity; in evaluation also the perplexity of word frequencies, which a model must beat."""
+        """Loss and perplexity; in evaluation also bits per byte, and the perplexity of word frequencies as a baseline."""
         summary = {"loss": metrics["loss"], "ppl": _ppl(metrics["loss"])} if "loss" in metrics else {}
         if split != "train":
+            bytes_per_token = self._bytes_per_token(split)
+            if summary and bytes_per_token:
+                summary["bits_per_byte"] = metrics["loss"] / math.log(2) / bytes_per_token
             summary["unigram_ppl"] = _ppl(self.corpus.unigram_nll(split))
         return summary
 

@@ -90,7 +90,7 @@ def train(
 
     Args:
       task: the task.
-      workdir: holds checkpoints, metrics.jsonl, config.json, vocabulary.txt and TensorBoard events.
+      workdir: holds checkpoints, metrics.jsonl, config.json, the vocabulary and TensorBoard events.
       config: the whole resolved config, as plain data, for the record.
       phases: how each step solves, from section `deq`.
       optimizer, train, mesh, checkpoint: these sections of the config.
@@ -106,8 +106,8 @@ def train(
         start = run.restore(checkpoints, checkpoint.init_from)
         log = stack.enter_context(RunLog(workdir, start or None) if is_first() else SilentRunLog())
         log.write_config(config, start)
-        if isinstance(task, HasVocabulary) and task.words is not None:
-            log.write_vocabulary(task.words)
+        if isinstance(task, HasVocabulary) and task.vocabulary_file is not None:
+            log.write_text(*task.vocabulary_file)
         interrupted = False
         if start < train.steps:
             print_once(parameter_table(run.state.params))

@@ -104,9 +104,9 @@ def test_an_unwritable_workdir_is_one_line(tmp_path):
         RunLog(tmp_path / "file" / "run", None)
 
 
-def test_the_vocabulary_has_one_word_a_line(tmp_path):
+def test_a_text_file_is_written_in_utf_8(tmp_path):
     with RunLog(tmp_path, None) as log:
-        log.write_vocabulary(["the", "café", "<eos>"])
+        log.write_text("vocabulary.txt", "the\ncafé\n<eos>\n")
     assert (tmp_path / "vocabulary.txt").read_text(encoding="utf-8") == "the\ncafé\n<eos>\n"
 
 

@@ -105,7 +105,7 @@ def _encode(
 def _write_tokens(out: BinaryIO, text: TextFile, vocabulary: Vocabulary, progress: Callable[[int], object]) -> int:
     """Write an array of tokens piece by piece and return its length; the header is rewritten once the length is known."""
     n_tokens = 0
-    _write_header(out, n_tokens)
+    write_header(out, n_tokens)
     start = out.tell()
     for piece in text.pieces(progress):
         try:
@@ -115,13 +115,14 @@ def _write_tokens(out: BinaryIO, text: TextFile, vocabulary: Vocabulary, progres
         out.write(ids.astype("<i4", copy=False).data)
         n_tokens += len(ids)
     out.seek(0)
-    _write_header(out, n_tokens)
+    write_header(out, n_tokens)
     assert out.tell() == start, "numpy pads the header for any length"
     return n_tokens
 
 
-def _write_header(out: BinaryIO, n_tokens: int) -> None:
-    np.lib.format.write_array_header_1_0(out, {"descr": "<i4", "fortran_order": False, "shape": (n_tokens,)})
+def write_header(out: BinaryIO, n_tokens: int, dtype: str = "<i4") -> None:
+    """Write the header of an .npy file of (n_tokens,); its size does not depend on n_tokens."""
+    np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": (n_tokens,)})
 
 
 def _publish(scratch: Path, folder: Path) -> Encoded:

@@ -3,21 +3,26 @@
 To add a text: a loader function and a line in `TEXTS`.
 """
 
+import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from deq_flax.data.loading import SPLITS, Splits, check_least, data_path
+from deq_flax.data.loading import SPLITS, Splits, check_least, data_path, readable
 from deq_flax.data.text.cache import load_or_encode
 from deq_flax.data.text.files import Layout, find_texts
 from deq_flax.data.text.pydoc import pydoc_corpus
-from deq_flax.data.text.vocabulary import Vocabulary
+from deq_flax.data.text.tokenizer import TOKENIZER_FILE
+from deq_flax.data.text.vocabulary import VOCABULARY_FILE, Vocabulary
 from deq_flax.errors import UserError
 
+CORPUS_FILE = "corpus.json"
+"""File beside token arrays: `vocab_size`, and `tokens` and `bytes` by split."""
 CHUNK = 1 << 22
 """Tokens of a memory-mapped text that are examined at once."""
 
@@ -27,7 +32,8 @@ class TextOptions:
     """Section `data` of a language model's config."""
 
     name: str
-    """Text: wt103 or ptb, from the published files; tokens, arrays of token ids; pydoc, English text included in Python."""
+    """Text: wt103 or ptb, from the published files; tokens, arrays of ids, as deq_flax.tokenize writes them; pydoc, English
+    text included in Python."""
     path: str = ""
     """Folder of the text's files; for wt103 also the published zip file. pydoc needs none."""
     cache: str = ""
@@ -51,7 +57,30 @@ class Corpus(Splits[np.ndarray]):
 
     vocab_size: int
     vocabulary: Vocabulary | None = None
-    """None if only ids are known."""
+    """Words by their ids; None where the tokens are no words, or only ids are known."""
+    tokenizer_json: str | None = None
+    """Content of the tokenizer.json of subword tokens, if there is one."""
+    n_bytes: Mapping[str, int] | None = None
+    """Bytes of each split's text, where a file tells; those of words are counted."""
+
+    @property
+    def vocabulary_file(self) -> tuple[str, str] | None:
+        """Name and content of the file that decodes the tokens, vocabulary.txt or tokenizer.json; None if there is none."""
+        if self.tokenizer_json is not None:
+            return TOKENIZER_FILE, self.tokenizer_json
+        return None if self.vocabulary is None else (VOCABULARY_FILE, self.vocabulary.to_text())
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """Mean length of a split's tokens in bytes of UTF-8 text; None if it is not known.
+
+        Words are counted with one separator each, a space or a line break: as `Vocabulary.decode` writes them.
+        """
+        tokens = self.split(split)
+        if self.n_bytes is not None:
+            return self.n_bytes[split] / len(tokens)
+        if self.vocabulary is None:
+            return None
+        return sum(map(self.vocabulary.count_bytes, _chunks(tokens))) / len(tokens)
 
     def unigram_nll(self, split: str) -> float:
         """Nats per token of a split under the training frequencies with add-one smoothing: a baseline for any model.
@@ -89,24 +118,30 @@ def load_text(options: TextOptions, vocab_size: int = 0) -> Corpus:
 def _load_words(layout: Layout, options: TextOptions, _: int) -> Corpus:
     """Load published files of whitespace-separated words."""
     texts = find_texts(layout, options.path)
-    splits, vocabulary = load_or_encode(
+    tokens, vocabulary = load_or_encode(
         options.name, texts, lower_case=layout.lower_case, counted=layout.counted, cache=options.cache
     )
+    splits: dict[str, Any] = tokens
     return Corpus(**splits, vocab_size=len(vocabulary), vocabulary=vocabulary)
 
 
 def _load_pydoc(options: TextOptions, _: int) -> Corpus:
     """Encode the documentation in the standard library."""
     texts, vocabulary = pydoc_corpus()
-    splits = {split: vocabulary.encode(text) for split, text in texts.items()}
+    splits: dict[str, Any] = {split: vocabulary.encode(text) for split, text in texts.items()}
     return Corpus(**splits, vocab_size=len(vocabulary), vocabulary=vocabulary)
 
 
 def _load_tokens(options: TextOptions, vocab_size: int) -> Corpus:
     """Map {train,valid,test}.npy of token ids."""
     folder = data_path(options.path, _TOKENS_WANTED)
+    splits: dict[str, Any] = {split: _map_tokens(folder / f"{split}.npy") for split in SPLITS}
+    meta = _corpus_file(folder / CORPUS_FILE, splits)
+    tokenizer = folder / TOKENIZER_FILE
+    with readable(tokenizer):
+        tokenizer_json = tokenizer.read_text(encoding="utf-8") if meta and tokenizer.exists() else None
+    vocab_size = vocab_size or meta.get("vocab_size", 0)
     limit = vocab_size or np.iinfo(np.int32).max
-    splits = {split: _map_tokens(folder / f"{split}.npy") for split in SPLITS}
     largest = 0
     for split, tokens in splits.items():
         file = folder / f"{split}.npy"
@@ -116,10 +151,40 @@ def _load_tokens(options: TextOptions, vocab_size: int) -> Corpus:
             largest = max(largest, int(chunk.max()))
             if largest >= limit:
                 raise UserError(f"{file} holds the id {largest}, the ids must be below {limit}: see model.vocab_size")
-    return Corpus(**splits, vocab_size=vocab_size or largest + 1)  # ty: ignore[invalid-argument-type]
+    return Corpus(
+        **splits,
+        vocab_size=vocab_size or largest + 1,
+        tokenizer_json=tokenizer_json,
+        n_bytes=meta.get("bytes"),
+    )
 
 
-_TOKENS_WANTED = "set data.path to the folder of train.npy, valid.npy and test.npy, 1-D int32 token ids"
+def _corpus_file(file: Path, splits: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Read what `deq_flax.tokenize` wrote beside its arrays; empty if there is none."""
+    if not file.exists():
+        return {}
+    with readable(file):
+        text = file.read_bytes()
+    try:
+        meta = json.loads(text)
+        numbers = [meta["vocab_size"], *(meta[key][split] for key in ("tokens", "bytes") for split in SPLITS)]
+        whole = all(type(n) is int and n > 0 for n in numbers)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is damaged: encode the text again with deq_flax.tokenize, or delete it to use the ids alone")
+    for split, tokens in splits.items():
+        if len(tokens) != meta["tokens"][split]:
+            raise UserError(
+                f"{file} is of {split}.npy of {meta['tokens'][split]} tokens, which has {len(tokens)}: encode the text again, "
+                "or delete it to use the ids alone"
+            )
+    return meta
+
+
+_TOKENS_WANTED = (
+    "set data.path to the folder of train.npy, valid.npy and test.npy, 1-D integer token ids (deq_flax.tokenize writes them)"
+)
 _PTB = Layout(
     patterns=("ptb.{}.txt", "{}.txt"),
     lower_case=True,

@@ -1,13 +1,15 @@
 """Vocabularies: words and their ids, ordered as in Transformer-XL, with which the published checkpoints were trained."""
 
+import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from deq_flax.errors import UserError
 
+VOCABULARY_FILE = "vocabulary.txt"
 EOS = "<eos>"
 UNK = "<unk>"
 
@@ -84,10 +86,41 @@ class Vocabulary:
         lines = " ".join(self.words[index] for index in ids).split(EOS)
         return "\n".join(line.strip(" ") for line in lines)
 
+    def stream(self, before: Iterable[int]) -> Callable[[int], str]:
+        """Return a function from the next id to the text that it adds to that of `before`."""
+        at_line_start = ([EOS] + [self.words[i] for i in before])[-1] == EOS
+
+        def text_of(token: int) -> str:
+            nonlocal at_line_start
+            word = self.words[token]
+            text = "\n" if word == EOS else word if at_line_start else f" {word}"
+            at_line_start = word == EOS
+            return text
+
+        return text_of
+
+    def to_text(self) -> str:
+        """Return the content of `vocabulary.txt`, one word a line."""
+        return "".join(f"{word}\n" for word in self.words)
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Bytes of the text of ids in UTF-8: of each word with the space or line break after it, and of empty lines.
+
+        The text continues: its last word has a separator, and a line break before its first token is assumed.
+        """
+        ends = ids == self._ids[EOS] if EOS in self else np.zeros(len(ids), bool)
+        empty_lines = ends & np.concatenate([[False], ends[:-1]])
+        return int(self._sizes[ids[~ends]].sum() + np.count_nonzero(empty_lines))
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        """Bytes of each word and a separator, (len(self),) int64."""
+        return np.array([len(word.encode()) + 1 for word in self.words], np.int64)
+
     def save(self, path: str | Path) -> None:
         """Write the words to a UTF-8 file, one a line."""
         with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{word}\n" for word in self.words)
+            file.write(self.to_text())
 
     @classmethod
     def load(cls, path: str | Path, *, lower_case: bool | None = None) -> "Vocabulary":

@@ -1,0 +1,134 @@
+"""Subword tokenizers: byte-level BPE by the `tokenizers` library, an optional dependency.
+
+A tokenizer is one file, `tokenizer.json`, in the format of that library. It stands for a `Vocabulary` wherever text is encoded
+or decoded.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deq_flax.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_FILE = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+"""Token that ends each document."""
+
+
+class Tokenizer:
+    """A tokenizer of the `tokenizers` library: text to ids and back.
+
+    Args:
+        tokenizer: the library's own object.
+    """
+
+    def __init__(self, tokenizer: "tokenizers.Tokenizer"):
+        self._tokenizer = tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a `tokenizer.json`.
+
+        Raises:
+            UserError: the file cannot be read or is no tokenizer, or the library is not installed.
+        """
+        library = _library()
+        try:
+            text = Path(path).read_bytes().decode("utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"the tokenizer {path} is not UTF-8 text") from error
+        try:
+            return cls(library.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"{path} is no tokenizer.json ({' '.join(str(error).split())[:200]})") from error
+
+    @classmethod
+    def train(cls, pieces: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Train byte-level BPE (Sennrich et al. 2016, over bytes as in Radford et al. 2019) with `END_OF_TEXT` as id 0.
+
+        Every text can be encoded and comes back exactly, since all 256 bytes are tokens.
+
+        Args:
+            pieces: the training text.
+            vocab_size: number of tokens to reach, at least 257; a short text gives fewer.
+
+        Raises:
+            UserError: vocab_size is too small, or the library is not installed.
+        """
+        library = _library()
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        if vocab_size < 257:
+            raise UserError(f"--vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), not {vocab_size}")
+        tokenizer = library.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(pieces, trainer)
+        return cls(tokenizer)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """Id of the token that ends a document; None if the tokenizer has no `END_OF_TEXT`."""
+        return self._tokenizer.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode `text` as ids (N,) int32, adding nothing before or after it."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+        """Encode each text by itself, in parallel."""
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode ids to text; bytes that are no UTF-8, as of a character cut in two, become U+FFFD."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def stream(self, before: Iterable[int]) -> Callable[[int], str]:
+        """Return a function from the next id to the text that it adds to that of `before`, '' while a character is incomplete.
+
+        A token is decoded together with the ones before it, on which its space may depend.
+        """
+        context, pending = [int(i) for i in before][-8:], []
+
+        def text_of(token: int) -> str:
+            nonlocal context, pending
+            pending.append(token)
+            whole = self.decode(context + pending)
+            if whole.endswith("\ufffd") and len(pending) < 4:  # a character has at most four bytes
+                return ""
+            added = whole[len(self.decode(context)) :]
+            context, pending = pending, []
+            return added
+
+        return text_of
+
+    def to_json(self) -> str:
+        """Return the content of `tokenizer.json`."""
+        return self._tokenizer.to_str(pretty=True)
+
+
+def _library():
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError("subword tokens need the package tokenizers: pip install tokenizers") from error
+    return tokenizers

@@ -1,0 +1,175 @@
+"""Encode text files as subword tokens, for `data.name=tokens`.
+
+  python -m deq_flax.tokenize --input FILE_OR_FOLDER [--input ...] --vocab_size 8000 DIR
+
+Trains byte-level BPE on the text, or takes an existing one (--tokenizer FILE), and writes train.npy, valid.npy and test.npy of
+token ids, tokenizer.json and corpus.json into the new folder DIR. Folders are searched for files of any name. Without --valid
+and --test the text's last parts are held out. Needs the package tokenizers.
+"""
+
+import json
+import math
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from deq_flax import cli
+from deq_flax.data.loading import SPLITS
+from deq_flax.data.text.cache import QUIET_BYTES, write_header
+from deq_flax.data.text.corpus import CORPUS_FILE
+from deq_flax.data.text.documents import Documents
+from deq_flax.data.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from deq_flax.errors import UserError
+
+_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_INPUT = flags.DEFINE_multi_string("input", None, "text file or folder; may be repeated", flag_values=_FLAGS)
+_VALID = flags.DEFINE_multi_string("valid", [], "the same for the validation split", flag_values=_FLAGS)
+_TEST = flags.DEFINE_multi_string("test", [], "the same for the test split", flag_values=_FLAGS)
+_HELD_OUT = flags.DEFINE_float(
+    "held_out", 0.02, "share of --input for each of valid and test where these are not given", flag_values=_FLAGS
+)
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "number of tokens to train", flag_values=_FLAGS)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json to use instead of training one", flag_values=_FLAGS)
+
+BATCH = 64
+"""Pieces that are encoded in parallel."""
+
+Piece = tuple[str, bool]
+"""Text, and whether it ends a document."""
+
+
+def main(folder: str) -> None:
+    """Run the command."""
+    out = Path(folder)
+    cli.require(not out.exists(), f"{out} exists: give a new folder, or delete it")
+    cli.require(bool(_VALID.value) == bool(_TEST.value), "give both --valid and --test, or neither")
+    cli.require(0 < _HELD_OUT.value < 0.5, f"--held_out must be above 0 and below 0.5, not {_HELD_OUT.value}")
+    splits = find_splits(_INPUT.value or [], _VALID.value, _TEST.value, _HELD_OUT.value)
+    scratch = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        scratch.mkdir(parents=True)
+        tokenizer = Tokenizer.load(_TOKENIZER.value) if _TOKENIZER.value else train(splits["train"], _VOCAB_SIZE.value)
+        (scratch / TOKENIZER_FILE).write_text(tokenizer.to_json(), encoding="utf-8")
+        facts = {split: encode(tokenizer, text, scratch / f"{split}.npy", split) for split, text in splits.items()}
+        meta = {"vocab_size": len(tokenizer)} | {key: {s: f[key] for s, f in facts.items()} for key in ("tokens", "bytes")}
+        (scratch / CORPUS_FILE).write_text(json.dumps(meta, indent=1))
+        scratch.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for split, fact in facts.items():
+        per_token = fact["bytes"] / max(fact["tokens"], 1)
+        print(f"{split}: {fact['tokens']:,} tokens, {fact['bytes']:,} bytes, {per_token:.2f} bytes a token")
+    _warn_of_invalid(splits)
+    print(f"{out}: {len(tokenizer)} tokens; train with --config.data.name=tokens --config.data.path={out}")
+
+
+class Text:
+    """The text of documents from byte `start` to byte `stop` of all together, each moved to the next line break.
+
+    Args:
+      documents: the files.
+      start, stop: bounds in bytes.
+    """
+
+    def __init__(self, documents: Documents, start: float = 0, stop: float = math.inf):
+        self.documents, self._start, self._stop = documents, start, stop
+
+    def size(self) -> int:
+        """Size in bytes, up to the length of a line."""
+        return int(min(self._stop, self.documents.size()) - self._start)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces of the range."""
+        position = 0
+        for text, ends in self.documents.pieces():
+            data = text.encode()
+            start, stop = (_line_end(data, bound - position) for bound in (self._start, self._stop))
+            if start < stop:
+                yield data[start:stop].decode(), ends and stop == len(data)
+            position += len(data)
+            if position >= self._stop:
+                return
+
+
+def _line_end(data: bytes, bound: float) -> int:
+    """Return the end of the line that contains byte `bound`, within data; 0 for a bound before it."""
+    if bound <= 0:
+        return 0
+    return len(data) if bound >= len(data) else data.find(b"\n", int(bound) - 1) + 1 or len(data)
+
+
+def find_splits(places: list[str], valid: list[str], test: list[str], held_out: float) -> dict[str, Text]:
+    """Find the text of each split: separate files, or the last parts of one text."""
+    documents = Documents.find(places)
+    if valid:
+        return {"train": Text(documents), "valid": Text(Documents.find(valid)), "test": Text(Documents.find(test))}
+    size = documents.size()
+    bounds = [0, (1 - 2 * held_out) * size, (1 - held_out) * size, math.inf]
+    return {split: Text(documents, *bounds[i : i + 2]) for i, split in enumerate(SPLITS)}
+
+
+def train(text: Text, vocab_size: int) -> Tokenizer:
+    """Train a tokenizer, with progress on stderr."""
+    with _progress("training the tokenizer", text.size()) as update:
+
+        def pieces() -> Iterator[str]:
+            for piece, _ in text.pieces():
+                yield piece
+                update(len(piece.encode()))
+
+        return Tokenizer.train(pieces(), vocab_size)
+
+
+def encode(tokenizer: Tokenizer, text: Text, file: Path, split: str) -> dict[str, int]:
+    """Encode a split into an .npy file, with progress on stderr. Returns its numbers of tokens and of bytes.
+
+    Raises:
+      UserError: there is no text, or only one token.
+    """
+    dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<i4")
+    n_tokens = n_bytes = 0
+    with open(file, "wb") as out, _progress(f"encoding {split}", text.size()) as update:
+        write_header(out, n_tokens, dtype.str)
+        pieces = text.pieces()
+        while batch := list(islice(pieces, BATCH)):
+            for (piece, ends), ids in zip(batch, tokenizer.encode_many([piece for piece, _ in batch]), strict=True):
+                out.write(ids.astype(dtype).tobytes())
+                n_tokens, n_bytes = n_tokens + len(ids), n_bytes + len(piece.encode())
+                update(len(piece.encode()))
+                if ends and tokenizer.end_of_text is not None:
+                    out.write(np.array(tokenizer.end_of_text, dtype).tobytes())
+                    n_tokens += 1
+        out.seek(0)
+        write_header(out, n_tokens, dtype.str)
+    if n_tokens < 2:
+        raise UserError(f"the {split} split has {n_tokens} tokens: give more text, or raise --held_out, or give --{split}")
+    return {"tokens": n_tokens, "bytes": n_bytes}
+
+
+@contextmanager
+def _progress(what: str, size: int) -> Generator[Callable[[int], object]]:
+    with tqdm(total=size, desc=what, unit="B", unit_scale=True, file=sys.stderr, disable=size < QUIET_BYTES) as bar:
+        yield bar.update
+
+
+def _warn_of_invalid(splits: dict[str, Text]) -> None:
+    """Name the files that are not UTF-8, on stderr."""
+    invalid = {file: n for text in splits.values() for file, n in text.documents.invalid.items()}
+    for file, count in sorted(invalid.items())[:10]:
+        print(f"warning: {file}: {count} byte sequences are not UTF-8; they were read as U+FFFD", file=sys.stderr)
+    if len(invalid) > 10:
+        print(f"warning: {len(invalid) - 10} more files are not UTF-8", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("input",), positional=("DIR",), flag_values=_FLAGS)

@@ -1,0 +1,94 @@
+"""Subword tokens: every text comes back exactly, however it is cut; files of any kind are read as a stream."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deq_flax.data.text import documents
+from deq_flax.data.text.documents import Documents
+from deq_flax.data.text.tokenizer import END_OF_TEXT, Tokenizer
+from deq_flax.errors import UserError
+
+TEXT = "the cat sat on the mat, the dog sat on the log\n" * 40 + "naïve 日本語 🎉\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT], 300)
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    text_of = tokenizer.stream([])
+    assert "".join(map(text_of, ids)) == text
+
+
+def test_frequent_words_are_one_token(tokenizer):
+    assert 257 < len(tokenizer) <= 300 and tokenizer.end_of_text == 0
+    assert len(tokenizer.encode(TEXT)) < len(TEXT) / 2
+    many = tokenizer.encode_many([TEXT, "the log"])
+    assert many[0].tolist() == tokenizer.encode(TEXT).tolist() and tokenizer.decode(many[1]) == "the log"
+
+
+def test_a_character_of_several_tokens_is_shown_once_it_is_complete(tokenizer):
+    ids = tokenizer.encode("é🎵")
+    shown = [*map(tokenizer.stream(tokenizer.encode("the")), ids)]
+    assert "".join(shown) == "é🎵" and shown.count("") == len(ids) - 2
+
+
+def test_a_tokenizer_file_is_read_back(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    assert Tokenizer.load(tmp_path / "tokenizer.json").encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+    for content, message in [(b"{}", "is no tokenizer.json"), (b"\xff", "not UTF-8"), (None, "cannot read")]:
+        file = tmp_path / "bad.json"
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            Tokenizer.load(file)
+    with pytest.raises(UserError, match="at least 257"):
+        Tokenizer.train([TEXT], 256)
+
+
+@pytest.mark.parametrize("piece", [16, 64, 1 << 16])
+def test_pieces_are_the_text(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece)
+    texts = {
+        "a.txt": "one\ntwo 🎉\n" * 9,
+        "sub/b": "é" * 50,
+        "sub/c.md": "",
+        "d": f"no line break {END_OF_TEXT}",
+        ".hidden": "x",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    found = Documents.find([str(tmp_path)])
+    assert [str(file.relative_to(tmp_path)) for file in found.files] == ["a.txt", "d", "sub/b"]
+    pieces, read = [*found.pieces()], []
+    assert (
+        sum(ends for _, ends in pieces) == 3
+        and "".join(text for text, _ in pieces) == texts["a.txt"] + texts["d"] + texts["sub/b"]
+    )
+    assert not found.invalid
+    [*found.pieces(read.append)]
+    assert sum(read) == found.size()
+
+
+def test_what_is_not_utf_8_is_counted_and_replaced(tmp_path):
+    (tmp_path / "bad").write_bytes(b"abc \xff\xfe def \xef\xbf\xbd\n")
+    (tmp_path / "good").write_bytes(b"fine\n")
+    found = Documents.find([str(tmp_path / "bad"), str(tmp_path / "good")])
+    for _ in range(2):
+        assert "".join(text for text, _ in found.pieces()) == "abc \ufffd\ufffd def \ufffd\nfine\n"
+        assert found.invalid == {tmp_path / "bad": 2}
+
+
+def test_places_without_text_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        Documents.find([str(tmp_path / "none")])
+    with pytest.raises(UserError, match="no text in"):
+        Documents.find([str(tmp_path)])
