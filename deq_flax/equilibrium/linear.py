@@ -1,6 +1,12 @@
 """Solvers of the linear equation x = J x + b, the adjoint equation among them: their protocol, and GMRES.
 
 Every `Solver` fulfills the protocol by iterating on x -> J x + b. GMRES solves linear equations only.
+
+The equation is homogeneous: b times c has the solution x times c. So its solvers stop by a residual that does not change with
+the scale of b, which for an adjoint is the scale of the loss: ||J x + b - x|| / ||J x + b||. It is relative to x, not to b: a
+residual of tol makes x the exact solution for a J changed by about tol in norm (its backward error, Rigal & Gaches 1967), and
+J is no better known, since it is taken at an equilibrium that is itself solved to a tolerance. The relative error of x is at
+most about ||(I - J)^{-1}|| times tol.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +15,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, relative_residual
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two, relative_residual
 
 
 @runtime_checkable
@@ -17,12 +23,26 @@ class LinearSolver(Protocol):
     """A solver of x = J x + b on flat states, for `Implicit(solver=...)`."""
 
     def solve_linear(self, jacobian: FlatMap, b: jax.Array) -> tuple[jax.Array, SolverStats]:
-        """Return x, (B, N), with x = jacobian(x) + b, and statistics. `jacobian` is linear, each sample by itself."""
+        """Return x, (B, N), with x = jacobian(x) + b, and statistics. `jacobian` is linear, each sample by itself.
+
+        Gradients pass a b whose samples have a largest entry near 1.
+        """
         ...
 
     def with_limits(self, *, tol: float | None = None, max_steps: int | None = None) -> Self:
         """Return this solver with another tolerance or limit, where given, recording nothing but statistics."""
         ...
+
+
+def solve_scaled(solver: LinearSolver, jacobian: FlatMap, b: jax.Array) -> tuple[jax.Array, SolverStats]:
+    """Solve x = jacobian(x) + b, (B, N), with each sample of b scaled to near 1, and scale the solution back.
+
+    Norms and products of a b of 1e-30 or 1e30 would under- or overflow in float32. The scales are powers of two: nothing is
+    rounded.
+    """
+    scale = power_of_two(b)
+    x, stats = solver.solve_linear(jacobian, b / scale)
+    return scale * x, replace(stats, absolute_residual=scale[:, 0] * stats.absolute_residual)
 
 
 @dataclass(frozen=True)

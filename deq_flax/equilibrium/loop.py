@@ -29,7 +29,7 @@ class Solver:
     """
 
     tol: float = 1e-6
-    """Residual at which a sample stops."""
+    """Residual at which a sample stops; that of the adjoint equation is always relative."""
     max_steps: int = 50
     """Limit on the evaluations of f."""
     stop: StopMode = "relative"
@@ -70,8 +70,22 @@ class Solver:
             trajectory_steps=(),
         )
 
+    def for_linear(self) -> Self:
+        """Return this solver for linear equations, which stop by the relative residual.
+
+        An absolute tolerance says nothing about them: their solution scales with the right-hand side, an adjoint one with the
+        loss. It is replaced by the default relative tolerance, `Solver.tol`.
+        """
+        return self if self.stop == "relative" else replace(self, stop="relative", tol=Solver.tol)
+
     def solve_linear(self, jacobian: FlatMap, b: jax.Array) -> tuple[jax.Array, SolverStats]:
-        """Solve x = jacobian(x) + b for a linear `jacobian`, from x = b; see `LinearSolver`."""
+        """Solve x = jacobian(x) + b for a linear `jacobian`, from x = b; see `LinearSolver`.
+
+        Raises:
+          ValueError: `stop` is 'absolute'.
+        """
+        if self.stop == "absolute":
+            raise ValueError(f"{type(self).__name__}: linear equations are solved to a relative residual: use for_linear()")
         return solve(lambda x: jacobian(x) + b, b, self)
 
 

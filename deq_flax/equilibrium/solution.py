@@ -61,6 +61,19 @@ def norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(x * x, axis=-1))
 
 
+def power_of_two(x: jax.Array) -> jax.Array:
+    """Return a power of two near the largest entry of each sample, (B, N) -> (B, 1); a constant where that is 0 or not finite.
+
+    Multiplying or dividing by it changes exponents alone, so it rounds nothing.
+    """
+    limits = jnp.finfo(x.dtype)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0)
+    sound = (largest > 0) & jnp.isfinite(largest)
+    # Its inverse must be a normal number too.
+    largest = jnp.where(sound, jnp.clip(largest, 4 * limits.tiny, limits.max / 8), 1.0)
+    return largest / jnp.frexp(largest)[0]
+
+
 def relative_residual(absolute: jax.Array, size: jax.Array) -> jax.Array:
     """Return ||f(z) - z|| / ||f(z)||, (B,), from both norms (B,); a residual of zero is zero relative to any f(z)."""
     return jnp.where(absolute == 0, 0.0, absolute / size)

@@ -45,7 +45,7 @@ class DEQOptions:
     max_steps: int = 30
     """Largest number of evaluations of f in a forward solve."""
     stop: Literal["relative", "absolute"] = "relative"
-    """Residual that tolerances are compared with: relative, ||f(z) - z|| / ||f(z)||, or absolute, ||f(z) - z||."""
+    """Residual that tol is compared with: relative, ||f(z) - z|| / ||f(z)||, or absolute, ||f(z) - z||."""
     solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options that only the forward solver has, such as memory=10 of anderson and broyden."""
     gradient: str = "implicit"
@@ -56,7 +56,7 @@ class DEQOptions:
     backward_solver: str = "broyden"
     """Solver of the adjoint equation of the implicit gradient: picard, anderson, broyden or gmres."""
     backward_tol: float = 1e-3
-    """Residual at which a sample's adjoint solve stops."""
+    """Relative residual at which a sample's adjoint solve stops."""
     backward_max_steps: int = 30
     """Largest number of vector-Jacobian products in an adjoint solve."""
     backward_solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -125,7 +125,7 @@ class DEQOptions:
         return make(cls, usual | dict(options), "deq.gradient_options", **given)
 
     def _backward_solver(self) -> Any:
-        options = {"tol": self.backward_tol, "max_steps": self.backward_max_steps, "stop": self.stop}
+        options = {"tol": self.backward_tol, "max_steps": self.backward_max_steps, "stop": "relative"}
         return _solver(self.backward_solver, options, self.backward_solver_options, "deq.backward_solver_options")
 
 

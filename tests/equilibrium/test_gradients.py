@@ -220,3 +220,13 @@ def test_gmres_is_optimal_for_each_sample_and_reports_the_true_residual():
         residual = np.linalg.norm(np.einsum("bij,bj->bi", j, x) + b - x, axis=1)
         np.testing.assert_allclose(stats.absolute_residual[:3], residual[:3], atol=1e-12)
         assert stats.nfe == 9 and stats.converged[1] == 0 and stats.relative_residual[1] < 0.1
+
+
+def test_an_absolute_tolerance_is_not_taken_for_a_relative_one():
+    """Of a forward solver it is replaced by the default; of an adjoint solver it is refused."""
+    forward = Broyden(tol=0.5, stop="absolute", max_steps=9)
+    assert forward.for_linear() == Broyden(max_steps=9) and TIGHT.for_linear() == TIGHT
+    with pytest.raises(ValueError, match="relative residual"):
+        Implicit(forward)
+    with pytest.raises(ValueError, match="for_linear"):
+        forward.solve_linear(lambda x: x, jnp.ones((1, 2)))

@@ -49,6 +49,8 @@ def test_options_of_one_solver_reach_it():
     assert p.evaluation.solver == Anderson(tol=1e-3, max_steps=12, memory=4, relaxation=0.5)
     assert p.evaluation.gradient.solver == Broyden(tol=1e-4, max_steps=13, memory=5, line_search=True)
     assert phases().evaluation.solver == Anderson(tol=1e-3, max_steps=12)
+    absolute = phases(stop="absolute")
+    assert absolute.evaluation.solver.stop == "absolute" and absolute.evaluation.gradient.solver.stop == "relative"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ def test_options_of_one_solver_reach_it():
         (dict(gradient="phantom", gradient_options={"relaxation": 1.5}), "relaxation"),
         (dict(gradient="shine"), "set deq.solver to broyden, not anderson"),
         (dict(gradient_options={"solver": 1}), "deq.gradient_options has no key 'solver'"),
+        (dict(backward_solver_options={"stop": "absolute"}), "deq.backward_solver_options has no key 'stop'"),
         (dict(stop="rel"), "unknown deq.stop 'rel'; known: relative, absolute"),
         (dict(jacobian_frequency=2.0), "probability"),
         (dict(pretrain_layers=0), "steps"),

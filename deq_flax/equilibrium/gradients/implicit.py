@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.linear import LinearSolver
+from deq_flax.equilibrium.linear import LinearSolver, solve_scaled
 from deq_flax.equilibrium.loop import Solver, solve
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
@@ -20,20 +20,29 @@ class Implicit:
     equation x = J^T x + grad. Memory does not depend on the number of steps. Reverse and forward mode, both nested, vmap and
     scan all work.
 
+    The adjoint equation is linear, so its solve stops by the relative residual, whatever stops the forward one, and the
+    accuracy of the gradient does not depend on the scale of the loss.
+
     Raises:
       TypeError: solver solves no linear equations.
+      ValueError: solver stops by the absolute residual.
     """
 
     solver: LinearSolver | None = None
     """Solver of the adjoint equation: any `Solver`, or `GMRES`; None takes the forward one. `Picard` sums a Neumann series."""
     tol: float | None = None
-    """Tolerance of the adjoint solve, if not its solver's. The error of the gradient is about this plus the forward one."""
+    """Relative tolerance of the adjoint solve; None takes that of its solver, or 1e-6 if it is the forward one and absolute.
+    The error of the gradient is about this plus the forward one."""
     max_steps: int | None = None
     """Limit on vector-Jacobian products of the adjoint solve, if not its solver's."""
 
     def __post_init__(self):
         if self.solver is not None and (isinstance(self.solver, type) or not isinstance(self.solver, LinearSolver)):
             raise TypeError(f"Implicit: solver must be None, a Solver such as Broyden(), or GMRES(), not {self.solver!r}")
+        if isinstance(self.solver, Solver) and self.solver.stop == "absolute":
+            raise ValueError(
+                "Implicit: the adjoint equation is solved to a relative residual: set stop='relative' in its solver"
+            )
 
     def __call__(
         self,
@@ -43,7 +52,7 @@ class Implicit:
         max_steps: jax.Array | int | None,
         probe: jax.Array | None,
     ) -> tuple[jax.Array, SolverStats]:
-        linear_solver = (self.solver or solver).with_limits(tol=self.tol, max_steps=self.max_steps)
+        linear_solver = (self.solver or solver.for_linear()).with_limits(tol=self.tol, max_steps=self.max_steps)
 
         # The unknown is (x, probe). x is one flat array, because custom_linear_solve can be transposed only if every leaf of
         # its right-hand side depends on what is differentiated; a state's leaves need not, but their concatenation does.
@@ -59,7 +68,7 @@ class Implicit:
             # matvec(x, p) = ((J - I) x, -p): two independent equations. The adjoint of the second returns the report.
             def adjoint_or_tangent(matvec: Callable[[Any], Any], b: Any) -> tuple[jax.Array, SolverStats]:
                 p = None if probe is None else jnp.zeros_like(probe)
-                return linear_solver.solve_linear(lambda x: x + matvec((x, p))[0], -b[0])
+                return solve_scaled(linear_solver, lambda x: x + matvec((x, p))[0], -b[0])
 
             def forward(matvec: Callable[[Any], Any], b: Any) -> Any:
                 return adjoint_or_tangent(matvec, b)[0], None if probe is None else -b[1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.gradients.base import attach, stopped
 from deq_flax.equilibrium.loop import Solver, solve, solve_with_state
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two
 from deq_flax.equilibrium.solvers.broyden import Broyden, BroydenState, apply_inverse_transpose
 
 
@@ -52,14 +52,16 @@ class SHINE:
             raise ValueError(f"SHINE shares the inverse that Broyden builds: it needs that solver, not {type(solver).__name__}")
         x, stats, state = jax.lax.stop_gradient(solve_with_state(stopped(f), x0, solver, max_steps))
         fx, pullback = jax.vjp(f, x)
-        refiner = solver.with_limits(max_steps=self.refine_steps + 1)
+        refiner = solver.for_linear().with_limits(max_steps=self.refine_steps + 1)
 
         def backward(kept: tuple[BroydenState, Any], cotangent: jax.Array) -> Any:
             state, pullback = kept
-            direction = self._direction(state, cotangent)
+            scale = power_of_two(cotangent)
+            unit = cotangent / scale
+            direction = self._direction(state, unit)
             if self.refine_steps:
-                direction, _ = solve(lambda y: pullback(y)[0] + cotangent, direction, refiner)
-            return direction, None, None
+                direction, _ = solve(lambda y: pullback(y)[0] + unit, direction, refiner)
+            return scale * direction, None, None
 
         share = jax.custom_vjp(lambda fx, state, pullback: fx)
         share.defvjp(lambda fx, state, pullback: (fx, (state, pullback)), backward)
