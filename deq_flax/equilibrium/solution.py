@@ -67,7 +67,7 @@ def power_of_two(x: jax.Array) -> jax.Array:
     Multiplying or dividing by it changes exponents alone, so it rounds nothing.
     """
     limits = jnp.finfo(x.dtype)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0))
     sound = (largest > 0) & jnp.isfinite(largest)
     # Its inverse must be a normal number too.
     largest = jnp.where(sound, jnp.clip(largest, 4 * limits.tiny, limits.max / 8), 1.0)

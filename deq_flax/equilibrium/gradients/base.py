@@ -71,10 +71,11 @@ def closed_over(
 
 @jax.custom_jvp
 def attach(value: jax.Array, surrogate: jax.Array) -> jax.Array:
-    """Return the value, bit for bit, with the gradient of the surrogate, in every mode of differentiation."""
+    """Return the value, bit for bit, with the derivatives of the surrogate, of any order and in every mode; value has none."""
     return value
 
 
 @attach.defjvp
 def _attach_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return primals[0], tangents[1]
+    # Not the bare value: a further level of differentiation looks at what this returns, and must see the surrogate again.
+    return attach(*primals), tangents[1]

@@ -22,8 +22,9 @@ class SHINE:
     follow (the refinement there).
 
     The forward solver must be `Broyden`. It keeps the history of samples that have stopped, which costs a pass over it every
-    step. Reverse mode, vmap, scan and checkpoint work; forward mode raises JAX's error about custom_vjp. Second derivatives
-    take z* and H as constants.
+    step. Reverse mode, vmap, scan and checkpoint work; forward mode raises JAX's error about custom_vjp. Second derivatives, by
+    reverse over reverse mode such as `jax.jacrev(jax.jacrev(loss))`, take z* and H as constants; with `refine_steps`, whose
+    iterations cannot be, they raise NotImplementedError.
 
     Raises:
       ValueError: an option is out of range, or the solver is not `Broyden`.
@@ -61,10 +62,12 @@ class SHINE:
             direction = self._direction(state, unit)
             if self.refine_steps:
                 direction, _ = solve(lambda y: pullback(y)[0] + unit, direction, refiner)
+                direction = _differentiated_once(direction)
             return scale * direction, None, None
 
         share = jax.custom_vjp(lambda fx, state, pullback: fx)
-        share.defvjp(lambda fx, state, pullback: (fx, (state, pullback)), backward)
+        # `share` again, not the bare fx: a further level of differentiation looks at what this returns.
+        share.defvjp(lambda fx, state, pullback: (share(fx, state, pullback), (state, pullback)), backward)
         return attach(x, share(fx, state, pullback)), stats
 
     def _direction(self, state: BroydenState, cotangent: jax.Array) -> jax.Array:
@@ -73,3 +76,13 @@ class SHINE:
         length = norm(direction)
         limit = jnp.inf if self.fallback is None else self.fallback * norm(cotangent)
         return jnp.where((jnp.isfinite(length) & (length <= limit))[:, None], direction, cotangent)
+
+
+@jax.custom_jvp
+def _differentiated_once(direction: jax.Array) -> jax.Array:
+    return direction
+
+
+@_differentiated_once.defjvp
+def _refuse(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    raise NotImplementedError("SHINE(refine_steps=...) has no second derivatives: use refine_steps=0, or Implicit()")
