@@ -230,3 +230,20 @@ def test_an_absolute_tolerance_is_not_taken_for_a_relative_one():
         Implicit(forward)
     with pytest.raises(ValueError, match="for_linear"):
         forward.solve_linear(lambda x: x, jnp.ones((1, 2)))
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_the_probe_leaves_a_sample_without_an_adjoint_to_itself(bad):
+    """The Jacobian of one sample is NaN at a finite equilibrium. The gradients are those without a probe."""
+    w, x, _ = problem()
+
+    def total(x, probe):
+        fail = (jnp.arange(3) == bad)[:, None]
+        f = lambda z: cell(z, w, x) + jnp.where(fail, jnp.sqrt(jnp.abs(z - z)), 0.0)  # noqa: E731  slope 0/0
+        return loss(fixed_point(f, jnp.zeros_like(x), probe=probe).value)
+
+    plain, (probed, report) = jax.jit(lambda x, p: (jax.grad(total)(x, None), jax.grad(total, argnums=(0, 1))(x, p)))(
+        x, backward_probe()
+    )
+    assert np.isfinite(np.delete(probed, bad, axis=0)).all() and np.isnan(report[1])
+    np.testing.assert_array_equal(probed, plain)

@@ -98,7 +98,11 @@ def _report(stats: SolverStats, dtype: Any) -> jax.Array:
 
 
 def _tie(b: jax.Array, p: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Add zero times each of (b, p) to the other, so that neither is a constant when only one of them is differentiated."""
+    """Add nothing of each of (b, p) to the other, so that neither is a constant when only one of them is differentiated.
+
+    A choice that is never taken, not a product with zero, which would hand on a NaN of one sample to the others.
+    """
     if p is None:
         return b, None
-    return b + 0.0 * p[0].astype(b.dtype), p + 0.0 * b[:1, 0].astype(p.dtype)
+    nothing = lambda x: jnp.sum(jnp.where(False, x, jnp.zeros_like(x)))  # noqa: E731
+    return b + nothing(p).astype(b.dtype), p + nothing(b).astype(p.dtype)
