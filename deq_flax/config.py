@@ -86,7 +86,7 @@ def resolve(mapping: Mapping[str, Any], overrides: Sequence[Override] = ()) -> C
             raise UserError(f"{name} is a section of the config, not {part!r}: set its keys, --config.{name}.KEY=VALUE")
         made[name] = options.make(cls, part, name)
     config = Config(task=merged["task"], **made)
-    config.eval.check(None if config.deq is None else config.deq.max_steps)
+    config.eval.check(None if config.deq is None else config.deq.evaluation_solver().max_steps)
     return config
 
 

@@ -38,6 +38,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator HOST:
 
 MAY_CHANGE = (
     "eval.",
+    "deq.eval_",
     "data.path",
     "data.cache",
     "data.max_damaged",

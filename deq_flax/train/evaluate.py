@@ -36,10 +36,10 @@ class EvalOptions:
     converges."""
     max_steps_sweep: tuple[int, ...] = ()
     """Limits on the evaluations of f to evaluate with as well, for a table of score against evaluations; none above
-    deq.max_steps."""
+    deq.eval_max_steps, or deq.max_steps where that is 0."""
 
     def check(self, max_steps: int | None) -> None:
-        """Raise UserError for an option that does not suit the equilibrium; `max_steps`: deq.max_steps, None without one."""
+        """Raise UserError for an option that does not suit the equilibrium; `max_steps`: its limit, None without one."""
         if max_steps is None and self.spectral_radius:
             raise UserError("eval.spectral_radius: this model has no equilibrium; set it to False")
         for steps in self.max_steps_sweep:
@@ -47,7 +47,8 @@ class EvalOptions:
                 raise UserError("eval.max_steps_sweep: there is no equilibrium to limit; set it to ()")
             if not 1 <= steps <= max_steps:
                 raise UserError(
-                    f"eval.max_steps_sweep holds {steps}: whole numbers from 1 to deq.max_steps ({max_steps}) are possible"
+                    f"eval.max_steps_sweep holds {steps}: whole numbers from 1 to the limit of evaluation, "
+                    f"deq.eval_max_steps or else deq.max_steps ({max_steps}), are possible"
                 )
 
 

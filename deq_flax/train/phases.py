@@ -22,6 +22,7 @@ from deq_flax.equilibrium import (
     Solution,
     Solver,
     SolverStats,
+    Unroll,
     fixed_point,
     jacobian_loss,
 )
@@ -44,6 +45,10 @@ class DEQOptions:
     """Residual at which a sample's forward solve stops."""
     max_steps: int = 30
     """Largest number of evaluations of f in a forward solve."""
+    eval_max_steps: int = 0
+    """Largest number of evaluations of f in a forward solve of evaluation; 0: max_steps."""
+    eval_unrolled: bool = False
+    """Evaluate by the unrolled iteration, to its last iterate, instead of solving; for gradient unroll."""
     stop: Literal["relative", "absolute"] = "relative"
     """Residual that tol is compared with: relative, ||f(z) - z|| / ||f(z)||, or absolute, ||f(z) - z||."""
     solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -52,7 +57,7 @@ class DEQOptions:
     """Differentiation of the equilibrium: implicit, neumann, jacobian_free, phantom, shine, reversible or unroll."""
     gradient_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options that only the gradient has, such as steps=5 and relaxation=0.5 of phantom; unroll takes max_steps steps by
-    default."""
+    default, of which last=K differentiates the last K."""
     backward_solver: str = "broyden"
     """Solver of the adjoint equation of the implicit gradient: picard, anderson, broyden or gmres."""
     backward_tol: float = 1e-3
@@ -88,6 +93,7 @@ class DEQOptions:
         if not 0 <= self.max_steps_jitter < self.max_steps:
             raise UserError(f"deq.max_steps_jitter must be at least 0 and below max_steps, not {self.max_steps_jitter}")
         for name in [
+            "eval_max_steps",
             "jacobian_weight",
             "jacobian_increment_every",
             "jacobian_stop",
@@ -101,6 +107,8 @@ class DEQOptions:
             raise UserError(
                 f"deq.gradient shine shares the inverse of Broyden's method: set deq.solver to broyden, not {self.solver}"
             )
+        if self.eval_unrolled and self.gradient != "unroll":
+            raise UserError(f"deq.eval_unrolled is for deq.gradient unroll, not {self.gradient}: set it to False")
 
     def forward_solver(self) -> Solver:
         """The solver of the forward pass. UserError: there is no such solver, or an option of it is wrong."""
@@ -110,9 +118,22 @@ class DEQOptions:
             raise UserError(f"deq.solver {self.solver!r} solves linear equations only: use it as deq.backward_solver")
         return solver
 
+    def evaluation_solver(self) -> Solver:
+        """The solver of evaluation: that of the forward pass with the limit of evaluation. UserError as of `forward_solver`."""
+        return dataclasses.replace(self.forward_solver(), max_steps=self.eval_max_steps or self.max_steps)
+
     def training_gradient(self) -> Gradient:
         """The gradient of an equilibrium training step. UserError as of `forward_solver`."""
         return self._gradient(self.gradient, self.gradient_options)
+
+    def evaluation_gradient(self) -> Gradient:
+        """The gradient that evaluation is given: it decides between solving and unrolling, nothing is differentiated."""
+        gradient = self.training_gradient()
+        if not isinstance(gradient, Unroll):
+            return gradient
+        if self.eval_unrolled:
+            return dataclasses.replace(gradient, steps=self.eval_max_steps or self.max_steps, last=1)
+        return self._gradient("implicit", {})
 
     def pretraining_gradient(self) -> Gradient:
         """The gradient of an unrolled pretraining step."""
@@ -120,7 +141,7 @@ class DEQOptions:
 
     def _gradient(self, name: str, options: Mapping[str, Any]) -> Gradient:
         cls = choose(GRADIENTS, name, "deq.gradient")
-        given = {"solver": self._backward_solver()} if name == "implicit" else {}
+        given = {"implicit": {"solver": self._backward_solver()}, "unroll": {"key": None}}.get(name, {})
         usual = {"steps": self.max_steps, "remat": True} if name == "unroll" else {}
         return make(cls, usual | dict(options), "deq.gradient_options", **given)
 
@@ -159,6 +180,8 @@ class Phase:
     jacobian_loss: bool = False
     """Add the Jacobian loss."""
     jacobian_through_equilibrium: bool = False
+    limited: bool = True
+    """Whether the step's limit on evaluations applies; if not, only the solver's own does."""
 
     def __str__(self) -> str:
         return self.name + " with Jacobian loss" * self.jacobian_loss
@@ -166,11 +189,15 @@ class Phase:
     def solve(
         self, scalars: StepScalars = _NO_SCALARS, *, key: jax.Array | None = None, probe: jax.Array | None = None
     ) -> "PhaseSolve | None":
-        """The argument `solve` of a model's call in this phase. `key` draws the vectors of the Jacobian loss."""
-        if self.solver is None or self.gradient is None:
+        """The argument `solve` of a model's call in this phase. `key` draws the vectors of the Jacobian loss, and the noise."""
+        gradient = self.gradient
+        if self.solver is None or gradient is None:
             return None
+        if isinstance(gradient, Unroll) and gradient.noise and key is not None:
+            gradient = dataclasses.replace(gradient, key=jax.random.fold_in(key, 2))
         jacobian_key = jax.random.fold_in(key, 1) if self.jacobian_loss and key is not None else None
-        return PhaseSolve(self.solver, self.gradient, scalars.max_steps, probe, jacobian_key, self.jacobian_through_equilibrium)
+        limit = scalars.max_steps if self.limited else None
+        return PhaseSolve(self.solver, gradient, limit, probe, jacobian_key, self.jacobian_through_equilibrium)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,18 +238,21 @@ class Phases:
 class EquilibriumPhases(Phases):
     """The phases of an equilibrium model: unrolled pretraining, then the equilibrium, some steps with a Jacobian loss.
 
-    Evaluation always solves: for `unroll`, whose training does not, with the implicit gradient, which evaluation does not use.
+    Evaluation solves, for `unroll` too, unless `eval_unrolled` asks for the unrolled iteration.
     """
 
     def __init__(self, deq: DEQOptions, seed: int):
         self._deq, self._seed = deq, seed
-        solver, through = deq.forward_solver(), deq.jacobian_through_equilibrium
-        self._training = Phase("equilibrium", solver, deq.training_gradient(), jacobian_through_equilibrium=through)
-        self._pretraining = dataclasses.replace(
-            self._training, name="unrolled pretraining", gradient=deq.pretraining_gradient()
+        gradient, through = deq.training_gradient(), deq.jacobian_through_equilibrium
+        # A number of steps that never changes is one of the program, not an argument of it.
+        limited = deq.max_steps_jitter > 0 or not isinstance(gradient, Unroll)
+        self._training = Phase(
+            "equilibrium", deq.forward_solver(), gradient, jacobian_through_equilibrium=through, limited=limited
         )
-        solving = deq if deq.gradient != "unroll" else dataclasses.replace(deq, gradient="implicit", gradient_options={})
-        self.evaluation = Phase("evaluation", solver, solving.training_gradient())
+        self._pretraining = dataclasses.replace(
+            self._training, name="unrolled pretraining", gradient=deq.pretraining_gradient(), limited=False
+        )
+        self.evaluation = Phase("evaluation", deq.evaluation_solver(), deq.evaluation_gradient())
 
     def phase(self, step: int) -> Phase:
         deq, pretraining = self._deq, step < self._deq.pretrain_steps

@@ -8,7 +8,7 @@ import pytest
 from deq_flax import SHINE, Anderson, Broyden, Implicit, Neumann, PhantomGradient, Reversible, Unroll, fixed_point, options
 from deq_flax.equilibrium import GRADIENTS, SOLVERS
 from deq_flax.errors import UserError
-from deq_flax.train.phases import DEQOptions, Phase, make_phases, solver_metrics
+from deq_flax.train.phases import DEQOptions, Phase, StepScalars, make_phases, solver_metrics
 
 SECTION = dict(
     solver="anderson", max_steps=12, backward_tol=1e-4, backward_max_steps=13, jacobian_weight=1.9, jacobian_frequency=0.35,
@@ -124,6 +124,37 @@ def test_unrolled_training_is_evaluated_by_solving():
     p = phases(gradient="unroll", pretrain_steps=0, max_steps_jitter=0)
     assert p.phase(0).gradient == Unroll(12, remat=True)
     assert isinstance(p.evaluation.gradient, Implicit)
+
+
+def test_a_truncated_iteration_is_drawn_evaluated_and_given_its_noise():
+    options = {"last": 3, "noise": 0.5}
+    p = phases(gradient="unroll", gradient_options=options, pretrain_steps=1, max_steps_jitter=8, eval_max_steps=40)
+    assert p.phase(1).gradient == Unroll(12, last=3, remat=True, noise=0.5)
+    f, z0 = (lambda z: 0.5 * z + 1), jnp.zeros((1, 2))
+    key = jax.random.key(0)
+    steps = {float(p.phase(i).solve(p.scalars(i), key=key)(f, z0)[0].stats.steps[0]) for i in range(1, 60)}
+    assert steps == set(range(4, 13)), "each step draws its number of applications"
+    assert p.phase(0).solve(p.scalars(0), key=key)(f, z0)[0].stats.steps[0] == 2, "pretraining has its own number"
+    noisy, other, quiet = (p.phase(1).solve(key=k)(f, z0)[0].value for k in (key, jax.random.key(1), None))
+    np.testing.assert_allclose(quiet, 2 - 0.5**11)
+    assert np.abs(noisy - quiet).min() > 0 and np.abs(noisy - other).min() > 0
+    assert isinstance(p.evaluation.gradient, Implicit) and p.evaluation.solver.max_steps == 40
+    unrolled = phases(gradient="unroll", gradient_options=options, eval_max_steps=40, eval_unrolled=True).evaluation
+    assert unrolled.solve()(f, z0)[0].stats.steps[0] == 40
+    assert unrolled.solve(StepScalars(max_steps=np.int32(7)))(f, z0)[0].stats.steps[0] == 7
+
+
+def test_a_number_of_steps_that_is_never_drawn_is_one_of_the_program():
+    p = phases(gradient="unroll", max_steps_jitter=0, pretrain_steps=1)
+    assert not p.phase(0).limited and not p.phase(1).limited
+    assert phases(gradient="unroll", max_steps_jitter=1, pretrain_steps=0).phase(0).limited
+    assert phases(max_steps_jitter=0, pretrain_steps=0).phase(0).limited
+
+
+@pytest.mark.parametrize("wrong", [{"gradient_options": {"key": 3}, "gradient": "unroll"}, {"eval_unrolled": True}])
+def test_options_of_unrolling_are_checked(wrong):
+    with pytest.raises(UserError, match=r"no key 'key'|deq.eval_unrolled is for"):
+        phases(**wrong)
 
 
 def test_a_model_without_an_equilibrium_has_one_phase_and_nothing_to_solve():

@@ -13,6 +13,7 @@ of any kind. x is the solver's result for every gradient but `Unroll` and `Rever
 | `SHINE` | by the forward solver's inverse | reverse | one product | one evaluation, the solver's history |
 | `Reversible` | exact, of the iteration | reverse, HVP | the iteration again | one evaluation, two states in 8 steps |
 | `Unroll` | exact, of the iteration | all | the iteration again | all evaluations; with remat, all states |
+| `Unroll(last=)` | of the last steps | all | the last steps again | the last evaluations; with remat, states |
 """
 
 from deq_flax.equilibrium.gradients.base import Gradient
