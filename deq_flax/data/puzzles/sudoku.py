@@ -1,0 +1,122 @@
+"""Sudoku puzzles with one solution, graded, and the symmetries of the board.
+
+N puzzles, S side, C cells.
+"""
+
+import numpy as np
+
+from deq_flax.data.puzzles.sudoku_solver import BOXES, RandomBit, branch, candidates, count_solutions, digits, propagate
+
+
+def sudokus(side: int, count: int, random: np.random.Generator, clues: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Puzzles (N, S, S), 0 where empty, their solutions (N, S, S), and their grades (N,).
+
+    A full board loses clues in random order as long as the solution stays the only one. The grade is the number of guesses of
+    `count_solutions`: 0 for a puzzle that singles solve.
+
+    Args:
+      side: S, one of `BOXES`.
+      count: N.
+      random: decides everything.
+      clues: stop at this number of clues; 0: at a puzzle of which no clue can be spared.
+    """
+    solution_NC = full_boards(side, count, random)
+    puzzle_NC = solution_NC.copy()
+    order_NC = random.permuted(np.tile(np.arange(side * side), (count, 1)), axis=1)
+    for cell_N in order_NC.T:
+        rows = np.flatnonzero(np.count_nonzero(puzzle_NC, axis=1) > clues)
+        if not len(rows):
+            break
+        cell_N, tried = cell_N[rows], puzzle_NC[rows]
+        some = np.arange(len(rows))
+        tried[some, cell_N] = 0
+        # The solution stays the only one if no other digit fits here.
+        masks = candidates(tried, side)
+        masks[some, cell_N] &= ~candidates(solution_NC[rows], side)[some, cell_N]
+        spared = count_solutions(masks, side, at_most=1)[0] == 0
+        puzzle_NC[rows[spared], cell_N[spared]] = 0
+    grade_N = count_solutions(candidates(puzzle_NC, side), side)[1]
+    return puzzle_NC.reshape(-1, side, side), solution_NC.reshape(-1, side, side), grade_N
+
+
+def full_boards(side: int, count: int, random: np.random.Generator) -> np.ndarray:
+    """Random full boards (N, C): random guesses with singles in between; a board that fails starts again."""
+    empty = candidates(np.zeros((count, side * side), np.uint8), side)
+    masks, choose = empty.copy(), RandomBit(random, side)
+    unfinished = np.arange(count)
+    while len(unfinished):
+        guessed, wrong = propagate(branch(masks[unfinished], choose)[0], side)
+        guessed[wrong] = empty[0]
+        masks[unfinished] = guessed
+        unfinished = unfinished[(np.bitwise_count(guessed) > 1).any(axis=1)]
+    return digits(masks)
+
+
+def is_solution(puzzle_NSS: np.ndarray, solution_NSS: np.ndarray) -> np.ndarray:
+    """Which solutions (N,) are full valid boards that keep the clues of their puzzles."""
+    count, side = solution_NSS.shape[:2]
+    masks = candidates(solution_NSS.reshape(count, -1), side)
+    full = ((solution_NSS > 0) & (solution_NSS <= side)).all(axis=(1, 2))
+    return full & ~propagate(masks, side)[1] & ((puzzle_NSS == 0) | (puzzle_NSS == solution_NSS)).all(axis=(1, 2))
+
+
+def random_symmetry(
+    puzzle_NSS: np.ndarray, solution_NSS: np.ndarray, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same puzzles under random symmetries, one each: digits, bands, rows in bands, the same of columns, transposition.
+
+    Bands are the rows of boxes, stacks their columns. Boards of oblong boxes are not transposed.
+    """
+    count, side = puzzle_NSS.shape[:2]
+    height, width = BOXES[side]
+    renamed = np.concatenate([np.zeros((count, 1), np.uint8), 1 + _permutations(count, side, random)], axis=1).astype(np.uint8)
+    rows, columns = _line_order(count, side, height, random), _line_order(count, side, width, random)
+    flipped = random.random(count) < 0.5 if height == width else np.zeros(count, bool)
+    n = np.arange(count)[:, None, None]
+
+    def apply(boards: np.ndarray) -> np.ndarray:
+        moved = renamed[n, boards][n, rows[:, :, None], columns[:, None, :]]
+        return np.where(flipped[:, None, None], moved.swapaxes(1, 2), moved)
+
+    return apply(puzzle_NSS), apply(solution_NSS)
+
+
+def symmetric_key(puzzle_NSS: np.ndarray) -> np.ndarray:
+    """Numbers (N, K) that are the same for puzzles that `random_symmetry` turns into each other.
+
+    How often each digit occurs, and how many clues the lines of each band and stack have, all in sorted order.
+    """
+    count, side = puzzle_NSS.shape[:2]
+    height, width = BOXES[side]
+    numbers = np.sort((puzzle_NSS.reshape(count, -1, 1) == 1 + np.arange(side)).sum(axis=1), axis=1)
+    given = puzzle_NSS > 0
+    rows, columns = _sorted_lines(given.sum(axis=2), height), _sorted_lines(given.sum(axis=1), width)
+    if height == width:  # transposition exchanges them
+        later = _less(columns, rows)[:, None]
+        rows, columns = np.where(later, columns, rows), np.where(later, rows, columns)
+    return np.concatenate([numbers, rows, columns], axis=1)
+
+
+def _sorted_lines(clues_NS: np.ndarray, thickness: int) -> np.ndarray:
+    """(N, S): the clues of lines, sorted in each band, and the bands sorted."""
+    bands = np.sort(clues_NS.reshape(len(clues_NS), -1, thickness), axis=2)
+    weight = 100 ** np.arange(thickness)[::-1]
+    order = np.argsort(bands @ weight, axis=1)
+    return np.take_along_axis(bands, order[:, :, None], axis=1).reshape(clues_NS.shape)
+
+
+def _less(a_NK: np.ndarray, b_NK: np.ndarray) -> np.ndarray:
+    """Whether a comes before b in lexicographic order, (N,)."""
+    first = np.argmax(a_NK != b_NK, axis=1)[:, None]
+    return (np.take_along_axis(a_NK, first, axis=1) < np.take_along_axis(b_NK, first, axis=1))[:, 0]
+
+
+def _permutations(count: int, size: int, random: np.random.Generator) -> np.ndarray:
+    return random.permuted(np.tile(np.arange(size), (count, 1)), axis=1)
+
+
+def _line_order(count: int, side: int, thickness: int, random: np.random.Generator) -> np.ndarray:
+    """(N, S): an order of lines that keeps bands together."""
+    bands = _permutations(count, side // thickness, random)
+    inner = np.stack([_permutations(count, thickness, random) for _ in range(side // thickness)], axis=1)
+    return (bands[:, :, None] * thickness + inner).reshape(count, side)
