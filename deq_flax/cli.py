@@ -15,36 +15,43 @@ import inspect
 import logging
 import os
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import ConfigDict
-from ml_collections.config_flags import config_flags
 
 from deq_flax import options
 from deq_flax.config import Config, Override, resolve, section_types, takes_no_text, to_dict
+from deq_flax.config_files import load_config
 from deq_flax.errors import UserError
+from deq_flax.run_log.results import to_json
 
 flags.disclaim_key_flags()
 
 _HELP = {"-h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull", "-?"}
 
+OfRun = tuple[str, Callable[[str], Config | None]]
+"""A flag that names a run, and the function from its value to the config that is taken where `--config` is not given; None: the
+run has no config yet."""
+
 
 def config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
-    """Define `--config FILE.py[:variant]`, which the overrides `--config.section.key=value` may follow; see `resolved`."""
-    holder = config_flags.DEFINE_config_file(
-        "config", None, "configuration, as FILE.py or FILE.py:variant", flag_values=flag_values, lock_config=False, sys_argv=[]
-    )
+    """Define `--config`, which the overrides `--config.section.key=value` may follow; see `resolved`."""
+    text = "a recipe by name, such as wt103:tiny; or FILE.py[:VARIANT]; or the config.json of a run"
+    holder = flags.DEFINE_string("config", None, text, flag_values=flag_values)
     _flag(flag_values).overrides = []
     return holder
 
 
 def resolved(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-    """The config of the command line, with its overrides. `run` has checked it."""
-    return _flag(flag_values).resolved
+    """The config of the command line, or of the run that it names, with its overrides. `run` has checked it.
+
+    Raises:
+      UserError: `--config` was not given, and there is no run to take it from.
+    """
+    config = _flag(flag_values).resolved
+    require(config is not None, "--config is missing, and there is no run to take it from; see --help")
+    return config
 
 
 def given_keys(flag_values: flags.FlagValues = flags.FLAGS) -> set[str]:
@@ -53,40 +60,50 @@ def given_keys(flag_values: flags.FlagValues = flags.FLAGS) -> set[str]:
 
 
 def run(
-    main: Callable[..., Any],
+    main: Callable[..., Mapping[str, Any] | None],
     argv: Sequence[str] | None = None,
     *,
     required: Sequence[str] = (),
     positional: Sequence[str] = (),
+    of_run: OfRun | None = None,
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> NoReturn:
     """Parse the command line, call `main(*positional arguments)` and exit.
 
-    Exit codes: 0; 2 after a user error (one line `error: ...` on stderr, no traceback); 130 when interrupted;
-    the result of `main` if that is an integer. Any other exception is a bug and keeps its traceback.
+    Exit codes: 0; 2 after a user error (one line `error: ...` on stderr, no traceback); 130 when interrupted. Any other
+    exception is a bug and keeps its traceback. With `--json`, what `main` returns is printed as one JSON object on stdout, or
+    `{"error": ...}`, and all else goes to stderr.
 
     Args:
       main: the function to call; the docstring of its module begins the help text.
       argv: the command line, program name first; by default `sys.argv`.
       required: flags that must be set.
       positional: names of the arguments besides flags, all of them required.
+      of_run: where the config comes from if `--config` is not given.
       flag_values: where the flags were defined.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax writes tracebacks of errors that reach us anyway
     argv = list(sys.argv if argv is None else argv)
+    as_json, argv = _without_json(argv)
     try:
-        arguments = _parse(main, argv, required, positional, flag_values)
-        code = None if arguments is None else main(*arguments)
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            arguments = _parse(main, argv, required, positional, of_run, flag_values)
+            result = None if arguments is None else main(*arguments)
+        if as_json and result is not None:
+            print(to_json(result), flush=True)
     except UserError as error:
-        _fail(error)
+        message = " ".join(str(error).split())
+        if as_json:
+            print(to_json({"error": message}), flush=True)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(0)
 
 
 def require(condition: bool, message: str) -> None:
@@ -96,14 +113,19 @@ def require(condition: bool, message: str) -> None:
 
 
 def _parse(
-    main: Callable, argv: list[str], required: Sequence[str], positional: Sequence[str], flag_values: flags.FlagValues
+    main: Callable,
+    argv: list[str],
+    required: Sequence[str],
+    positional: Sequence[str],
+    of_run: OfRun | None,
+    flag_values: flags.FlagValues,
 ) -> list[str] | None:
     """The positional arguments; None if help was requested, which is printed."""
     end = argv.index("--") if "--" in argv else len(argv)
     wants_help = any(argument in _HELP for argument in argv[1:end])
     argv = [argument for i, argument in enumerate(argv) if i == 0 or i > end or argument not in _HELP]
     if "config" in flag_values:
-        argv = _read_config(argv, flag_values)
+        argv = _read_config(argv, of_run, flag_values)
     try:
         rest = flag_values(argv)[1:]
     except flags.Error as error:
@@ -119,33 +141,25 @@ def _parse(
     return rest
 
 
-def _read_config(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str]:
-    """Read the config file and the overrides, and check both. Returns the other arguments."""
+def _read_config(argv: Sequence[str], of_run: OfRun | None, flag_values: flags.FlagValues) -> list[str]:
+    """Read the config and the overrides, and check both. Returns the arguments without the overrides."""
     flag, mapping = _flag(flag_values), None
-    path, without_config = _taken_out(argv, "config")
-    if path is not None:
-        sys.modules.pop("config_config", None)  # or a config file is executed on top of the one read before
-        try:
-            with warnings.catch_warnings():  # ml_collections imports config files in a way that Python deprecates
-                warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)
-                flag.parse(path)
-            if not isinstance(flag.value, ConfigDict):
-                with contextlib.suppress(KeyError, TypeError, IndexError):
-                    flag.value["config"]  # a file that could not be opened raises its OSError here
-                raise UserError(f"config {path}: get_config() must return a ConfigDict")
-        except UserError:
-            raise
-        except Exception as error:  # whatever a config file raises while it is executed
-            raise UserError(_explain(error, path)) from error
-        mapping = flag.value.to_dict()
-    # A config that was read is taken out: absl would read it again.
-    flag.overrides, rest = _overrides(argv if mapping is None else without_config, mapping)
+    flag.resolved = None
+    name = _text_of(argv, "config")
+    listed = f"--config {name}"
+    if name is not None:
+        mapping = load_config(name)
+    elif of_run is not None and (run := _text_of(argv, of_run[0])):
+        config = of_run[1](run)
+        mapping = None if config is None else to_dict(config)
+        listed = f"--{of_run[0]} {run}"
+    flag.overrides, rest = _overrides(argv, mapping)
     if mapping is not None:
         try:
             flag.resolved = resolve(mapping, flag.overrides)
         except UserError as error:
             unknown = "has no key" in str(error) or "has no section" in str(error)
-            raise UserError(f"{error}{f' To list the keys: --config {path} --help' if unknown else ''}") from error
+            raise UserError(f"{error}{f' To list the keys: {listed} --help' if unknown else ''}") from error
     return rest
 
 
@@ -173,33 +187,21 @@ def _overrides(argv: Sequence[str], mapping: dict[str, Any] | None) -> tuple[lis
     return found, rest
 
 
-def _explain(error: BaseException, config: str) -> str:
-    """Describe in one line an error that ml_collections or a config file raised."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    file = config.split(":")[0]
-    _, has_trace, trace = text.partition("Error whilst parsing config file:")
-    if has_trace:  # ml_collections put a traceback into the message: its last line has the cause
-        return f"config {config}: " + trace.strip().splitlines()[-1].removeprefix("ValueError: ").removeprefix("TypeError: ")
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    if lines or isinstance(error, SyntaxError):
-        return f"config {config}: {type(error).__name__}: {text}" + (f" (line {lines[-1]})" if lines else "")
-    if "no attribute 'get_config'" in text:
-        return f"config {config}: it defines no get_config()"
-    if isinstance(error, OSError):
-        return f"config {config}: there is no such file, or it cannot be opened"
-    return f"config {config}: {type(error).__name__}: {text}"
+def _without_json(argv: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether `--json` is among the arguments, and the others."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    rest = [argument for i, argument in enumerate(argv) if i > end or argument not in ("--json", "-json")]
+    return len(rest) < len(argv), rest
 
 
-def _taken_out(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """The text given for a flag, before anything is parsed, of several the last; and the arguments without that flag."""
-    value, rest, arguments = None, [], iter(argv)
+def _text_of(argv: Sequence[str], name: str) -> str | None:
+    """The text given for a flag, before anything is parsed; of several the last."""
+    value, arguments = None, iter(argv)
     for argument in arguments:
         flag, equals, text = argument.partition("=")
         if flag in (f"--{name}", f"-{name}"):
             value = text if equals else next(arguments, None)
-        else:
-            rest.append(argument)
-    return value, rest
+    return value
 
 
 def _help(main: Callable, positional: Sequence[str], flag_values: flags.FlagValues) -> str:
@@ -210,14 +212,14 @@ def _help(main: Callable, positional: Sequence[str], flag_values: flags.FlagValu
     for flag in flag_values.get_key_flags_for_module(home):
         default = "" if flag.default is None else f" (default: {flag.default})"
         lines.append(f"  --{flag.name:<12} {flag.help}{default}")
-    lines.append(f"  --{'help':<12} this text; with --config, also the keys and values of that config")
+    lines.append(f"  --{'json':<12} print the result as one JSON object on stdout, and all else on stderr")
+    lines.append(f"  --{'help':<12} this text; with a config, also its keys and their values")
     if positional:
         lines.insert(2, f"Arguments: {' '.join(positional)}\n")
-    if "config" in flag_values and flag_values["config"].value is not None:
-        lines += ["", f"Keys of {_flag(flag_values).config_filename}, with their values here:"]
-        lines += _documented(resolved(flag_values))
+    if "config" in flag_values and _flag(flag_values).resolved is not None:
+        lines += ["", "Keys of the config, with their values here:", *_documented(resolved(flag_values))]
     elif "config" in flag_values:
-        lines += ["", "Every key of the config can be set: --config.section.key=value. To list them: --config FILE.py --help"]
+        lines += ["", "Every key of the config can be set: --config.section.key=value. To list them: --config NAME --help"]
     return "\n".join(lines)
 
 
@@ -233,8 +235,3 @@ def _documented(config: Config) -> list[str]:
 
 def _flag(flag_values: flags.FlagValues) -> Any:
     return flag_values["config"]
-
-
-def _fail(error: BaseException) -> NoReturn:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)

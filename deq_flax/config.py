@@ -125,7 +125,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return {name: part for name, part in dataclasses.asdict(config).items() if part is not None}
 
 
-def from_stored(mapping: Mapping[str, Any], *, vocab_size: int = 0) -> Config:
+def from_stored(mapping: Any, *, vocab_size: int = 0) -> Config:
     """The config that a checkpoint or a config.json holds, also one written by an earlier version.
 
     `vocab_size`: the number of words in the checkpoint's arrays, for configs that left it to the text.
@@ -136,15 +136,19 @@ def from_stored(mapping: Mapping[str, Any], *, vocab_size: int = 0) -> Config:
     try:
         return resolve(_upgraded(mapping, vocab_size))
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError("this checkpoint does not hold the config of a model: it was not written by this package") from error
+        raise UserError("it is not the config of a model, or was not written by this package") from error
 
 
-def read_run_config(workdir: Path) -> Config:
-    """The config of a run, from its config.json. UserError: there is none that can be read."""
-    path = workdir / "config.json"
+def read_run_config(workdir: Path, *, vocab_size: int = 0) -> Config:
+    """The config of a run, from its config.json; `vocab_size` as for `from_stored`. UserError: none that can be read."""
+    return read_config(workdir / "config.json", vocab_size=vocab_size)
+
+
+def read_config(path: Path, *, vocab_size: int = 0) -> Config:
+    """The config in a JSON file; `vocab_size` as for `from_stored`. UserError: the file cannot be read, or is not a config."""
     try:
-        return from_stored(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+        return from_stored(json.loads(path.read_text()), vocab_size=vocab_size)
+    except (OSError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -233,8 +237,7 @@ def _override(mapping: dict[str, Any], key: str, text: str | None) -> None:
         raise UserError(f"{section} is a section of the config: set its keys, --config.{section}.KEY=VALUE")
     option, _, inner = name.partition(".")
     hints = options.hints_of(types[section])
-    if option not in hints:
-        raise UserError(f"--config.{section} has no key {option!r}{options.suggestion(option, hints)}")
+    options.require_known(option, hints, f"--config.{section}")
     value = options.parse("true" if text is None else text, Any if inner else hints[option], f"--config.{key}")
     part = mapping.setdefault(section, {})
     part[option] = {**part.get(option, {}), inner: value} if inner else value

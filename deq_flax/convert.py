@@ -1,21 +1,22 @@
 """Convert weights of the original PyTorch code to a checkpoint, or back.
 
-  python -m deq_flax.convert SOURCE.pth DIR --config configs/wt103.py:VARIANT [--config.section.key=value ...]
+  python -m deq_flax.convert SOURCE.pth DIR --config wt103:VARIANT [--config.section.key=value ...]
   python -m deq_flax.convert SOURCE.pth DIR --config auto
   python -m deq_flax.convert DIR OUT.pth --to_torch
 
 SOURCE is a state_dict: .pth, .pt or .pkl of torch.save, .safetensors, or .npz. PyTorch is not needed. DIR becomes a workdir:
-`deq_flax.main --mode eval --workdir DIR` evaluates it, `--config.checkpoint.init_from=DIR` starts training from it, and
-`deq_flax.generate --checkpoint DIR` generates text with it. `--config auto` is the config of wt103, cifar10 or cityscapes with
-the model's sizes read from the file. Options that do not show in a file keep that config's values: a language model's memory,
-attention span and order of normalization, an image model's groups of channels. The number of times an image model halves the
-resolution at first must be given as --config.model.downsample if the file does not show it.
+`deq_flax.main --mode eval --workdir DIR --config.data.path=PATH` evaluates it, `--config.checkpoint.init_from=DIR` starts
+training from it, and `deq_flax.generate --checkpoint DIR` generates text with it. `--config auto` is the config of wt103,
+cifar10 or cityscapes with the model's sizes read from the file. Options that do not show in a file keep that config's values: a
+language model's memory, attention span and order of normalization, an image model's groups of channels. The number of times an
+image model halves the resolution at first must be given as --config.model.downsample if the file does not show it.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import json
+import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -55,24 +56,32 @@ _TO_TORCH = flags.DEFINE_bool(
 )
 
 AUTO_CONFIGS: dict[tuple[str, str | None], str] = {
-    ("deq_transformer", None): "wt103.py",
-    ("mdeq", "classification"): "cifar10.py",
-    ("mdeq", "segmentation"): "cityscapes.py",
+    ("deq_transformer", None): "wt103",
+    ("mdeq", "classification"): "cifar10",
+    ("mdeq", "segmentation"): "cityscapes",
 }
-"""The config that `--config auto` starts from, by the model and head of the file."""
+"""The recipe that `--config auto` starts from, by the model and head of the file."""
 
 
-def main(source: str, destination: str) -> int:
-    """Run the command."""
+WHERE_TOLD = {
+    "cutoffs": "the original training script sets them by data set, 20000,40000,200000 for WikiText-103",
+    "downsample": "MODEL.DOWNSAMPLE_TIMES in the original experiment's YAML file",
+}
+"""Where to read options that a file of weights may not show."""
+
+
+def main(source: str, destination: str) -> dict[str, Any]:
+    """Run the command; returns its result."""
     if _TO_TORCH.value:
         count, names = to_torch(source, Path(destination))
         print(f"wrote {names} tensors, {count:,} parameters, to {destination}")
-        return 0
-    cli.require(_CONFIG.value is not None, "--config is missing: a config file, or auto")
+        return {"file": destination, "tensors": names, "parameters": count}
+    cli.require(_CONFIG.value is not None, "--config is missing: a config by name or file, or auto")
     given = {key.removeprefix("model.") for key in cli.given_keys(_FLAGS) if key.startswith("model.")}
     count = convert(Path(source), Path(destination), cli.resolved(_FLAGS), auto=_is_auto(sys.argv), given=given)
-    print(f"wrote {count:,} parameters to {destination}; evaluate them with --mode eval --workdir {destination}")
-    return 0
+    evaluate = f"python -m deq_flax.main --mode eval --workdir {shlex.quote(destination)} --config.data.path=..."
+    print(f"wrote {count:,} parameters to {destination}; to evaluate them: {evaluate}")
+    return {"workdir": destination, "parameters": count}
 
 
 def convert(source: Path, directory: Path, config: Config, *, auto: bool = False, given: Collection[str] = ()) -> int:
@@ -156,7 +165,8 @@ def _from_file(config: Config, found: Mapping[str, Any], source: Path, *, auto: 
         return {"vocab_size": found["vocab_size"]} if unknown_size else {}
     wanted = {key: value for key, value in found.items() if key not in given}
     if untold := [key for key, value in wanted.items() if value is None]:
-        raise UserError(f"{source} does not tell the model's {untold[0]}: add --config.model.{untold[0]}=...")
+        told = f" ({WHERE_TOLD[untold[0]]})" if untold[0] in WHERE_TOLD else ""
+        raise UserError(f"{source} does not tell the model's {untold[0]}: add --config.model.{untold[0]}=...{told}")
     return wanted
 
 
@@ -193,7 +203,7 @@ def _names_auto(before: str, argument: str) -> bool:
 
 
 def _auto_config(argv: Sequence[str]) -> str:
-    """The entry of AUTO_CONFIGS for the first file on the command line; one that cannot be read is reported later."""
+    """The recipe in AUTO_CONFIGS for the first file on the command line; one that cannot be read is reported later."""
 
     for argument in argv[1:]:
         if Path(argument).is_file():
@@ -203,15 +213,12 @@ def _auto_config(argv: Sequence[str]) -> str:
 
 
 def _without_auto(argv: Sequence[str]) -> list[str]:
-    """The command line with 'auto' replaced by the config file it starts from, and `--to-torch` by `--to_torch`."""
+    """The command line with 'auto' replaced by the recipe it starts from, and `--to-torch` by `--to_torch`."""
     argv = ["--to_torch" if argument == "--to-torch" else argument for argument in argv]
     if not _is_auto(argv):
         return argv
-    config = Path("configs") / _auto_config(argv)
-    base = Path(__file__).resolve().parent.parent / config
-    file = str(base if base.exists() else config)
-    pairs = itertools.pairwise(["", *argv])
-    return [argument.replace("auto", file) if _names_auto(before, argument) else argument for before, argument in pairs]
+    recipe, pairs = _auto_config(argv), itertools.pairwise(["", *argv])
+    return [argument.replace("auto", recipe) if _names_auto(before, argument) else argument for before, argument in pairs]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Generate text from a prompt with a language model.
 
   python -m deq_flax.generate --checkpoint DIR --prompt "the value of the" [--tokens 100] [--temperature 0.8] [--top_p 0.9]
+  python -m deq_flax.generate --checkpoint DIR --config.data.path=PATH    a text that has moved, for its vocabulary
 
 DIR is the workdir of a run or of `deq_flax.convert`. Text is printed as it is chosen; then the speed, and the evaluations of f
 per token, on stderr. The same seed gives the same text. Where the model's tokens are words, they are separated by spaces, as in
@@ -12,12 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from deq_flax import cli
 from deq_flax.config import Config
+from deq_flax.config_files import checkpoint_config
 from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.pydoc import tokenize
 from deq_flax.data.text.tokenizer import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
@@ -29,6 +32,7 @@ from deq_flax.pretrained import load_model
 from deq_flax.train.phases import DEQOptions, make_phases
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_CONFIG = cli.config_flag(_FLAGS)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "a workdir, its checkpoints folder, or the folder of one step", flag_values=_FLAGS
 )
@@ -55,12 +59,12 @@ _MAX_STEPS = flags.DEFINE_integer(
 _TOL = flags.DEFINE_float("tol", None, "tolerance of the solver; default: as in training", flag_values=_FLAGS)
 
 
-def main() -> int:
-    """Run the command."""
+def main() -> dict[str, Any]:
+    """Run the command; returns its result."""
     cli.require(_TOKENS.value >= 1, f"--tokens must be at least 1, not {_TOKENS.value}")
     try:
         sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
-        loaded = load_model(_CHECKPOINT.value or "")
+        loaded = load_model(_CHECKPOINT.value or "", cli.resolved(_FLAGS))
         cli.require(
             loaded.model.kind == "language" and loaded.model.has_equilibrium,
             f"--checkpoint: model {loaded.config.model.name!r} cannot generate text; an equilibrium language model is needed",
@@ -72,9 +76,10 @@ def main() -> int:
         generator = Generator(loaded.model, solver=solver, sampling=sampling, memory=memory, words=len(vocabulary))
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(vocabulary.decode(ids), end="", flush=True)
-    _write(generator.tokens(ids, _TOKENS.value, _SEED.value), vocabulary.stream(ids))
-    return 0
+    beginning = vocabulary.decode(ids)
+    print(beginning, end="", flush=True)
+    written = _write(generator.tokens(ids, _TOKENS.value, _SEED.value), vocabulary.stream(ids))
+    return {"prompt": beginning} | written
 
 
 def find_vocabulary(checkpoint: Path, config: Config, file: str | None) -> Vocabulary | Tokenizer:
@@ -158,12 +163,14 @@ def _vocabulary_of_text(data: TextOptions) -> Vocabulary | Tokenizer:
     return vocabulary
 
 
-def _write(tokens: Iterable[tuple[int, float]], text_of: Callable[[int], str]) -> None:
-    """Print text as it is generated, then the speed. The first token, which includes compilation, is not timed."""
-    seen, evaluations, start = 0, 0.0, 0.0
+def _write(tokens: Iterable[tuple[int, float]], text_of: Callable[[int], str]) -> dict[str, Any]:
+    """Print text as it is generated, then the speed; returns both. The first token, with compilation, is not timed."""
+    text, seen, evaluations, start = "", 0, 0.0, 0.0
     try:
         for token, nfe in tokens:
-            print(text_of(token), end="", flush=True)
+            shown = text_of(token)
+            print(shown, end="", flush=True)
+            text += shown
             seen += 1
             if seen == 2:
                 start = time.perf_counter()
@@ -172,11 +179,13 @@ def _write(tokens: Iterable[tuple[int, float]], text_of: Callable[[int], str]) -
         print(flush=True)
     except BrokenPipeError:  # the reader of a pipe has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    result: dict[str, Any] = {"text": text, "tokens": seen}
     if seen > 2:
-        seconds = time.perf_counter() - start
-        speed = f"{(seen - 2) / seconds:.1f} tokens/s, {evaluations / (seen - 2):.1f} evaluations per token"
-        print(speed, file=sys.stderr)
+        rate, spent = (seen - 2) / (time.perf_counter() - start), evaluations / (seen - 2)
+        print(f"{rate:.1f} tokens/s, {spent:.1f} evaluations per token", file=sys.stderr)
+        result |= {"tokens_per_second": rate, "evaluations_per_token": spent}
+    return result
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("checkpoint",), flag_values=_FLAGS)
+    cli.run(main, required=("checkpoint",), of_run=("checkpoint", checkpoint_config), flag_values=_FLAGS)

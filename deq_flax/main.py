@@ -1,31 +1,36 @@
 """Train or evaluate a model.
 
-  python -m deq_flax.main --config configs/wt103.py:tiny --workdir runs/tiny
-  python -m deq_flax.main --config configs/ptb.py --workdir runs/ptb --config.data.path=DIR --config.train.steps=20000
-  python -m deq_flax.main --config configs/wt103.py:tiny --workdir runs/tiny --mode eval
+  python -m deq_flax.main --config wt103:tiny --workdir runs/tiny
+  python -m deq_flax.main --config ptb --workdir runs/ptb --config.data.path=DIR --config.train.steps=20000
+  python -m deq_flax.main --mode eval --workdir runs/tiny [--config.section.key=value ...]
 
-The same command again continues an unfinished run from its last checkpoint. Several processes, on one machine or many, are one
-run when each is given the same --coordinator; see launch/.
+Without --config, the run's own is taken, the config.json in its workdir. The same command again continues an unfinished run
+from its last checkpoint. Results are in metrics.jsonl and, for the best checkpoint, eval.json. Several processes are one run if
+each is given the same --coordinator; see launch/.
 """
 
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from deq_flax import cli
-from deq_flax.config import Config, flattened, from_stored, make_task, phases_of, to_dict
+from deq_flax.config import Config, flattened, make_task, phases_of, read_run_config, to_dict
+from deq_flax.config_files import run_config
 from deq_flax.devices.processes import distributed, is_first, print_once
 from deq_flax.errors import UserError
+from deq_flax.run_log.results import append_evaluation, write_evaluation
 from deq_flax.task import Task
-from deq_flax.train.evaluate import evaluate_checkpoint
+from deq_flax.train.evaluate import Evaluation, evaluate_checkpoint
 from deq_flax.train.loop import train
 
 _CONFIG = cli.config_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics.jsonl, config.json, tensorboard")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run: checkpoints, config.json, metrics.jsonl, eval.json, tensorboard"
+)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or eval: evaluate the best checkpoint")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "with --mode eval: a workdir or checkpoint other than this workdir's best"
@@ -35,6 +40,8 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator HOST:PORT: the number of processes")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator HOST:PORT: the index of this process, from 0")
+
+_log = logging.getLogger("deq_flax")
 
 MAY_CHANGE = (
     "eval.",
@@ -53,8 +60,8 @@ MAY_CHANGE = (
 what is learned (but for rounding on another mesh)."""
 
 
-def main() -> int:
-    """Run the command; returns its exit code."""
+def main() -> Mapping[str, Any] | None:
+    """Run the command; returns its result in the first process."""
     config, workdir = cli.resolved(), Path(_WORKDIR.value or "")
     cli.require(
         _MODE.value == "eval" or _CHECKPOINT.value is None,
@@ -64,10 +71,11 @@ def main() -> int:
         task = make_task(config)
         # Options that were left to the data are known now; the record of the run holds them.
         config = dataclasses.replace(config, model=task.model_options)
-        return _evaluate(task, config, workdir) if _MODE.value == "eval" else _train(task, config, workdir)
+        result = _evaluate(task, config, workdir) if _MODE.value == "eval" else _train(task, config, workdir)
+        return result if is_first() else None
 
 
-def _train(task: Task, config: Config, workdir: Path) -> int:
+def _train(task: Task, config: Config, workdir: Path) -> Mapping[str, Any]:
     record = to_dict(config)
     _refuse_another_config(record, workdir)
     result = train(
@@ -81,31 +89,50 @@ def _train(task: Task, config: Config, workdir: Path) -> int:
         checkpoint=config.checkpoint,
     )
     if result.interrupted:
-        return 0
+        return {"workdir": str(workdir), "interrupted": True, "step": result.step}
     if result.resumed:
         print_once(f"this run is complete ({config.train.steps} steps); its best checkpoint once more:")
+    evaluation = _described(workdir, Evaluation(step=result.step, metrics=result.metrics, sweep=[]), config)
+    _keep(evaluation, workdir, write_evaluation)
     print_once(_summary("done", result.step, result.metrics))
-    return 0
+    return {"workdir": str(workdir), "interrupted": False} | evaluation
 
 
-def _evaluate(task: Task, config: Config, workdir: Path) -> int:
+def _evaluate(task: Task, config: Config, workdir: Path) -> Mapping[str, Any]:
     path = Path(_CHECKPOINT.value) if _CHECKPOINT.value else workdir
     result = evaluate_checkpoint(
         task, path, phases=phases_of(config), mesh=config.mesh, options=config.eval, seed=config.train.seed
     )
-    if result.anytime and is_first():
-        _write_lines(workdir / "anytime.jsonl", map(json.dumps, result.anytime))
-        print(_table(result.anytime))
+    evaluation = _described(path, result, config)
+    _keep(evaluation, workdir, write_evaluation, append_evaluation)
+    if result.sweep:
+        print_once(_table(result.sweep))
     print_once(_summary("evaluated", result.step, result.metrics))
-    return 0
+    return evaluation
 
 
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
+def _described(checkpoint: Path, result: Evaluation, config: Config) -> dict[str, Any]:
+    """An evaluation as `eval.json` holds it: all digits, and the limits that it was made under."""
+    deq = config.deq
+    return {
+        "checkpoint": str(checkpoint),
+        "step": result.step,
+        "metrics": result.metrics,
+        "limits": None if deq is None else {"max_steps": deq.max_steps, "tol": deq.tol, "stop": deq.stop},
+        "sweep": result.sweep,
+        "config": to_dict(config),
+    }
+
+
+def _keep(evaluation: Mapping[str, Any], workdir: Path, *writers: Callable[[Path, Mapping[str, Any]], None]) -> None:
+    """Write an evaluation, in the first process. Where the disk refuses, warn rather than lose the result."""
+    if not is_first():
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        for write in writers:
+            write(workdir, evaluation)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        _log.warning("cannot write the evaluation to %s: %s", workdir, error.strerror or error)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -130,13 +157,12 @@ def _summary(head: str, step: int, metrics: Mapping[str, Mapping[str, float]]) -
 
 def _refuse_another_config(config: Mapping[str, Any], workdir: Path) -> None:
     """Raise UserError if the workdir holds a run of another config: continuing it would give the result of neither."""
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / "config.json").exists():
         return
     try:
-        stored = from_stored(json.loads(path.read_text()), vocab_size=config["model"].get("vocab_size", 0))
-    except (OSError, ValueError, UserError) as error:
-        raise UserError(f"cannot read {path}: {error}; choose another --workdir") from error
+        stored = read_run_config(workdir, vocab_size=config["model"].get("vocab_size", 0))
+    except UserError as error:
+        raise UserError(f"{error}; choose another --workdir") from error
     old, new = dict(flattened(to_dict(stored))), dict(flattened(config))
     differing = [
         key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
@@ -151,4 +177,4 @@ def _refuse_another_config(config: Mapping[str, Any], workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "workdir"))
+    cli.run(main, required=("workdir",), of_run=("workdir", run_config))

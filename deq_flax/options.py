@@ -37,8 +37,7 @@ def make(cls: type[Options], values: Mapping[str, Any], where: str, **given: Any
     """
     hints = {name: hint for name, hint in hints_of(cls).items() if name not in given}
     for name in values:
-        if name not in hints:
-            raise UserError(f"{where} has no key {name!r}{suggestion(name, hints)}")
+        require_known(name, hints, where)
     for field in dataclasses.fields(cls):  # ty: ignore[invalid-argument-type]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name in hints and field.name not in values:
@@ -99,6 +98,12 @@ def docs_of(cls: type) -> dict[str, str]:
             else:
                 name = None
     return docs
+
+
+def require_known(name: str, known: Iterable[str], where: str) -> None:
+    """Raise UserError unless `name` is among the known names of the options at `where`."""
+    if name not in (known := list(known)):
+        raise UserError(f"{where} has no key {name!r}{suggestion(name, known)}")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

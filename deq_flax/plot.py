@@ -1,6 +1,6 @@
 """Plot a run: curves of its metrics and, for image models, predictions of the best checkpoint on validation images.
 
-  python -m deq_flax.plot --workdir runs/digits
+  python -m deq_flax.plot --workdir runs/digits [--config.data.path=PATH]
 
 PNGs are written to WORKDIR/plots. The curves need metrics.jsonl alone; predictions, confusion matrix and residuals by branch
 need the checkpoint and the data too.
@@ -14,12 +14,14 @@ from typing import Any
 from absl import flags
 
 from deq_flax import cli
-from deq_flax.config import make_task, read_run_config
+from deq_flax.config import make_task
+from deq_flax.config_files import run_config
 from deq_flax.errors import UserError
 from deq_flax.plot_model import draw_model
 from deq_flax.task import HasPictures
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_CONFIG = cli.config_flag(_FLAGS)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the workdir of the run", flag_values=_FLAGS)
 _MODEL = flags.DEFINE_bool("model", True, "--nomodel: the curves only, without the checkpoint and the data", flag_values=_FLAGS)
 
@@ -40,25 +42,32 @@ PANELS = {
 COLORS = {"train": "#8a8a8a", "valid": "#1f6fb4", "test": "#d1602b"}
 
 
-def main() -> int:
-    """Run the command."""
+def main() -> dict[str, Any]:
+    """Run the command; returns its result."""
     workdir = Path(_WORKDIR.value or "")
     pyplot = _pyplot()
     lines = read_metrics(workdir)
     folder = workdir / "plots"
+    drawn: list[str] = []
     try:
         folder.mkdir(exist_ok=True)
         for name, panels in PANELS.items():
-            _save(draw_panels(pyplot, lines, panels), folder / f"{name}.png")
+            drawn.append(_save(draw_panels(pyplot, lines, panels), folder / f"{name}.png"))
         if _MODEL.value:
-            _draw_model(pyplot, workdir, folder)
+            drawn += [_save(picture, folder / f"{name}.png") for name, picture in _draw_model(pyplot, workdir).items()]
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-    return 0
+    return {"files": drawn}
 
 
 def read_metrics(workdir: Path) -> Lines:
-    """The lines of a run's metrics.jsonl, without an incomplete last line. UserError: there are none, or one is damaged."""
+    """The lines of a run's metrics.jsonl: those of training and, from evaluations since, those of the test split.
+
+    An incomplete last line is left out.
+
+    Raises:
+      UserError: there are none, or one is damaged.
+    """
     path = workdir / "metrics.jsonl"
     try:
         text = path.read_text(encoding="utf-8")
@@ -75,7 +84,8 @@ def read_metrics(workdir: Path) -> Lines:
             raise UserError(
                 f"{path} line {number} is no line of metrics: delete it, or the run's report was overwritten"
             ) from error
-        lines.append(entry)
+        if entry.get("mode") != "eval" or (entry["split"] == "test" and "max_steps" not in entry):
+            lines.append(entry)
     if not lines:
         raise UserError(f"{path} holds no metrics yet: train for at least train.log_every steps")
     return lines
@@ -103,18 +113,15 @@ def draw_panels(pyplot: Any, lines: Lines, panels: Sequence[tuple[str, str]]) ->
     return figure
 
 
-def _draw_model(pyplot: Any, workdir: Path, folder: Path) -> None:
-    """Plot what needs the model; nothing if its task has no pictures."""
-
-    config = read_run_config(workdir)
+def _draw_model(pyplot: Any, workdir: Path) -> dict[str, Any]:
+    """Pictures of the model by name; none if its task has no pictures."""
+    config = cli.resolved(_FLAGS)
     task = make_task(config)
-    if isinstance(task, HasPictures):
-        for name, picture in draw_model(pyplot, task, config.deq, workdir).items():
-            _save(picture, folder / f"{name}.png")
+    return draw_model(pyplot, task, config.deq, workdir) if isinstance(task, HasPictures) else {}
 
 
-def _save(picture: Any, path: Path) -> None:
-    """Write a Matplotlib figure, or an image, (H, W, 3) uint8."""
+def _save(picture: Any, path: Path) -> str:
+    """Write a Matplotlib figure, or an image, (H, W, 3) uint8; returns the file's name, which is printed too."""
     if hasattr(picture, "savefig"):
         picture.savefig(path, dpi=130)
         picture.clear()
@@ -123,6 +130,7 @@ def _save(picture: Any, path: Path) -> None:
 
         Image.fromarray(picture).save(path)
     print(path)
+    return str(path)
 
 
 def _pyplot() -> Any:
@@ -138,4 +146,4 @@ def _pyplot() -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir",), flag_values=_FLAGS)
+    cli.run(main, required=("workdir",), of_run=("workdir", run_config), flag_values=_FLAGS)

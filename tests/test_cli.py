@@ -1,5 +1,8 @@
 """Laws of the command line: a user error is one line and exit code 2; only bugs have tracebacks."""
 
+import dataclasses
+import json
+import runpy
 import subprocess
 import sys
 
@@ -7,6 +10,7 @@ import pytest
 from absl import flags
 
 from deq_flax import cli
+from deq_flax.config import resolve
 from deq_flax.errors import UserError
 from tests.commands import ROOT
 
@@ -31,12 +35,13 @@ class Command:
         self.config = cli.config_flag(self.values)
         flags.DEFINE_string("workdir", None, "folder of the run", flag_values=self.values)
         flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do", flag_values=self.values)
-        self.seen = None
+        self.seen = self.resolved = None
         self.body = body
 
     def __call__(self, *arguments, **options):
         def main(*positional):
-            self.seen = cli.resolved(self.values) if self.config.value is not None else positional
+            self.resolved = self.values["config"].resolved
+            self.seen = positional if self.resolved is None else self.resolved
             return self.body() if self.body else None
 
         main.__module__ = __name__
@@ -180,7 +185,40 @@ def test_errors_of_main(capsys):
     assert capsys.readouterr().err == "interrupted\n"
     with pytest.raises(ZeroDivisionError):
         cli.run(buggy, ["command"], flag_values=flags.FlagValues())
-    assert Command(lambda: 3)() == 3
+
+
+def test_with_json_stdout_holds_one_object_and_nothing_else(capsys):
+    def talkative():
+        print("step 1")
+        return {"loss": 1 / 3, "worst": float("inf"), "files": ["a"]}
+
+    def mistaken():
+        raise UserError("two\nlines")
+
+    assert Command(talkative)("--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"loss": 1 / 3, "worst": None, "files": ["a"]} and err == "step 1\n"
+    assert Command(talkative)() == 0
+    assert capsys.readouterr().out == "step 1\n"
+    assert Command(mistaken)("--json") == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": "two lines"} and err == "error: two lines\n"
+
+
+def test_the_config_of_a_run_is_taken_where_none_is_given(config, capsys):
+    command, other = Command(), resolve(runpy.run_path(config)["get_config"]().to_dict())
+    runs = {"with": dataclasses.replace(other, train=dataclasses.replace(other.train, steps=77)), "without": None}
+    of_run = ("workdir", runs.get)
+    assert command("--workdir=with", "--config.model.pre_norm", of_run=of_run) == 0
+    assert command.resolved.train.steps == 77 and command.resolved.model.pre_norm
+    assert command("--workdir=with", "--config", config, of_run=of_run) == 0
+    assert command.resolved.train.steps == 10
+    capsys.readouterr()
+    assert command("--workdir=without", of_run=of_run) == 0 and command.resolved is None
+    assert command("--workdir=with", "--config.train.stepps=3", of_run=of_run) == 2
+    assert the_error(capsys).endswith("did you mean 'steps'? To list the keys: --workdir with --help\n")
+    assert command("--workdir=with", "--help", of_run=of_run) == 0
+    assert "--config.train.steps=77\n" in capsys.readouterr().out
 
 
 def test_require():

@@ -111,7 +111,7 @@ def test_memory_and_max_steps_may_change_for_evaluation(tmp_path):
     assert longer.metrics["valid"]["forward_nfe"] == 6 < usual.metrics["valid"]["forward_nfe"]
     radii = [usual.metrics["valid"].pop(f"spectral_radius_{kind}") for kind in ("mean", "max")]
     assert 0 < radii[0] <= radii[1]
-    table = [row for row in usual.anytime if row["split"] == "valid"]
+    table = [row for row in usual.sweep if row["split"] == "valid"]
     assert [row["max_steps"] for row in table] == [2, 4, 40]
     assert [row["forward_nfe"] for row in table[:2]] == [2, 4]
     assert table[0]["forward_residual"] > table[1]["forward_residual"] > table[2]["forward_residual"]
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_an_earlier_version_converts_back_too(tmp_path, monkeypa
     folder = converted("lm_deq_nocut", tmp_path / "dir")
     loaded = load_model(folder)
     earlier = dataclasses.replace(loaded, meta=loaded.meta | {"converted": loaded.meta["converted"] | {"family": "language"}})
-    monkeypatch.setattr("deq_flax.pretrained.load_model", lambda checkpoint: earlier)
+    monkeypatch.setattr("deq_flax.convert.load_model", lambda checkpoint: earlier)
     _, n_tensors = to_torch(folder, tmp_path / "back.pth")
     with open_tensors(source("lm_deq_nocut")) as file:
         assert n_tensors == len(file.tensors)

@@ -49,18 +49,31 @@ def test_training_prints_its_result(trained):
 
 def test_the_same_command_again_reports_that_the_run_is_complete(trained):
     workdir, first = trained
-    again = main("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), *QUICK)
+    again = main("--workdir", str(workdir))  # the config is the run's own
     assert again.returncode == 0 and "this run is complete" in again.stdout
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
 
 
-def test_eval_reports_the_best_checkpoint_and_changes_nothing(trained):
+def test_eval_takes_the_config_of_the_run_and_leaves_results_for_programs(trained):
     workdir, first = trained
-    before = (workdir / "metrics.jsonl").read_bytes()
-    result = main("--config", "configs/wt103.py:tiny", "--workdir", str(workdir), "--mode", "eval", *QUICK)
+    before, trained_result = (workdir / "metrics.jsonl").read_text(), json.loads((workdir / "eval.json").read_text())
+    result = main("--mode", "eval", "--workdir", workdir, "--config.eval.max_steps_sweep=2,16", "--json")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].split("|")[1:] == first.stdout.splitlines()[-1].split("|")[1:]
-    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert result.stderr.splitlines()[-1].split("|")[1:] == first.stdout.splitlines()[-1].split("|")[1:]
+    found = json.loads((workdir / "eval.json").read_text())
+    assert json.loads(result.stdout) == found and found["metrics"] == trained_result["metrics"]
+    assert (found["step"], found["limits"]) == (4, {"max_steps": 16, "tol": 1e-3, "stop": "relative"})
+    assert found["config"]["eval"]["max_steps_sweep"] == [2, 16]
+    assert [(row["split"], row["max_steps"]) for row in found["sweep"]] == [
+        ("valid", 2), ("test", 2), ("valid", 16), ("test", 16),
+    ]  # fmt: skip
+    text = (workdir / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.removeprefix(before).splitlines()]
+    head = {"step": 4, "mode": "eval"}
+    assert rows == [head | {"split": split} | found["metrics"][split] for split in ("valid", "test")] + [
+        head | row for row in found["sweep"]
+    ]
+    assert text.startswith(before) and f"{found['metrics']['test']['loss']:.4g}" in first.stdout
 
 
 def test_a_workdir_of_another_config_is_not_changed(trained):

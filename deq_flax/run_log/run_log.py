@@ -22,6 +22,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from deq_flax.errors import UserError
 from deq_flax.run_log.progress import progress_line, rounded, to_number
+from deq_flax.run_log.results import replace_file
 
 _log = logging.getLogger("deq_flax")
 
@@ -49,7 +50,7 @@ class RunLog:
         last = -1 if resume_step is None else resume_step
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            _replace(self._path, _lines_up_to(self._path, last))
+            replace_file(self._path, _lines_up_to(self._path, last))
             self._file = self._path.open("ab", buffering=0)
             self._events = _open_events(self._workdir / "tensorboard", last + 1)
         except OSError as error:
@@ -65,14 +66,14 @@ class RunLog:
         """Write `config.json`, completely or not at all, and the same as text to TensorBoard."""
         text = json.dumps(config, indent=2)
         with self._tolerating_disk_errors():
-            _replace(self._workdir / "config.json", f"{text}\n".encode())
+            replace_file(self._workdir / "config.json", f"{text}\n".encode())
         indented = "\n".join(f"    {line}" for line in text.splitlines())  # a code block to TensorBoard
         self._add_events(step, [summary.text("config", indented)])
 
     def write_text(self, name: str, content: str) -> None:
         """Write the file `name`, such as vocabulary.txt, completely or not at all."""
         with self._tolerating_disk_errors():
-            _replace(self._workdir / name, content.encode())
+            replace_file(self._workdir / name, content.encode())
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Append a line `{"step": step, "split": split, ...}` to `metrics.jsonl`, and the same to TensorBoard.
@@ -180,16 +181,6 @@ def _lines_up_to(path: Path, last_step: int) -> bytes:
             if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
                 kept.append(line)
     return b"".join(kept)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment it has the old content or the new."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def _open_events(folder: Path, purge_step: int) -> RecordWriter:

@@ -57,10 +57,10 @@ class Evaluation:
     """The results of a checkpoint."""
 
     step: int
-    metrics: dict[str, dict[str, float]]
+    metrics: Mapping[str, Mapping[str, float]]
     """Numbers by split."""
-    anytime: list[dict[str, Any]]
-    """The sweep: one row for each split and limit on the evaluations, which it holds as `split` and `max_steps`."""
+    sweep: list[dict[str, Any]]
+    """One row for each split and limit on the evaluations, which it holds as `split` and `max_steps`."""
 
 
 class Loaded(NamedTuple):
@@ -151,20 +151,21 @@ def evaluate_checkpoint(
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}
     if options.spectral_radius:
         results["valid"] |= _spectral_radius(task, model, graphdef, devices, solver, *weights)
-    anytime = [
+    sweep = [
         {"split": split, "max_steps": limit} | evaluate(task, model, step, devices, *weights, split, max_steps=limit)
         for limit in options.max_steps_sweep
         for split in SPLITS
     ]
-    return Evaluation(step=number, metrics=results, anytime=anytime)
+    return Evaluation(step=number, metrics=results, sweep=sweep)
 
 
 def _spectral_radius(
     task: Task, model: nnx.Module, graphdef: Any, mesh: Mesh, solver: Solver | None, params: Any, variables: Any
 ) -> dict[str, float]:
     """Mean and maximum of the spectral radius over the first batch of the validation split."""
-    if not isinstance(task, HasEquation) or solver is None:
-        raise UserError("eval.spectral_radius: this model has no equilibrium; set it to False")
+    if not isinstance(task, HasEquation):
+        raise UserError("eval.spectral_radius: this task does not state its equation; set it to False")
+    assert solver is not None, "EvalOptions.check has refused it"
     equation = task.equation
 
     @partial(jax.jit, out_shardings=replicated(mesh))
