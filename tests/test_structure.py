@@ -26,6 +26,7 @@ MAY = {
     "train": {"task", "equilibrium", "devices", "checkpoints", "run_log", "options", "errors"},
     "torch_checkpoint": {"nn", "errors"},
     "config": {"options", "errors", "models", "task", "tasks", "devices", "checkpoints", "train"},
+    "__main__": {"options"},
     "config_files": {"config", "options", "checkpoints", "errors"},
     "cli": {"options", "config", "config_files", "run_log", "errors"},
     "pretrained": {"config", "config_files", "checkpoints", "models", "train"},

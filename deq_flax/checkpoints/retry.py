@@ -32,16 +32,17 @@ class RetryingSaver:
         self._checkpoints, self._meta, self._log_is_on_disk = checkpoints, meta, log_is_on_disk
         self._failed = False
 
-    def save(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None = None, **meta: Any) -> None:
         """Start a save. A failure, also of the previous save, is logged and remembered.
 
         Args:
           step, metrics: as for `Checkpoints.save`.
           trees: its `params`, `rest` and, unless None, `ema`, by these names.
+          meta: JSON that this checkpoint stores beside that of every checkpoint.
         """
         self._check_previous(wait=True)
         try:
-            self._start(step, trees, metrics)
+            self._start(step, trees, metrics, meta)
             self._failed = False
         except DiskError as error:
             self._remember(error)
@@ -52,12 +53,12 @@ class RetryingSaver:
             self._check_previous(wait=False)
         return self._failed
 
-    def save_final(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+    def save_final(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None = None, **meta: Any) -> None:
         """Save, and return once it is on disk; DiskError if it fails repeatedly. Arguments as for `save`."""
         self._check_previous(wait=True)
         for pause in (*FINAL_PAUSES, None):
             try:
-                self._start(step, trees, metrics)
+                self._start(step, trees, metrics, meta)
                 return self._checkpoints.wait()
             except DiskError as error:
                 if pause is None:
@@ -65,10 +66,10 @@ class RetryingSaver:
                 self._remember(error)
                 time.sleep(pause)
 
-    def _start(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
+    def _start(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None, meta: Mapping[str, Any]) -> None:
         if not self._log_is_on_disk():
             raise DiskError(f"cannot write the run's log, and so not the checkpoint of step {step}")
-        self._checkpoints.save(step, **trees, meta=self._meta, metrics=metrics)
+        self._checkpoints.save(step, **trees, meta={**self._meta, **meta}, metrics=metrics)
 
     def _check_previous(self, *, wait: bool) -> None:
         """Notice a failure of the previous save; unless `wait`, only if it is no longer being written."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import metrics as clu_metrics
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -142,6 +143,7 @@ class Run:
             skipped=place(np.zeros((), np.int32), everywhere),
         )
         self.step = 0
+        self.window: Mapping[str, Any] = {}
         self.clock = Clock()
         self.train_step = make_train_step(
             task,
@@ -165,6 +167,7 @@ class Run:
             state = self.state._replace(params=restored.params, **restored.rest)
             self.state = state if state.ema is None else state._replace(ema=restored.ema)
             self.step = restored.step
+            self.window = restored.meta.get("window", {})  # a checkpoint of an earlier version has none
             print_once(f"continuing from the checkpoint of step {restored.step}")
         elif init_from:
             weights, variables = self._pretrained(init_from)
@@ -190,7 +193,7 @@ class Run:
         """Run steps `start` to the last. Returns whether a signal ended it early."""
         options = self.options
         batches = self.task.train_batches(start, local_rows(self.devices, self.task.batch_size))
-        log = Log(self, run_log, start)
+        log = Log(self, run_log, start, self.window)
         self.clock.lap()
         with stop_signal() as stop:
             for number in range(start, options.steps):
@@ -203,7 +206,8 @@ class Run:
                     log.flush()
                     with self.clock.pause():
                         metrics = self.evaluate("valid", run_log) if evaluates else None
-                        (saver.save_final if last else saver.save)(done, self.state.checkpoint_trees(), metrics)
+                        save = saver.save_final if last else saver.save
+                        save(done, self.state.checkpoint_trees(), metrics, window=log.window())
                 if stopping and done < options.steps:
                     log.flush()
                     print_once(f"{stop.received}: stopped at step {done}; the same command continues from here")
@@ -251,13 +255,16 @@ class Run:
 
 
 class Log:
-    """Average metrics between log lines, one step behind the device, so that the host never waits for the step it just sent."""
+    """Average metrics between log lines, one step behind the device, so that the host never waits for the step it just sent.
 
-    def __init__(self, run: Run, run_log: RunLog, start: int):
+    `window`: what `window` returned when the checkpoint of step `start` was saved.
+    """
+
+    def __init__(self, run: Run, run_log: RunLog, start: int, window: Mapping[str, Any]):
         self._run, self._run_log = run, run_log
         self._pending: tuple[int, Metrics] | None = None
-        self._totals: Metrics = {}
-        self._since = start
+        self._totals: Metrics = {name: _average(*sums) for name, sums in window.items()}
+        self._since = start  # of the rates, which are those of this process
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Add the metrics of a step that has just been dispatched; read those of the step before."""
@@ -275,6 +282,10 @@ class Log:
         options = self._run.options
         if step % options.log_every == 0 or step == options.steps:
             self._write(step)
+
+    def window(self) -> dict[str, Any]:
+        """The sums and counts since the last log line, as JSON: a run that is resumed here logs the same averages next."""
+        return {name: [np.asarray(m.total).tolist(), np.asarray(m.count).tolist()] for name, m in self._totals.items()}
 
     def _write(self, step: int) -> None:
         seconds = self._run.clock.lap() / (step - self._since)
@@ -295,3 +306,9 @@ class Log:
                 f"the loss or gradient was not finite {in_a_row} steps in a row, up to step {step}: lower "
                 "optimizer.learning_rate or raise deq.max_steps; the last good checkpoint is kept"
             )
+
+
+def _average(total: Any, count: Any) -> clu_metrics.Average:
+    """A metric on the host, in float64 as `fetch` gives it."""
+    total, count = np.asarray(total, np.float64), np.asarray(count, np.float64)
+    return clu_metrics.Average(total=total, count=count)  # ty: ignore[unknown-argument]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from deq_flax.checkpoints.checkpoints import Checkpoints
+from deq_flax.checkpoints.stored_step import read_record
 from deq_flax.config import phases_of, resolve
 from deq_flax.errors import UserError
 from deq_flax.models.transformer_xl import TransformerXL
@@ -88,6 +89,25 @@ def test_a_stop_signal_saves_and_the_run_goes_on_from_there(folder, uninterrupte
     run(config(folder), tmp_path)
     assert metrics(tmp_path) == metrics(uninterrupted)
     assert arrays(tmp_path, 8) == arrays(uninterrupted, 8)
+
+
+def test_a_stop_between_two_log_lines_leaves_no_trace(folder, tmp_path):
+    """The averages after it cover the whole window, across a phase's end too: metrics.jsonl is the same line for line."""
+
+    def terminate(number, batch):
+        if number in (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    c = config(folder, train={"log_every": 5, "eval_every": 0, "checkpoint_every": 100})
+    stops = [run(c, tmp_path / "stopped", lambda task: ChangedBatches(task, terminate)) for _ in range(2)]
+    assert [(stop.interrupted, stop.step) for stop in stops] == [(True, 2), (True, 4)]
+    window = read_record(tmp_path / "stopped" / "checkpoints" / "4")["window"]
+    assert window["loss"][1] == 4 * 4 * 8  # tokens of four steps
+    for name in ("stopped", "whole"):
+        run(c, tmp_path / name)
+    assert list(map(list, metrics(tmp_path / "stopped"))) == list(map(list, metrics(tmp_path / "whole")))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
 def test_a_complete_run_is_only_evaluated_again(folder, uninterrupted, tmp_path):

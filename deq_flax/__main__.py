@@ -1,0 +1,65 @@
+"""All commands of this package under one name: `deq-flax COMMAND ...`, or `python -m deq_flax COMMAND ...`.
+
+  deq-flax train --config wt103:tiny --workdir runs/tiny
+  deq-flax eval --workdir runs/tiny --json
+  deq-flax plot --workdir runs/tiny
+
+`deq-flax COMMAND --help` explains a command.
+"""
+
+import runpy
+import sys
+from typing import NamedTuple
+
+import deq_flax
+from deq_flax.options import suggestion
+
+
+class Command(NamedTuple):
+    """A command: the module that is run as a program, the arguments that come first, and its purpose."""
+
+    module: str
+    arguments: tuple[str, ...]
+    purpose: str
+
+
+COMMANDS = {
+    "train": Command("main", (), "train a model, or continue a run"),
+    "eval": Command("main", ("--mode", "eval"), "evaluate a run's best checkpoint"),
+    "generate": Command("generate", (), "generate text with a language model"),
+    "plot": Command("plot", (), "draw a run's curves, and pictures of its model"),
+    "convert": Command("convert", (), "convert weights of the original PyTorch code, or back"),
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "-help", "--help", "help"):
+        print(f"{(__doc__ or '').strip()}\n\nCommands:")
+        for known, command in COMMANDS.items():
+            print(f"  {known:<10}{command.purpose}")
+        return
+    if name == "--version":
+        print(deq_flax.__version__)
+        return
+    if name not in COMMANDS:
+        _fail(f"unknown command {name!r}{suggestion(name, COMMANDS)}")
+    command = COMMANDS[name]
+    sys.argv = [f"deq-flax {name}", *command.arguments, *arguments]
+    try:
+        runpy.run_module(f"deq_flax.{command.module}", run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("deq_flax"):
+            raise
+        extra = name if name in ("convert", "plot") else "train"
+        _fail(f"{name} needs the package {error.name}, which is not installed: pip install 'deq-flax[{extra}]'")
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
