@@ -24,12 +24,12 @@ class RetryingSaver:
     Args:
       checkpoints: where to.
       meta: JSON that every checkpoint stores, see `Checkpoints.save`.
-      log_is_on_disk: whether all lines of the run log are on disk. Where they are not, a save counts as refused: a run resumed
-        from that checkpoint would never write them again.
+      may_save: called before each save: whether all lines of the run log are on disk. Where they are not, a save counts as
+        refused: a run resumed from that checkpoint would never write them again.
     """
 
-    def __init__(self, checkpoints: Checkpoints, meta: Mapping[str, Any], *, log_is_on_disk: Callable[[], bool] = lambda: True):
-        self._checkpoints, self._meta, self._log_is_on_disk = checkpoints, meta, log_is_on_disk
+    def __init__(self, checkpoints: Checkpoints, meta: Mapping[str, Any], *, may_save: Callable[[], bool] = lambda: True):
+        self._checkpoints, self._meta, self._may_save = checkpoints, meta, may_save
         self._failed = False
 
     def save(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None = None, **meta: Any) -> None:
@@ -67,7 +67,7 @@ class RetryingSaver:
                 time.sleep(pause)
 
     def _start(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None, meta: Mapping[str, Any]) -> None:
-        if not self._log_is_on_disk():
+        if not self._may_save():
             raise DiskError(f"cannot write the run's log, and so not the checkpoint of step {step}")
         self._checkpoints.save(step, **trees, meta={**self._meta, **meta}, metrics=metrics)
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints
 from deq_flax.checkpoints.loading import load_params, load_params_except_head
 from deq_flax.checkpoints.retry import RetryingSaver
+from deq_flax.checkpoints.workdir_lock import WorkdirLock
 from deq_flax.devices.mesh import MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
 from deq_flax.devices.processes import is_first, print_once
 from deq_flax.devices.sharding import named_shardings, opt_shardings, param_specs
@@ -97,12 +98,13 @@ def train(
       optimizer, train, mesh, checkpoint: these sections of the config.
 
     Raises:
-      UserError: an option is out of range, the workdir is not usable, or too many updates in a row were not finite.
+      UserError: an option is out of range, the workdir is not usable or in use, or too many updates in a row were not finite.
     """
-    devices = make_mesh(mesh)
-    check_batch(devices, batch_size=task.batch_size, accumulate=train.accumulate, eval_batch_size=task.eval_batch_size)
-    run = Run(task, phases, train, devices, optimizer)
     with ExitStack() as stack:
+        lock = stack.enter_context(WorkdirLock(workdir)) if is_first() else None  # one for all processes of a run
+        devices = make_mesh(mesh)
+        check_batch(devices, batch_size=task.batch_size, accumulate=train.accumulate, eval_batch_size=task.eval_batch_size)
+        run = Run(task, phases, train, devices, optimizer)
         checkpoints = stack.enter_context(Checkpoints(Path(workdir) / "checkpoints", checkpoint))
         start = run.restore(checkpoints, checkpoint.init_from)
         log = stack.enter_context(RunLog(workdir, start or None) if is_first() else SilentRunLog())
@@ -110,9 +112,15 @@ def train(
         if isinstance(task, HasVocabulary) and task.vocabulary_file is not None:
             log.write_text(*task.vocabulary_file)
         interrupted = False
+
+        def may_save() -> bool:
+            if lock is not None:
+                lock.check()
+            return log.flush()
+
         if start < train.steps:
             print_once(parameter_table(run.state.params))
-            saver = RetryingSaver(checkpoints, {"config": config}, log_is_on_disk=log.flush)
+            saver = RetryingSaver(checkpoints, {"config": config}, may_save=may_save)
             interrupted = run.run(start, saver, log)
         if interrupted:
             return RunResult(step=run.step, metrics={}, interrupted=True)

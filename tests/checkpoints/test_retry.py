@@ -67,7 +67,7 @@ def test_a_failure_in_the_background_is_noticed_once_it_is_over(disk):
 
 def test_nothing_is_saved_before_the_log_is_on_disk(disk, caplog):
     on_disk = False
-    saver = RetryingSaver(disk, {}, log_is_on_disk=lambda: on_disk)
+    saver = RetryingSaver(disk, {}, may_save=lambda: on_disk)
     saver.save(1, TREES)
     assert saver.needs_retry() and disk.attempts == 0 and "log" in caplog.text
     on_disk = True

@@ -110,6 +110,21 @@ def test_a_stop_between_two_log_lines_leaves_no_trace(folder, tmp_path):
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
+def test_a_workdir_in_use_refuses_a_second_run_and_can_be_evaluated(folder, uninterrupted, tmp_path):
+    seen = []
+
+    def meanwhile(number, batch):
+        if number == 5:
+            with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .* since .*: wait for it"):
+                run(config(folder), tmp_path)
+            seen.append(load_model(tmp_path).meta["step"])
+        return batch
+
+    run(config(folder), tmp_path, lambda task: ChangedBatches(task, meanwhile))
+    assert seen == [4] and metrics(tmp_path) == metrics(uninterrupted)
+    assert not (tmp_path / "run.lock").exists()
+
+
 def test_a_complete_run_is_only_evaluated_again(folder, uninterrupted, tmp_path):
     before = metrics(uninterrupted)
     result = run(config(folder), uninterrupted, crash_at(*range(100)))
