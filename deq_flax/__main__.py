@@ -16,19 +16,24 @@ from deq_flax.options import suggestion
 
 
 class Command(NamedTuple):
-    """A command: the module that is run as a program, the arguments that come first, and its purpose."""
+    """A command."""
 
-    module: str
-    arguments: tuple[str, ...]
     purpose: str
+    module: str
+    """The module that is run as a program."""
+    extra: str = "train"
+    """The extra whose packages it needs."""
+    arguments: tuple[str, ...] = ()
+    """Arguments before those that are given."""
 
 
 COMMANDS = {
-    "train": Command("main", (), "train a model, or continue a run"),
-    "eval": Command("main", ("--mode", "eval"), "evaluate a run's best checkpoint"),
-    "generate": Command("generate", (), "generate text with a language model"),
-    "plot": Command("plot", (), "draw a run's curves, and pictures of its model"),
-    "convert": Command("convert", (), "convert weights of the original PyTorch code, or back"),
+    "train": Command("train a model, or continue a run", "main"),
+    "eval": Command("evaluate a run's best checkpoint", "main", arguments=("--mode", "eval")),
+    "generate": Command("generate text with a language model", "generate"),
+    "plot": Command("draw a run's curves, and pictures of its model", "plot", extra="plot"),
+    "tokenize": Command("encode text files as subword tokens", "tokenize", extra="text"),
+    "convert": Command("convert weights of the original PyTorch code, or back", "convert", extra="convert"),
 }
 
 
@@ -52,8 +57,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("deq_flax"):
             raise
-        extra = name if name in ("convert", "plot") else "train"
-        _fail(f"{name} needs the package {error.name}, which is not installed: pip install 'deq-flax[{extra}]'")
+        _fail(f"{name} needs the package {error.name}, which is not installed: pip install 'deq-flax[{command.extra}]'")
 
 
 def _fail(message: str) -> None:

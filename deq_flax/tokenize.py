@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -46,8 +47,8 @@ Piece = tuple[str, bool]
 """Text, and whether it ends a document."""
 
 
-def main(folder: str) -> None:
-    """Run the command."""
+def main(folder: str) -> dict[str, Any]:
+    """Run the command; returns its result."""
     out = Path(folder)
     cli.require(not out.exists(), f"{out} exists: give a new folder, or delete it")
     cli.require(bool(_VALID.value) == bool(_TEST.value), "give both --valid and --test, or neither")
@@ -71,6 +72,7 @@ def main(folder: str) -> None:
         print(f"{split}: {fact['tokens']:,} tokens, {fact['bytes']:,} bytes, {per_token:.2f} bytes a token")
     _warn_of_invalid(splits)
     print(f"{out}: {len(tokenizer)} tokens; train with --config.data.name=tokens --config.data.path={out}")
+    return {"folder": str(out)} | meta
 
 
 class Text:

@@ -39,7 +39,7 @@ def test_requirements_txt_installs_what_train_and_convert_need():
     assert in_file("requirements.txt") == required("train", "convert")
 
 
-@pytest.mark.parametrize("extra", ["plot", "docs", "cuda", "tpu", "bench"])
+@pytest.mark.parametrize("extra", ["plot", "text", "docs", "cuda", "tpu", "bench"])
 def test_an_extra_and_its_requirements_file_say_the_same(extra):
     base = required("train")
     assert in_file(f"requirements-{extra}.txt") - base == required(extra) - base
