@@ -1,4 +1,4 @@
-"""Text for the terminal: the table of parameters, and a line of progress with its clock."""
+"""Text for the terminal: the table of parameters, the devices, and a line of progress with its clock."""
 
 import contextlib
 import math
@@ -7,7 +7,9 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from clu import parameter_overview
+from jax.sharding import Mesh
 
 _FIELDS = (
     ("loss {}", ("loss", "{:.3f}")),
@@ -94,6 +96,22 @@ def parameter_table(params: Mapping[str, Any], *, max_rows: int = 40) -> str:
         row.arrays, row.size = row.arrays + 1, row.size + math.prod(array.shape)
     table = parameter_overview.make_table(list(rows.values()))
     return f"{table}\n{overview.splitlines()[-1]}"
+
+
+def device_summary(mesh: Mesh, state: Any) -> str:
+    """Two lines on the devices of a run: their kind and mesh; and the bytes of its state, a pytree of arrays, on them.
+
+    What a step needs besides, activations and the solver's history, is not known before it runs.
+    """
+    devices, arrays = mesh.devices.flatten(), jax.tree.leaves(state)
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    on_each = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    whole = sum(x.nbytes for x in arrays)
+    return (
+        f"devices: {len(devices)} x {devices[0].device_kind}{processes}; mesh: {axes}\n"
+        f"training state: {_short(whole)}B, {_short(on_each)}B on each device"
+    )
 
 
 def to_number(value: Any) -> int | float:

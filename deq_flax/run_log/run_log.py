@@ -8,7 +8,9 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import socket
+import sys
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -46,6 +48,7 @@ class RunLog:
         self._workdir = Path(workdir)
         self._path = self._workdir / "metrics.jsonl"
         self._warned = False
+        self._in_line = False
         self._pending = b""
         last = -1 if resume_step is None else resume_step
         try:
@@ -97,9 +100,27 @@ class RunLog:
         return len(self._pending) == 0
 
     def print_progress(self, step: int, steps: int, metrics: Mapping[str, Any], split: str = "train") -> None:
-        """Print a `progress_line`; arguments as there."""
+        """Print a `progress_line`; arguments as there. On a terminal those of training are one line, written over each time."""
+        line = progress_line(step, steps, metrics, split)
+        if split != "train" or not sys.stdout.isatty():
+            return self.print(line)
         with self._tolerating_disk_errors():
-            print(progress_line(step, steps, metrics, split), flush=True)
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be written over
+            print(f"\r\x1b[K{line[:width]}", end="", flush=True)
+            self._in_line = True
+
+    def print(self, text: str) -> None:
+        """Print a line."""
+        self.end_line()
+        with self._tolerating_disk_errors():
+            print(text, flush=True)
+
+    def end_line(self) -> None:
+        """Leave the line that is written over as it is, before anything else is printed."""
+        with self._tolerating_disk_errors():
+            if self._in_line:
+                print(flush=True)
+            self._in_line = False
 
     def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """Write a picture, (H, W, 3) uint8, to `pictures/NAME-STEP.png` and to TensorBoard."""
@@ -111,6 +132,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files."""
+        self.end_line()
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
@@ -162,6 +184,12 @@ class SilentRunLog(RunLog):
         return True
 
     def print_progress(self, step: int, steps: int, metrics: Mapping[str, Any], split: str = "train") -> None:
+        pass
+
+    def print(self, text: str) -> None:
+        pass
+
+    def end_line(self) -> None:
         pass
 
     def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from deq_flax.devices.processes import is_first, print_once
 from deq_flax.devices.sharding import named_shardings, opt_shardings, param_specs
 from deq_flax.errors import UserError
 from deq_flax.run_log.pictures import make_pictures
-from deq_flax.run_log.progress import Clock, parameter_table
+from deq_flax.run_log.progress import Clock, device_summary, parameter_table
 from deq_flax.run_log.run_log import RunLog, SilentRunLog
 from deq_flax.task import HasHead, HasVocabulary, Metrics, Task
 from deq_flax.train.evaluate import SPLITS, divide, evaluate, fetch, merge, summarize
@@ -119,7 +119,7 @@ def train(
             return log.flush()
 
         if start < train.steps:
-            print_once(parameter_table(run.state.params))
+            log.print(f"{parameter_table(run.state.params)}\n{device_summary(devices, run.state)}")
             saver = RetryingSaver(checkpoints, {"config": config}, may_save=may_save)
             interrupted = run.run(start, saver, log)
         if interrupted:
@@ -218,7 +218,7 @@ class Run:
                         save(done, self.state.checkpoint_trees(), metrics, window=log.window())
                 if stopping and done < options.steps:
                     log.flush()
-                    print_once(f"{stop.received}: stopped at step {done}; the same command continues from here")
+                    run_log.print(f"{stop.received}: stopped at step {done}; the same command continues from here")
                     return True
             log.flush()
         return False
@@ -232,7 +232,7 @@ class Run:
         else:
             log.flush()
             with self.clock.pause():
-                print_once(f"compiling: {phase}")
+                log.run_log.print(f"compiling: {phase}")
                 self.state, metrics = self.train_step(self.state, *arguments, phase=phase)
                 jax.block_until_ready(metrics)
             self._compiled.add(phase)
@@ -242,6 +242,8 @@ class Run:
     def evaluate(self, split: str, run_log: RunLog | None = None) -> dict[str, float]:
         """Evaluate the running average if there is one, else the parameters."""
         weights = self.state.eval_params, self.state.variables
+        if run_log is not None:
+            run_log.end_line()
         metrics = self.evaluate_weights(*weights, split)
         if run_log is not None:
             run_log.write(self.step, split, metrics)
@@ -269,7 +271,7 @@ class Log:
     """
 
     def __init__(self, run: Run, run_log: RunLog, start: int, window: Mapping[str, Any]):
-        self._run, self._run_log = run, run_log
+        self._run, self.run_log = run, run_log
         self._pending: tuple[int, Metrics] | None = None
         self._totals: Metrics = {name: _average(*sums) for name, sums in window.items()}
         self._since = start  # of the rates, which are those of this process
@@ -303,8 +305,8 @@ class Log:
         summary |= self._run.task.throughput(seconds)
         if skipped:
             summary["skipped"] = skipped
-        self._run_log.write(step, "train", summary)
-        self._run_log.print_progress(step, self._run.options.steps, summary)
+        self.run_log.write(step, "train", summary)
+        self.run_log.print_progress(step, self._run.options.steps, summary)
         self._totals, self._since = {}, step
 
     def _check_finite(self, step: int, metrics: Metrics) -> None:

@@ -5,9 +5,12 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from deq_flax.run_log.progress import Clock, parameter_table, progress_line
+from deq_flax.devices.mesh import MeshOptions, make_mesh
+from deq_flax.run_log.progress import Clock, device_summary, parameter_table, progress_line
 from deq_flax.run_log.run_log import RunLog
 
 METRICS = {
@@ -73,3 +76,15 @@ def test_many_parameters_are_summed_by_top_level_module():
 
 def test_shapes_are_enough_for_the_table():
     assert parameter_table(jax.eval_shape(lambda: PARAMS)) == parameter_table(PARAMS)
+
+
+def test_devices_and_bytes_are_those_of_the_shardings():
+    mesh = make_mesh(MeshOptions(data=2, fsdp=4, tensor=1))
+    split, everywhere = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+    state = {
+        "w": jax.device_put(np.zeros((400, 10), np.float32), split),
+        "n": jax.device_put(np.zeros(5, np.int32), everywhere),
+    }
+    first, second = device_summary(mesh, state).splitlines()
+    assert first == "devices: 8 x cpu; mesh: data 2, fsdp 4, tensor 1"
+    assert second == "training state: 16kB, 4.02kB on each device"

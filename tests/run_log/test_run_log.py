@@ -1,5 +1,6 @@
 """Laws of the run log: every step once, valid JSON always, and a failing disk never stops a run."""
 
+import io
 import json
 import math
 import resource
@@ -129,3 +130,28 @@ def test_the_silent_log_has_every_method_and_does_nothing(tmp_path, monkeypatch,
         log.print_progress(1, 2, {"loss": 1.0})
         assert log.flush()
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_on_a_terminal_training_is_one_line_that_other_output_leaves_alone(tmp_path, monkeypatch):
+    """What a terminal of 40 columns shows in the end, and what it has shown."""
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    with RunLog(tmp_path, None) as log:
+        log.print("compiling: equilibrium")
+        for step in (1, 2, 3):
+            log.print_progress(step, 9, {"loss": 1.0, "forward_nfe": 3.0, "forward_residual": 0.1, "grad_norm": 1.0})
+        log.end_line()
+        log.print_progress(3, 9, {"loss": 2.0}, "valid")
+        log.print_progress(4, 9, {"loss": 0.5})
+    text = screen.getvalue()
+    assert text.count("\r") == 4 and all(len(part) < 40 + len("\x1b[K") for part in text.replace("\r", "\n").split("\n"))
+    shown = [line.rpartition("\r\x1b[K")[2] for line in text.split("\n")]
+    assert shown == [
+        "compiling: equilibrium",
+        "step 3/9  loss 1.000  fwd 3.0 evals 1.0",
+        "valid step 3/9  loss 2.000",
+        "step 4/9  loss 0.500",
+        "",
+    ]
