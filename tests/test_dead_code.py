@@ -15,7 +15,7 @@ PACKAGE = {path: tree for path, tree in TREES.items() if path.is_relative_to(ROO
 EXPORTED = {*deq_flax.__all__, *equilibrium.__all__}
 CALLED_BY_LIBRARIES = {"find_class", "persistent_load", "should_preserve"}
 """Methods of pickle and Orbax that classes of the package override."""
-CALLED_BY_TABLE = {"ClassificationTask", "LanguageTask", "SegmentationTask"}
+CALLED_BY_TABLE = {"ClassificationTask", "LanguageTask", "ReasoningTask", "SegmentationTask"}
 """Classes that are called as entries of a table."""
 
 

@@ -1,17 +1,23 @@
-"""Models by name. A new one is a class derived from `LanguageModel` or `ImageModel`, and a line in this table."""
+"""Models by name. A new one derives from `LanguageModel`, `ImageModel` or `PuzzleModel`, and has a line in this table."""
 
 from flax import nnx
 
 from deq_flax.errors import UserError
+from deq_flax.models.attention_reasoner import AttentionReasoner
+from deq_flax.models.conv_reasoner import ConvReasoner
 from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.models.mdeq import MDEQ
 from deq_flax.models.model import Model, ModelOptions
 from deq_flax.models.transformer_xl import TransformerXL
+from deq_flax.models.two_level_reasoner import TwoLevelReasoner
 
 MODELS: dict[str, type[Model]] = {
     "deq_transformer": DEQTransformer,
     "transformer_xl": TransformerXL,
     "mdeq": MDEQ,
+    "conv_reasoner": ConvReasoner,
+    "attention_reasoner": AttentionReasoner,
+    "two_level_reasoner": TwoLevelReasoner,
 }
 """The models that `model.name` in a config may name."""
 

@@ -46,6 +46,21 @@ class ImageOutput(NamedTuple):
     """The equilibrium, its finest branch first, each (B, H, W, C)."""
 
 
+class PuzzleOutput(NamedTuple):
+    """Output of a model of puzzles for one batch."""
+
+    logits: jax.Array
+    """(B, ..., K): K output symbols for every cell of the input."""
+    state: Any
+    """The state that the logits were read from, without gradient; None without an equilibrium."""
+    halt_B: jax.Array | None
+    """Logits of the halting head: is the answer right as it stands? None for a model without one."""
+    stats: SolverStats | None
+    """Statistics of the forward solve; None for a model without an equilibrium."""
+    jacobian_loss: jax.Array | None
+    """The scalar that `solve` returned, if any."""
+
+
 class Model(nnx.Module):
     """A model that `MODELS` may hold: a class with the three attributes below and the methods of its kind.
 
@@ -58,8 +73,8 @@ class Model(nnx.Module):
 
     Options: ClassVar[type[ModelOptions]]
     """The dataclass of its options."""
-    kind: ClassVar[Literal["language", "image"]]
-    """Its interface: that of `LanguageModel` or that of `ImageModel`."""
+    kind: ClassVar[Literal["language", "image", "puzzle"]]
+    """Its interface: that of `LanguageModel`, `ImageModel` or `PuzzleModel`."""
     has_equilibrium: ClassVar[bool]
     """True for a model that solves for an equilibrium: it has `equation` and uses the argument `solve`."""
 
@@ -122,5 +137,31 @@ class ImageModel(Model):
           key: draws the dropout masks; without it nothing is dropped.
           train: whether batch normalization uses the statistics of the batch and updates the running ones; None: if there is
             a key.
+        """
+        raise NotImplementedError
+
+
+class PuzzleModel(Model):
+    """The interface of a model of puzzles: a symbol in, a symbol out, for each cell of a sequence or a grid of any size."""
+
+    kind = "puzzle"
+
+    def initial_state(self, inputs: jax.Array, key: jax.Array | None = None) -> Any:
+        """The state that work on a batch of puzzles starts from; `key` draws it, where it is random.
+
+        Without a key it is drawn from a fixed one, so that evaluation repeats itself.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self, inputs: jax.Array, state: Any = None, *, solve: Solve | None = None, key: jax.Array | None = None
+    ) -> PuzzleOutput:
+        """Run the model on a batch of puzzles.
+
+        Args:
+          inputs: symbols, (B, L) or (B, H, W) int.
+          state: start from this state, such as that of an earlier output; None: from `initial_state`.
+          solve: how to solve for the equilibrium; None: `fixed_point` with its defaults. Ignored without an equilibrium.
+          key: draws the initial state, in training.
         """
         raise NotImplementedError

@@ -15,7 +15,7 @@ from deq_flax.nn.linear import zeros_param
 from deq_flax.nn.precision import wide
 
 EPSILON = 1e-5
-"""Added to variances."""
+"""Added to variances and mean squares."""
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
@@ -27,6 +27,15 @@ def layer_norm(x: jax.Array) -> jax.Array:
     centered = x_wide - x_wide.mean(-1, keepdims=True)
     variance = jnp.square(centered).mean(-1, keepdims=True)
     return (centered * lax.rsqrt(variance + EPSILON)).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array) -> jax.Array:
+    """Divide x, of any shape, by its root mean square along the last axis (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Without parameters, as models of recurrent depth use it after each residual sum: it bounds their states.
+    """
+    x_wide = wide(x)
+    return (x_wide * lax.rsqrt(jnp.square(x_wide).mean(-1, keepdims=True) + EPSILON)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

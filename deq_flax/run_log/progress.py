@@ -15,6 +15,7 @@ _FIELDS = (
     ("loss {}", ("loss", "{:.3f}")),
     ("ppl {}", ("ppl", "{:.4g}")),
     ("accuracy {}", ("accuracy", "{:.2%}")),
+    ("exact {}", ("exact_match", "{:.2%}")),
     ("miou {}", ("miou", "{:.2%}")),
     ("fwd {} evals {}", ("forward_nfe", "{:.1f}"), ("forward_residual", "{:.1e}")),
     ("bwd {} evals {}", ("backward_nfe", "{:.1f}"), ("backward_residual", "{:.1e}")),

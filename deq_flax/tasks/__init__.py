@@ -12,10 +12,12 @@ from typing import Any
 
 from deq_flax.tasks.classification import ClassificationTask
 from deq_flax.tasks.language import LanguageTask
+from deq_flax.tasks.reasoning import ReasoningTask
 from deq_flax.tasks.segmentation import SegmentationTask
 
 TASKS: dict[str, Any] = {
     "language": LanguageTask,
     "classification": ClassificationTask,
     "segmentation": SegmentationTask,
+    "reasoning": ReasoningTask,
 }

@@ -17,7 +17,15 @@ from deq_flax.errors import UserError
 from deq_flax.models import MODELS, abstract_model, build_model
 from deq_flax.models.language_model import TransformerOptions
 from deq_flax.models.mdeq import MDEQOptions
-from deq_flax.models.model import ImageModel, ImageOutput, LanguageModel, LanguageOutput, ModelOptions
+from deq_flax.models.model import (
+    ImageModel,
+    ImageOutput,
+    LanguageModel,
+    LanguageOutput,
+    ModelOptions,
+    PuzzleModel,
+    PuzzleOutput,
+)
 from tests.reference import parameters, solving
 
 SMALL_TRANSFORMER = dict(
@@ -27,6 +35,9 @@ SMALL = {
     "deq_transformer": SMALL_TRANSFORMER,
     "transformer_xl": SMALL_TRANSFORMER,
     "mdeq": dict(num_classes=10, channels=(4, 8), head_channels=(2, 2), final_channels=6, expansion=2, groups=2),
+    "conv_reasoner": dict(input_symbols=6, output_symbols=3, width=4, halting=True),
+    "attention_reasoner": dict(input_symbols=6, output_symbols=3, width=4, halting=True),
+    "two_level_reasoner": dict(input_symbols=6, output_symbols=3, width=4, low_steps=1, halting=True),
 }
 
 
@@ -48,6 +59,12 @@ def test_every_model_has_the_interface_of_its_kind(name):
         again, emptied = model(tokens_BL, out.memory, **given), out.memory._replace(length_B=jnp.zeros(2, jnp.int32))
         np.testing.assert_array_equal(model(tokens_BL, emptied, **given).hidden_BLD, out.hidden_BLD)
         assert np.abs(again.hidden_BLD - out.hidden_BLD).max() > 0
+    elif model.kind == "puzzle":
+        assert isinstance(model, PuzzleModel)
+        tokens_BL = jnp.arange(6).reshape(2, 3)
+        out, inputs = model(tokens_BL, **given), (tokens_BL,)
+        assert isinstance(out, PuzzleOutput) and out.logits.shape == (2, 3, 3) and out.halt_B.shape == (2,)
+        assert jax.tree.map(jnp.shape, out.state) == jax.tree.map(jnp.shape, model.initial_state(tokens_BL))
     else:
         assert isinstance(model, ImageModel)
         images_BHWC = jnp.ones((2, 8, 8, 3))
@@ -96,7 +113,8 @@ def test_options_begin_with_the_name_and_take_lists_for_tuples(name):
     made = options(name)
     assert next(field.name for field in dataclasses.fields(made)) == "name" and made.name == name
     as_lists = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(made).items()}
-    assert any(isinstance(value, list) for value in as_lists.values())
+    tuples = [field for field in dataclasses.fields(made) if "tuple" in str(field.type)]
+    assert len(tuples) == sum(isinstance(value, list) for value in as_lists.values())
     assert type(made)(**as_lists) == made and hash(type(made)(**as_lists)) == hash(made)
 
 
