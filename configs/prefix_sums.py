@@ -22,8 +22,7 @@ BASE = {
     "deq": {
         "solver": "picard",
         "tol": 1e-4,
-        "max_steps": 30,
-        "max_steps_jitter": 20,
+        "max_steps_jitter": 20,  # 10 to 30 steps
         "eval_max_steps": 1000,
         "gradient": "unroll",
         "gradient_options": {"last": 10, "remat": False},

@@ -33,6 +33,8 @@ class BlockOptions:
     """Attention heads."""
     expansion: float = 4.0
     """Inner features of the gated layers over their features, times 3/2: they have three kernels instead of two."""
+    inner_multiple: int = 8
+    """The inner features are rounded up to a multiple of this number; 256 in HRM and TRM."""
     mixer: Literal["attention", "cells"] = "attention"
     """How cells exchange information: attention, or a gated layer over all cells of a puzzle of one size."""
     positions: Literal["none", "sequence", "grid"] = "sequence"
@@ -41,18 +43,20 @@ class BlockOptions:
     def __post_init__(self) -> None:
         if self.width < 1 or self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, both at least 1, got {self.width} and {self.heads}")
-        if not self.expansion > 0:
-            raise ValueError(f"expansion must be positive, got {self.expansion}")
+        if not self.expansion > 0 or self.inner_multiple < 1:
+            raise ValueError(
+                f"expansion must be positive and inner_multiple at least 1, got {self.expansion} and {self.inner_multiple}"
+            )
 
 
 class GatedLayer(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202): outer(silu(gate(x)) * inner(x)), without biases, over the last axis.
 
-    The inner features are 2/3 `expansion` times as many, rounded up to a multiple of 8.
+    The inner features are 2/3 `expansion` times as many, rounded up to a multiple of `multiple`.
     """
 
-    def __init__(self, width: int, expansion: float, *, rngs: nnx.Rngs):
-        inner = -(-round(expansion * width * 2 / 3) // 8) * 8
+    def __init__(self, width: int, expansion: float, multiple: int, *, rngs: nnx.Rngs):
+        inner = -(-round(expansion * width * 2 / 3) // multiple) * multiple
         self.gate = _linear(width, inner, rngs)
         self.inner = _linear(width, inner, rngs)
         self.outer = _linear(inner, width, rngs)
@@ -96,8 +100,8 @@ class ReasoningBlock(nnx.Module):
         if options.mixer == "attention":
             self.mixer = Attention(options.width, options.heads, rngs=rngs)
         else:
-            self.mixer = GatedLayer(cells, options.expansion, rngs=rngs)
-        self.gated = GatedLayer(options.width, options.expansion, rngs=rngs)
+            self.mixer = GatedLayer(cells, options.expansion, options.inner_multiple, rngs=rngs)
+        self.gated = GatedLayer(options.width, options.expansion, options.inner_multiple, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, angles_LF: np.ndarray | None, dtype: DTypeLike | None = None) -> jax.Array:
         """(B, L, D) -> (B, L, D); arguments as of `Attention`."""

@@ -32,6 +32,8 @@ class OptimizerOptions:
     """Global norm that gradients are clipped to; 0: no clipping."""
     weight_decay: float = 0.0
     """Weight decay: added to the gradient by adam, sgd and radam, decoupled from it by adamw and lamb."""
+    beta2: float = 0.999
+    """Decay of the running mean of squared gradients, of all but sgd."""
     momentum: float = 0.0
     """Momentum of sgd."""
     nesterov: bool = False
@@ -46,6 +48,8 @@ class OptimizerOptions:
             raise UserError(
                 f"optimizer.clip_norm and weight_decay must not be negative, not {self.clip_norm} and {self.weight_decay}"
             )
+        if not 0 <= self.beta2 < 1:
+            raise UserError(f"optimizer.beta2 must be at least 0 and below 1, not {self.beta2}")
         if not 0 <= self.momentum < 1:
             raise UserError(f"optimizer.momentum must be at least 0 and below 1, not {self.momentum}")
         if (self.momentum or self.nesterov) and self.name != "sgd":
@@ -89,15 +93,15 @@ def make_optimizer(options: OptimizerOptions, steps: int) -> tuple[optax.Gradien
     update: tuple[optax.GradientTransformation, ...]
     match options.name:
         case "adam":
-            update = l2, optax.scale_by_adam(), rate(schedule)
+            update = l2, optax.scale_by_adam(b2=options.beta2), rate(schedule)
         case "radam":
-            update = l2, optax.scale_by_radam(), rate(schedule)
+            update = l2, optax.scale_by_radam(b2=options.beta2), rate(schedule)
         case "sgd":
             trace = optax.trace(decay=momentum, nesterov=options.nesterov) if momentum else optax.identity()
             update = l2, trace, rate(schedule)
         case "adamw":
-            update = (optax.adamw(schedule, weight_decay=options.weight_decay),)
+            update = (optax.adamw(schedule, b2=options.beta2, weight_decay=options.weight_decay),)
         case "lamb":
-            update = (optax.lamb(schedule, weight_decay=options.weight_decay),)
+            update = (optax.lamb(schedule, b2=options.beta2, weight_decay=options.weight_decay),)
     clip = (optax.clip_by_global_norm(options.clip_norm),) if options.clip_norm else ()
     return optax.chain(*clip, *update), schedule

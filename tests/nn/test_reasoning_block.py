@@ -26,7 +26,7 @@ def test_rms_norm_has_unit_mean_square_and_keeps_the_type():
 
 
 def test_a_gated_layer_is_swiglu():
-    layer = GatedLayer(6, 4.0, rngs=nnx.Rngs(0))
+    layer = GatedLayer(6, 4.0, 8, rngs=nnx.Rngs(0))
     gate, inner, outer = (np.asarray(part.weight_IO[...]) for part in (layer.gate, layer.inner, layer.outer))
     assert gate.shape == (6, 16), "2/3 of four times as many"
     x = draw(3, 6)
@@ -89,7 +89,7 @@ def test_bfloat16_rounds_the_contractions_only():
     [
         (lambda: rotary_angles((3, 3), 6), "need a multiple of 4 features in a head, not 6"),
         (lambda: BlockOptions(width=6, heads=4), "width must be a multiple of heads"),
-        (lambda: BlockOptions(width=6, expansion=0.0), "expansion must be positive"),
+        (lambda: BlockOptions(width=6, expansion=0.0), "expansion must be positive and"),
         (
             lambda: jax.eval_shape(lambda: angles(BlockOptions(width=6, heads=2), (4,))),
             "multiple of 2 features in a head, not 3",

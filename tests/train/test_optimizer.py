@@ -35,12 +35,12 @@ def run(gradient, x0, n, **section):
     return np.asarray(x, np.float64)
 
 
-def numpy_adam(gradient, x, rates, *, l2=0.0, decoupled=0.0):
+def numpy_adam(gradient, x, rates, *, l2=0.0, decoupled=0.0, beta2=0.999):
     m = v = np.zeros_like(x)
     for t, rate in enumerate(rates, start=1):
         g = gradient(x) + l2 * x
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        x = x - rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8) + decoupled * x)
+        m, v = 0.9 * m + 0.1 * g, beta2 * v + (1 - beta2) * g * g
+        x = x - rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - beta2**t)) + 1e-8) + decoupled * x)
     return x
 
 
@@ -59,12 +59,14 @@ def test_other_schedules_warm_up_too(schedule, expected):
     np.testing.assert_allclose([float(rate(s)) for s in (0, 5, 10, 50)], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "numpy_option"), [("adam", "l2"), ("adamw", "decoupled")])
-def test_adam_agrees_with_numpy(name, numpy_option):
+@pytest.mark.parametrize(("name", "numpy_option", "beta2"), [("adam", "l2", 0.999), ("adamw", "decoupled", 0.95)])
+def test_adam_agrees_with_numpy(name, numpy_option, beta2):
     x0 = np.array([1.0, -2.0, 0.5])
-    ours = run(lambda x: 2 * x - 1, x0, 20, name=name, schedule="cosine", warmup_steps=4, weight_decay=0.3)
+    given = dict(name=name, schedule="cosine", warmup_steps=4, weight_decay=0.3, beta2=beta2)
+    ours = run(lambda x: 2 * x - 1, x0, 20, **given)
     rates = [0.1 * s / 4 if s < 4 else 0.05 * (1 + math.cos(math.pi * s / 100)) for s in range(20)]
-    np.testing.assert_allclose(ours, numpy_adam(lambda x: 2 * x - 1, x0, rates, **{numpy_option: 0.3}), rtol=2e-5, atol=3e-5)
+    expected = numpy_adam(lambda x: 2 * x - 1, x0, rates, beta2=beta2, **{numpy_option: 0.3})
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -107,6 +109,7 @@ def test_the_gradient_is_clipped_to_the_global_norm_before_weight_decay():
         (dict(name="sgd", nesterov=True), "needs a momentum"),
         (dict(name="adam", clip_norm=-1.0), "negative"),
         (dict(name="adam", warmup_steps=-1), "at least 0"),
+        (dict(name="adam", beta2=1.0), "below 1"),
     ],
 )
 def test_wrong_options_name_the_right_ones(section, message):

@@ -49,7 +49,7 @@ class PuzzleOptions:
     valid_examples: int = 500
     """Puzzles to validate on, of the size trained on."""
     test_examples: int = 1000
-    """Puzzles of each size to test on."""
+    """Puzzles of each size to test on; 0, for sudoku_csv: all of test.csv."""
     seed: int = 0
     """Seed of the generator."""
     batch_size: int = 100
@@ -68,7 +68,8 @@ class PuzzleOptions:
     """Validation puzzles shown with their predictions, for mazes and Sudoku; 0: none."""
 
     def __post_init__(self):
-        check_least(self, 1, "size", "train_examples", "valid_examples", "test_examples", "batch_size", "eval_batch_size")
+        check_least(self, 1, "size", "train_examples", "valid_examples", "batch_size", "eval_batch_size")
+        check_least(self, 0 if self.name == "sudoku_csv" else 1, "test_examples")
         check_least(self, 0, "seed", "clues", "pictures")
         for name in ("test_sizes", "path_lengths", "grades"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
