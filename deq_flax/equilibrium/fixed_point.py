@@ -12,6 +12,7 @@ from deq_flax.equilibrium.gradients import Gradient, Implicit
 from deq_flax.equilibrium.gradients.base import attach
 from deq_flax.equilibrium.linear import LinearSolver
 from deq_flax.equilibrium.loop import Solver
+from deq_flax.equilibrium.shards import axes_of, cast, checked, communicates, unite, varying
 from deq_flax.equilibrium.solution import FlatMap, Solution
 from deq_flax.equilibrium.solvers.broyden import Broyden
 
@@ -39,8 +40,10 @@ def fixed_point(
     >>> sol.value.shape, bool(sol.stats.converged.all())
     ((2, 8), True)
 
-    On a sharded batch, call it inside `jax.shard_map(..., check_vma=False)`: each shard then stops by itself, and the loop
-    contains no collective.
+    On a sharded batch, call it inside `jax.shard_map`: each shard then stops by itself, and the loop contains no collective. If
+    f itself communicates over an axis of the mesh (tensor parallelism, statistics of the whole batch), the shards must stop
+    together: name the axis in the solver, `Broyden(axis_name="model")`, and with it norms and inner products are sums over its
+    shards. A state that is whole on every shard counts once for each in the absolute residual.
 
     Args:
       f: called as f(z, *args); returns a pytree with the structure, shapes and dtypes of z. It may close over traced
@@ -68,7 +71,8 @@ def fixed_point(
 
     Raises:
       TypeError: solver is not a `Solver`.
-      ValueError: z0 is not such a pytree, f returns something unlike z, or on_failure is unknown. No solve has run then.
+      ValueError: z0 is not such a pytree, f returns something unlike z or communicates over an axis that the solver does not
+        name, or on_failure is unknown. No solve has run then.
     """
     solver = Broyden() if solver is None else solver
     _check_solver(solver)
@@ -87,17 +91,20 @@ def fixed_point(
         fz, aux = out if has_aux else (out, None)
         return fz if batched else jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], fz), aux
 
-    def flat_f(x: jax.Array) -> jax.Array:
-        return flatten(evaluate(unflatten(x))[0])
+    fz0 = _check_map(lambda z: evaluate(z)[0], z0, solver)
+    axes = varying((z0, fz0)) | checked(solver.axis_name)
 
-    _check_map(lambda z: evaluate(z)[0], z0)
+    def flat_f(x: jax.Array) -> jax.Array:
+        return cast(flatten(evaluate(unflatten(x))[0]), axes)
+
     gradient = Implicit() if gradient is None else gradient
-    x, stats = gradient(flat_f, jax.lax.stop_gradient(flatten(z0)), solver, max_steps, probe)
+    x0 = cast(jax.lax.stop_gradient(flatten(z0)), axes)
+    x, stats = gradient(flat_f, x0, solver, max_steps, probe)
     stats = jax.lax.stop_gradient(stats)
     trajectory = None if stats.trajectory is None else jax.vmap(unflatten)(_one_step_gradient(flat_f, stats.trajectory))
     if on_failure != "return":
         x = _gate(x, stats.converged == 0, on_failure)
-    value = unflatten(x)
+    value = jax.tree.map(lambda leaf, like: unite(leaf, checked(solver.axis_name) - varying(like)), unflatten(x), fz0)
     aux = evaluate(value)[1] if has_aux else None
     solution = Solution(value=value, stats=replace(stats, trajectory=None), trajectory=trajectory, aux=aux)
     return solution if batched else _without_batch(solution)
@@ -150,9 +157,18 @@ def _check_state(z: Any) -> None:
             raise ValueError(f"{name} has batch size {jnp.shape(leaf)[0]}, but the first leaf has {batch[0]}")
 
 
-def _check_map(f: Callable[[Any], Any], z: Any) -> None:
-    """Raise ValueError, naming the leaf, unless f(z) has the structure, shapes and dtypes of z. f is traced, not run."""
-    out = jax.eval_shape(f, z)
+def _check_map(f: Callable[[Any], Any], z: Any, solver: Solver) -> Any:
+    """Return the shapes of f(z), which is traced, not run.
+
+    Raises:
+      ValueError: structure, shapes or dtypes are not those of z, or f communicates over an axis that the solver does not know.
+    """
+    jaxpr, out = jax.make_jaxpr(f, return_shape=True)(z)
+    if missing := sorted(communicates(jaxpr.jaxpr) - axes_of(solver.axis_name)):
+        raise ValueError(
+            f"f communicates over the axis {missing[0]!r}, where all shards must take the same steps: name it in the solver's "
+            f"axis_name, {type(solver).__name__}(axis_name={missing[0]!r})"
+        )
     if jax.tree.structure(out) != jax.tree.structure(z):
         raise ValueError(f"f(z) has structure {jax.tree.structure(out)}, but z has {jax.tree.structure(z)}")
     for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(z), jax.tree.leaves(out), strict=True):
@@ -161,6 +177,7 @@ def _check_map(f: Callable[[Any], Any], z: Any) -> None:
                 f"f(z){jax.tree_util.keystr(path)} is {got.dtype}{list(got.shape)}, "
                 f"but z there is {jnp.result_type(want)}{list(jnp.shape(want))}"
             )
+    return out
 
 
 def _check_solver(solver: Any) -> None:

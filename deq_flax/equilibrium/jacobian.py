@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.fixed_point import flattener
+from deq_flax.equilibrium.shards import cast, settled, varying
 from deq_flax.equilibrium.solution import norm
 
 
@@ -29,11 +30,11 @@ def jacobian_loss(
     Raises:
       ValueError: neither key nor vectors is given.
     """
-    _, pullback = jax.vjp(f, z)
+    fz, pullback = jax.vjp(f, z)
     count = sum(leaf.size for leaf in jax.tree.leaves(z))
 
     def once(v: Any) -> jax.Array:
-        (vj,) = pullback(v)
+        (vj,) = pullback(jax.tree.map(lambda leaf, like: cast(leaf, varying(like)), v, fz))
         return sum(jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(vj)) / count
 
     if vectors is not None:
@@ -74,8 +75,8 @@ def spectral_radius(f: Callable[[Any], Any], z: Any, key: jax.Array, *, steps: i
         return w / jnp.maximum(growth, tiny)[:, None], growth
 
     v = flatten(_normal_like(z, key))
-    v = v / norm(v)[:, None]
-    _, growth = jax.lax.scan(body, v, None, length=steps)
+    start = settled(lambda v: body(v, None)[0], cast(v / norm(v)[:, None], varying(z)))
+    _, growth = jax.lax.scan(body, start, None, length=steps)
     return jnp.exp(jnp.mean(jnp.log(jnp.maximum(growth[steps // 2 :], tiny)), axis=0))
 
 

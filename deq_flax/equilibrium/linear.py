@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from deq_flax.equilibrium.shards import AxisName, cast, settled, total, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two, relative_residual
 
 
@@ -29,18 +30,20 @@ class LinearSolver(Protocol):
         """
         ...
 
-    def with_limits(self, *, tol: float | None = None, max_steps: int | None = None) -> Self:
-        """Return this solver with another tolerance or limit, where given, recording nothing but statistics."""
+    def with_limits(self, *, tol: float | None = None, max_steps: int | None = None, axis_name: AxisName | None = None) -> Self:
+        """Return this solver with another tolerance, limit or axes, where given, recording nothing but statistics."""
         ...
 
 
-def solve_scaled(solver: LinearSolver, jacobian: FlatMap, b: jax.Array) -> tuple[jax.Array, SolverStats]:
+def solve_scaled(
+    solver: LinearSolver, jacobian: FlatMap, b: jax.Array, axis_name: AxisName | None
+) -> tuple[jax.Array, SolverStats]:
     """Solve x = jacobian(x) + b, (B, N), with each sample of b scaled to near 1, and scale the solution back.
 
     Norms and products of a b of 1e-30 or 1e30 would under- or overflow in float32. The scales are powers of two: nothing is
     rounded.
     """
-    scale = power_of_two(b)
+    scale = power_of_two(b, axis_name)
     x, stats = solver.solve_linear(jacobian, b / scale)
     return scale * x, replace(stats, absolute_residual=scale[:, 0] * stats.absolute_residual)
 
@@ -64,6 +67,8 @@ class GMRES:
     """Limit on the products with J. One more product measures the reported residual."""
     restart: int = 20
     """Directions kept, after which the Krylov space is rebuilt. Memory: 2 x restart copies of x."""
+    axis_name: AxisName | None = None
+    """Axes of `jax.shard_map` over which x is spread, as of `Solver`; None: those of the forward solver."""
 
     def __post_init__(self):
         if not self.tol >= 0:
@@ -73,47 +78,50 @@ class GMRES:
         if self.restart < 1:
             raise ValueError(f"GMRES: restart must be at least 1, not {self.restart}")
 
-    def with_limits(self, *, tol: float | None = None, max_steps: int | None = None) -> Self:
-        """Return this solver with another tolerance or limit, where given."""
+    def with_limits(self, *, tol: float | None = None, max_steps: int | None = None, axis_name: AxisName | None = None) -> Self:
+        """Return this solver with another tolerance, limit or axes, where given."""
         return replace(
             self,
             tol=self.tol if tol is None else tol,
             max_steps=self.max_steps if max_steps is None else max_steps,
+            axis_name=axis_name or self.axis_name,
         )
 
     def solve_linear(self, jacobian: FlatMap, b: jax.Array) -> tuple[jax.Array, SolverStats]:
         """Solve x = jacobian(x) + b, (B, N), from x = 0; see `LinearSolver`."""
-        slots = min(self.restart, self.max_steps)
+        slots, axis = min(self.restart, self.max_steps), self.axis_name
         blank = jnp.zeros((b.shape[0], slots, b.shape[1]), b.dtype)
 
         def body(s: _State) -> _State:
-            p, q, directions, images = _next_pair(s, jacobian, s.k % slots)
-            alpha = jnp.sum(q * s.r, axis=1, keepdims=True)
-            go = s.active & jnp.all(jnp.isfinite(p) & jnp.isfinite(q), axis=1) & jnp.any(q != 0, axis=1)
+            p, q, directions, images = _next_pair(s, jacobian, s.k % slots, axis)
+            alpha = total(jnp.sum(q * s.r, axis=1, keepdims=True), axis)
+            broken = jnp.sum(~(jnp.isfinite(p) & jnp.isfinite(q)), axis=1, dtype=jnp.int32)
+            nonzero = jnp.sum(q != 0, axis=1, dtype=jnp.int32)
+            go = s.active & (total(broken, axis) == 0) & (total(nonzero, axis) > 0)
             x = jnp.where(go[:, None], s.x + alpha * p, s.x)
             r = jnp.where(go[:, None], s.r - alpha * q, s.r)
-            direction = jnp.where((norm(r) > 0.9 * norm(s.r))[:, None], q, r)
+            direction = jnp.where((norm(r, axis) > 0.9 * norm(s.r, axis))[:, None], q, r)
             step = jnp.where(go, (s.k + 1).astype(b.dtype), s.step)
-            active = go & (relative_residual(norm(r), norm(x + r)) > self.tol)
+            active = go & (relative_residual(norm(r, axis), norm(x + r, axis)) > self.tol)
             return _State(s.k + 1, x, r, step, active, direction, p, q, directions, images)
 
         zero = jnp.zeros_like(b)
         start = _State(
-            k=jnp.zeros((), jnp.int32),
+            k=cast(jnp.zeros((), jnp.int32), varying(norm(b, axis))),
             x=zero,
             r=b,
             step=jnp.zeros(b.shape[:1], b.dtype),
-            active=jnp.isfinite(norm(b)) & (norm(b) > 0),
+            active=jnp.isfinite(norm(b, axis)) & (norm(b, axis) > 0),
             direction=b,
             p=zero,
             q=zero,
             directions=blank,
             images=blank,
         )
-        end = jax.lax.while_loop(lambda s: (s.k < self.max_steps) & jnp.any(s.active), body, start)
+        end = jax.lax.while_loop(lambda s: (s.k < self.max_steps) & jnp.any(s.active), body, settled(body, start))
         fx = jacobian(end.x) + b
-        absolute = norm(fx - end.x)
-        relative = relative_residual(absolute, norm(fx))
+        absolute = norm(fx - end.x, axis)
+        relative = relative_residual(absolute, norm(fx, axis))
         return end.x, SolverStats(
             nfe=end.k.astype(b.dtype) + 1,
             steps=end.step,
@@ -139,7 +147,9 @@ class _State(NamedTuple):
     """(B, m, N): p_j and q_j."""
 
 
-def _next_pair(s: _State, jacobian: FlatMap, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _next_pair(
+    s: _State, jacobian: FlatMap, slot: jax.Array, axis_name: AxisName | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return the next direction, its image, orthogonal to those of slots before `slot` and of unit norm, and both buffers."""
     # Both writes come before the reads: XLA then updates the buffers in place instead of copying them every step.
     slots = s.images.shape[1]
@@ -149,10 +159,10 @@ def _next_pair(s: _State, jacobian: FlatMap, slot: jax.Array) -> tuple[jax.Array
     p, image = s.direction, s.direction - jacobian(s.direction)
     q = image
     for _ in range(2):  # twice is enough for orthogonality to working precision
-        h = jnp.where(used, jnp.einsum("bmn,bn->bm", images, q), 0.0)
+        h = jnp.where(used, total(jnp.einsum("bmn,bn->bm", images, q), axis_name), 0.0)
         p = p - jnp.einsum("bm,bmn->bn", h, directions)
         q = q - jnp.einsum("bm,bmn->bn", h, images)
-    size = norm(q)
+    size = norm(q, axis_name)
     # An image inside the space already searched leaves only rounding errors: no direction.
-    scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * norm(image), 1.0 / size, 0.0)[:, None]
+    scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * norm(image, axis_name), 1.0 / size, 0.0)[:, None]
     return scale * p, scale * q, directions, images

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
+from deq_flax.equilibrium.shards import AxisName, cast, settled, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, relative_residual
 
 StopMode = Literal["relative", "absolute"]
@@ -38,6 +39,9 @@ class Solver:
     """Record the residual of every iterate."""
     trajectory_steps: tuple[int, ...] = field(default=(), kw_only=True)
     """Steps whose iterates are recorded in `Solution.trajectory`: increasing, below max_steps; 0 is the initial guess."""
+    axis_name: AxisName | None = field(default=None, kw_only=True)
+    """Axes of `jax.shard_map` over which a sample's state is spread: norms and inner products are sums over their shards, which
+    so take the same steps and stop together. Needed if f communicates over an axis; see `fixed_point`."""
 
     def __post_init__(self):
         name, steps = type(self).__name__, self.trajectory_steps
@@ -60,14 +64,15 @@ class Solver:
         """Return the next iterate (B, N) and state, given iterate z number k = 0, 1, ... and its residual g = f(z) - z."""
         raise NotImplementedError
 
-    def with_limits(self, *, tol: float | None = None, max_steps: int | None = None) -> Self:
-        """Return this solver with other limits, where given, and without traces and trajectory."""
+    def with_limits(self, *, tol: float | None = None, max_steps: int | None = None, axis_name: AxisName | None = None) -> Self:
+        """Return this solver with other limits or axes, where given, and without traces and trajectory."""
         return replace(
             self,
             tol=self.tol if tol is None else tol,
             max_steps=self.max_steps if max_steps is None else max_steps,
             trace=False,
             trajectory_steps=(),
+            axis_name=axis_name or self.axis_name,
         )
 
     def for_linear(self) -> Self:
@@ -154,7 +159,7 @@ def solve_with_state(
     def body(s: _Loop) -> _Loop:
         fz = f(s.z)
         g = fz - s.z
-        absolute, size = norm(g), norm(fz)
+        absolute, size = norm(g, solver.axis_name), norm(fz, solver.axis_name)
         relative = relative_residual(absolute, size)
         residual = relative if solver.stop == "relative" else absolute
         best_residual = s.best.relative if solver.stop == "relative" else s.best.absolute
@@ -183,7 +188,7 @@ def solve_with_state(
     infinite = jnp.full(batch, jnp.inf, z0.dtype)
     blank = jnp.zeros((*batch, solver.max_steps), z0.dtype)
     start = _Loop(
-        k=jnp.zeros((), jnp.int32),
+        k=cast(jnp.zeros((), jnp.int32), varying(norm(z0, solver.axis_name))),  # shards that stop apart count apart
         z=z0,
         active=jnp.ones(batch, bool),
         best=_Best(z0, infinite, infinite, jnp.zeros(batch, z0.dtype)),
@@ -191,7 +196,7 @@ def solve_with_state(
         traces=(blank, blank) if solver.trace else None,
         trajectory=jnp.zeros((len(solver.trajectory_steps), *z0.shape), z0.dtype) if solver.trajectory_steps else None,
     )
-    end = jax.lax.while_loop(keep_going, body, start)
+    end = jax.lax.while_loop(keep_going, body, settled(body, start))
     return end.best.z, _stats(end, solver), end.solver
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deq_flax.equilibrium.shards import AxisName, maximum, total
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +58,19 @@ Solve = Callable[[Callable[[Any], Any], Any], tuple[Solution, jax.Array | None]]
 """(f, z0) -> (solution of z = f(z) from z0, Jacobian loss there or None). Models take one as the argument `solve`."""
 
 
-def norm(x: jax.Array) -> jax.Array:
-    """Return the Euclidean norm over the last axis: (B, N) -> (B,), one norm per sample."""
-    return jnp.sqrt(jnp.sum(x * x, axis=-1))
+def norm(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
+    """Return the Euclidean norm over the last axis, and over the shards of `axis_name`: (B, N) -> (B,), one per sample."""
+    return jnp.sqrt(total(jnp.sum(x * x, axis=-1), axis_name))
 
 
-def power_of_two(x: jax.Array) -> jax.Array:
+def power_of_two(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
     """Return a power of two near the largest entry of each sample, (B, N) -> (B, 1); a constant where that is 0 or not finite.
 
-    Multiplying or dividing by it changes exponents alone, so it rounds nothing.
+    It is the same on all shards of `axis_name`. Multiplying or dividing by it changes exponents alone, so it rounds nothing.
     """
     limits = jnp.finfo(x.dtype)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0))
+    largest = maximum(largest, axis_name)
     sound = (largest > 0) & jnp.isfinite(largest)
     # Its inverse must be a normal number too.
     largest = jnp.where(sound, jnp.clip(largest, 4 * limits.tiny, limits.max / 8), 1.0)

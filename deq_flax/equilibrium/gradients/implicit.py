@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.linear import LinearSolver, solve_scaled
 from deq_flax.equilibrium.loop import Solver, solve
+from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
 
@@ -52,7 +53,9 @@ class Implicit:
         max_steps: jax.Array | int | None,
         probe: jax.Array | None,
     ) -> tuple[jax.Array, SolverStats]:
-        linear_solver = (self.solver or solver.for_linear()).with_limits(tol=self.tol, max_steps=self.max_steps)
+        limits = {"tol": self.tol, "max_steps": self.max_steps, "axis_name": solver.axis_name}
+        linear_solver = (self.solver or solver.for_linear()).with_limits(**limits)
+        probe = cast(probe, varying(x0))  # reports of several shards are added
 
         # The unknown is (x, probe). x is one flat array, because custom_linear_solve can be transposed only if every leaf of
         # its right-hand side depends on what is differentiated; a state's leaves need not, but their concatenation does.
@@ -68,7 +71,9 @@ class Implicit:
             # matvec(x, p) = ((J - I) x, -p): two independent equations. The adjoint of the second returns the report.
             def adjoint_or_tangent(matvec: Callable[[Any], Any], b: Any) -> tuple[jax.Array, SolverStats]:
                 p = None if probe is None else jnp.zeros_like(probe)
-                return solve_scaled(linear_solver, lambda x: x + matvec((x, p))[0], -b[0])
+                # In a shard_map JAX gives all constants of matvec one type, and checks types again but in loops and under jit.
+                jacobian = jax.jit(lambda x: x + matvec((x, p))[0])
+                return solve_scaled(linear_solver, jacobian, -b[0], solver.axis_name)
 
             def forward(matvec: Callable[[Any], Any], b: Any) -> Any:
                 return adjoint_or_tangent(matvec, b)[0], None if probe is None else -b[1]

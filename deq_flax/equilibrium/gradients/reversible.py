@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.gradients.base import closed_over
 from deq_flax.equilibrium.loop import Solver, freeze_stopped, solve_with_state
+from deq_flax.equilibrium.shards import settled, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
 
@@ -61,6 +62,7 @@ class Reversible:
             self.checkpoint_every or solver.max_steps,
             trace=solver.trace,
             trajectory_steps=solver.trajectory_steps,
+            axis_name=solver.axis_name,
         )
         pure_f, floating, others = closed_over(f, x0)
 
@@ -152,6 +154,10 @@ def _run_backward(
             jax.tree.map(jnp.add, s.gradients, to_floating),
         )
 
-    zero = jnp.zeros_like(cotangent)
-    start = _Backward(jnp.max(state.k), state.before, state.at, zero, zero, jax.tree.map(jnp.zeros_like, floating))
-    return jax.lax.while_loop(lambda s: s.k > 0, body, start).gradients
+    zero, steps = jnp.zeros_like(cotangent), jnp.max(state.k)
+    # The gradient of what is the same on several shards is their sum, in every step: they take as many steps as each other.
+    together = {axis for leaf in floating for axis in varying(zero) - varying(leaf)} & varying(steps)
+    if together:
+        steps = jax.lax.pmax(steps, tuple(sorted(together)))
+    start = _Backward(steps, state.before, state.at, zero, zero, jax.tree.map(jnp.zeros_like, floating))
+    return jax.lax.while_loop(lambda s: s.k > 0, body, settled(body, start)).gradients

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.gradients.base import attach, stopped
 from deq_flax.equilibrium.loop import Solver, solve, solve_with_state
+from deq_flax.equilibrium.shards import AxisName
 from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two
 from deq_flax.equilibrium.solvers.broyden import Broyden, BroydenState, apply_inverse_transpose
 
@@ -57,9 +58,9 @@ class SHINE:
 
         def backward(kept: tuple[BroydenState, Any], cotangent: jax.Array) -> Any:
             state, pullback = kept
-            scale = power_of_two(cotangent)
+            scale = power_of_two(cotangent, solver.axis_name)
             unit = cotangent / scale
-            direction = self._direction(state, unit)
+            direction = self._direction(state, unit, solver.axis_name)
             if self.refine_steps:
                 direction, _ = solve(lambda y: pullback(y)[0] + unit, direction, refiner)
                 direction = _differentiated_once(direction)
@@ -70,11 +71,11 @@ class SHINE:
         share.defvjp(lambda fx, state, pullback: (share(fx, state, pullback), (state, pullback)), backward)
         return attach(x, share(fx, state, pullback)), stats
 
-    def _direction(self, state: BroydenState, cotangent: jax.Array) -> jax.Array:
+    def _direction(self, state: BroydenState, cotangent: jax.Array, axis_name: AxisName | None) -> jax.Array:
         """Return -H^T times the cotangent, (B, N), or the cotangent itself where that is too long or not finite."""
-        direction = -apply_inverse_transpose(state, cotangent)
-        length = norm(direction)
-        limit = jnp.inf if self.fallback is None else self.fallback * norm(cotangent)
+        direction = -apply_inverse_transpose(state, cotangent, axis_name)
+        length = norm(direction, axis_name)
+        limit = jnp.inf if self.fallback is None else self.fallback * norm(cotangent, axis_name)
         return jnp.where((jnp.isfinite(length) & (length <= limit))[:, None], direction, cotangent)
 
 

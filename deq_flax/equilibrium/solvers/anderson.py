@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver
+from deq_flax.equilibrium.shards import total
 
 
 class AndersonState(NamedTuple):
@@ -61,7 +62,7 @@ class Anderson(Solver):
         # Both writes come before the reads: XLA then updates the buffers in place instead of copying them every step.
         relaxed = jax.lax.dynamic_update_index_in_dim(state.relaxed, z + self.relaxation * g, slot, axis=1)
         residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, g, slot, axis=1)
-        row = jnp.einsum("bmn,bn->bm", residuals, g)
+        row = total(jnp.einsum("bmn,bn->bm", residuals, g), self.axis_name)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
         weights = _weights(gram, jnp.arange(slots) <= k, self.ridge)
         return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver
+from deq_flax.equilibrium.shards import AxisName, total
 
 
 class BroydenState(NamedTuple):
@@ -100,12 +101,14 @@ class Broyden(Solver):
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
         if state.search is None:
             length = jnp.ones(z.shape[:1], z.dtype)
-            direction, state = _update(k - 1, length, g, state)
+            direction, state = _update(k - 1, length, g, state, self.axis_name)
             return z + direction, state._replace(pending=direction)
-        return _step_with_search(z, g, state, state.search)
+        return _step_with_search(z, g, state, state.search, self.axis_name)
 
 
-def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
+def _update(
+    newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenState, axis_name: AxisName | None
+) -> tuple[jax.Array, BroydenState]:
     """Add the pending step, number `newest`, scalar or (B,), to the history. Returns direction -H g, (B, N), and state."""
     slots = state.inverse.shape[1]
     slot = newest % slots
@@ -115,8 +118,8 @@ def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenSt
         steps = jax.lax.dynamic_update_index_in_dim(state.steps, state.pending, slot, axis=1)
     else:
         steps = jnp.where(here[:, :, None], state.pending[:, None, :], state.steps)
-    along_g = jnp.einsum("bmn,bn->bm", steps, g)
-    along_step = jnp.einsum("bmn,bn->bm", steps, state.pending)
+    along_g = total(jnp.einsum("bmn,bn->bm", steps, g), axis_name)
+    along_step = total(jnp.einsum("bmn,bn->bm", steps, state.pending), axis_name)
 
     # The slot's previous step is dropped. The factor of the step before `pending` is complete, now that `pending` is known.
     a = jnp.where(here, 0.0, state.toward_next)
@@ -129,7 +132,7 @@ def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenSt
     h_g = jnp.einsum("bm,bmn->bn", weights, steps) - g
 
     square = jnp.sum(jnp.where(here, along_step, 0.0), axis=1)
-    along_h_g = jnp.sum(state.pending * h_g, axis=1)
+    along_h_g = total(jnp.sum(state.pending * h_g, axis=1), axis_name)
     denominator = along_h_g + square / length
     # No step yet, or a singular update: H stays as it is.
     good = jnp.abs(denominator) > 1e-8 * square
@@ -144,26 +147,29 @@ def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenSt
     return direction, BroydenState(steps, inverse, a, b, newest, state.pending, state.search)
 
 
-def apply_inverse_transpose(state: BroydenState, x: jax.Array) -> jax.Array:
+def apply_inverse_transpose(state: BroydenState, x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
     """Return H^T x, (B, N), for x (B, N) and the inverse Jacobian estimate H of g(z) = f(z) - z in a state.
 
     With S the rows s_j, U the rows u_j and L the triangular matrix `inverse`, H = -I - U^T L S.
     """
     slots = state.inverse.shape[1]
-    along_x = jnp.einsum("bmn,bn->bm", state.steps, x)
+    along_x = total(jnp.einsum("bmn,bn->bm", state.steps, x), axis_name)
     here = jnp.arange(slots)[None] == (state.newest % slots)[:, None]
     # The step after the newest in the ring is the pending one.
-    along_next = jnp.where(here, jnp.sum(state.pending * x, axis=1)[:, None], jnp.roll(along_x, -1, axis=1))
+    pending_x = total(jnp.sum(state.pending * x, axis=1), axis_name)
+    along_next = jnp.where(here, pending_x[:, None], jnp.roll(along_x, -1, axis=1))
     u_x = state.toward_next * along_next + state.toward_self * along_x
     weights = jnp.einsum("bij,bi->bj", state.inverse, u_x)
     return -x - jnp.einsum("bm,bmn->bn", weights, state.steps)
 
 
-def _step_with_search(z: jax.Array, g: jax.Array, state: BroydenState, search: _Search) -> tuple[jax.Array, BroydenState]:
+def _step_with_search(
+    z: jax.Array, g: jax.Array, state: BroydenState, search: _Search, axis_name: AxisName | None
+) -> tuple[jax.Array, BroydenState]:
     """Accept the current iterate and go on from it, or try half the step, for each sample."""
-    merit = jnp.sum(g * g, axis=1)
+    merit = total(jnp.sum(g * g, axis=1), axis_name)
     accept = (merit <= (1.0 - 2e-4 * search.length) * search.merit) | (search.length < 2.0**-5.5)
-    direction, updated = _update(search.count - 1, search.length, g, state)
+    direction, updated = _update(search.count - 1, search.length, g, state, axis_name)
     # a_j was computed for a full next step; every halving of that step doubles it (below).
     keep = lambda new, old: jnp.where(jnp.reshape(accept, (-1,) + (1,) * (new.ndim - 1)), new, old)  # noqa: E731
     length = jnp.where(accept, 1.0, 0.5 * search.length)
