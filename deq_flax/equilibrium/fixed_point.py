@@ -59,7 +59,10 @@ def fixed_point(
         makes the failure visible. 'zero_gradient': its cotangent becomes zero, so that it contributes nothing to the
         gradients of shared parameters, except NaN if f is not finite at its z0 itself, since 0 times NaN is NaN.
       batched: False if the leaves of z0 have no batch axis: a single problem. f then gets them as they are, and the arrays of
-        the statistics have no batch axis either.
+        the statistics have no batch axis either. This is the way for an f that couples what it gets: statistics of a batch,
+        nodes of a graph. With True each sample is a problem of its own, and f should treat it so. `stats.converged` is true of
+        the returned value even if f does not, but convergence suffers, and the residuals of samples at the limit are those
+        seen when their iterates were found, among others of other samples.
       has_aux: f returns a pair (z, aux). `Solution.aux` is then the aux at the returned iterate, a pytree of anything,
         differentiable in the iterate and in all that f depends on. This takes one more evaluation of f, which `stats.nfe`
         does not count. `on_failure` applies to the iterate only: aux keeps its direct dependence on parameters.

@@ -3,6 +3,9 @@
 B is the batch, N the elements of a sample's state. Every sample is a problem of its own with its own norms. A sample that has
 reached the tolerance, or whose evaluation is not finite, stays at its best iterate from then on: a diverging sample does not
 affect the others, and a result does not depend on the rest of the batch. The loop ends when every sample has stopped.
+
+That holds for an f that treats each sample by itself. Where f couples samples, one that has stopped may lose its tolerance when
+others move: it is evaluated with them anyway, and then goes on. What is reported is measured at what is returned.
 """
 
 from collections.abc import Callable
@@ -107,6 +110,10 @@ class _Loop(NamedTuple):
     k: jax.Array
     z: jax.Array
     active: jax.Array
+    alive: jax.Array
+    """(B,): every evaluation was finite."""
+    coupled: jax.Array
+    """The residual of a sample that had stopped has changed: samples see each other."""
     best: _Best
     solver: Any
     traces: tuple[jax.Array, jax.Array] | None
@@ -154,7 +161,8 @@ def solve_with_state(
     trajectory_steps = jnp.asarray(solver.trajectory_steps, jnp.int32)
 
     def keep_going(s: _Loop) -> jax.Array:
-        return (s.k < limit) & jnp.any(s.active)
+        # At the limit, samples return iterates of different steps: if they are coupled, one more evaluation measures those.
+        return (s.k < limit + s.coupled.astype(jnp.int32)) & jnp.any(s.active)
 
     def body(s: _Loop) -> _Loop:
         fz = f(s.z)
@@ -165,11 +173,14 @@ def solve_with_state(
         best_residual = s.best.relative if solver.stop == "relative" else s.best.absolute
         # Where f is zero the relative residual is infinite at every other state: compare absolute ones there.
         tied = jnp.isinf(residual) & jnp.isinf(best_residual) & (absolute < s.best.absolute)
-        better = s.active & ((residual < best_residual) | tied | (s.k == 0))
+        running = s.active & (s.k < limit)
+        better = running & ((residual < best_residual) | tied | (s.k == 0))
+        coupled = s.coupled | jnp.any(s.alive & ~running & (absolute != s.best.absolute))
         best = _Best(
             z=jnp.where(better[:, None], s.z, s.best.z),
-            relative=jnp.where(better, relative, s.best.relative),
-            absolute=jnp.where(better, absolute, s.best.absolute),
+            # A stopped sample is evaluated at its best iterate again, and if samples are coupled with another result.
+            relative=jnp.where(better | ~running, relative, s.best.relative),
+            absolute=jnp.where(better | ~running, absolute, s.best.absolute),
             step=jnp.where(better, s.k.astype(z0.dtype), s.best.step),
         )
         traces = s.traces and (
@@ -179,11 +190,13 @@ def solve_with_state(
         trajectory = s.trajectory
         if trajectory is not None:
             trajectory = jnp.where((trajectory_steps == s.k)[:, None, None], s.z[None], trajectory)
-        going = s.active & jnp.isfinite(absolute) & jnp.isfinite(size)
-        active = going & (residual > solver.tol)
+        alive = s.alive & jnp.isfinite(absolute) & jnp.isfinite(size)
+        going = alive & running
+        active = alive & (residual > solver.tol)
         z, state = solver.step(s.k, s.z, g, s.solver)
         state = freeze(going, state, s.solver)
-        return _Loop(s.k + 1, jnp.where(active[:, None], z, best.z), active, best, state, traces, trajectory)
+        z = jnp.where((active & (s.k + 1 < limit))[:, None], z, best.z)
+        return _Loop(s.k + 1, z, active, alive, coupled, best, state, traces, trajectory)
 
     infinite = jnp.full(batch, jnp.inf, z0.dtype)
     blank = jnp.zeros((*batch, solver.max_steps), z0.dtype)
@@ -191,6 +204,8 @@ def solve_with_state(
         k=cast(jnp.zeros((), jnp.int32), varying(norm(z0, solver.axis_name))),  # shards that stop apart count apart
         z=z0,
         active=jnp.ones(batch, bool),
+        alive=jnp.ones(batch, bool),
+        coupled=jnp.zeros((), bool),
         best=_Best(z0, infinite, infinite, jnp.zeros(batch, z0.dtype)),
         solver=solver.init(z0),
         traces=(blank, blank) if solver.trace else None,
