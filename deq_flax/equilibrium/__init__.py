@@ -19,6 +19,7 @@ from deq_flax.equilibrium.layer import Equilibrium
 from deq_flax.equilibrium.linear import GMRES, LinearSolver
 from deq_flax.equilibrium.loop import Solver, StopMode
 from deq_flax.equilibrium.normalization import spectral_normalized
+from deq_flax.equilibrium.queue import fixed_point_queue
 from deq_flax.equilibrium.solution import Solution, Solve, SolverStats
 from deq_flax.equilibrium.solvers import SOLVERS, Anderson, Broyden, Picard
 
@@ -48,6 +49,7 @@ __all__ = [
     "backward_probe",
     "fixed_point",
     "fixed_point_correction_loss",
+    "fixed_point_queue",
     "jacobian_loss",
     "spectral_normalized",
     "spectral_radius",

@@ -78,7 +78,7 @@ def fixed_point(
         name, or on_failure is unknown. No solve has run then.
     """
     solver = Broyden() if solver is None else solver
-    _check_solver(solver)
+    check_solver(solver)
     if on_failure not in ON_FAILURE:
         raise ValueError(f"unknown on_failure {on_failure!r}; known: {', '.join(ON_FAILURE)}")
     z0 = jax.tree.map(jnp.asarray, z0)
@@ -94,7 +94,7 @@ def fixed_point(
         fz, aux = out if has_aux else (out, None)
         return fz if batched else jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], fz), aux
 
-    fz0 = _check_map(lambda z: evaluate(z)[0], z0, solver)
+    fz0 = check_map(lambda z: evaluate(z)[0], z0, solver)
     axes = varying((z0, fz0)) | checked(solver.axis_name)
 
     def flat_f(x: jax.Array) -> jax.Array:
@@ -160,7 +160,7 @@ def _check_state(z: Any) -> None:
             raise ValueError(f"{name} has batch size {jnp.shape(leaf)[0]}, but the first leaf has {batch[0]}")
 
 
-def _check_map(f: Callable[[Any], Any], z: Any, solver: Solver) -> Any:
+def check_map(f: Callable[[Any], Any], z: Any, solver: Solver) -> Any:
     """Return the shapes of f(z), which is traced, not run.
 
     Raises:
@@ -183,7 +183,8 @@ def _check_map(f: Callable[[Any], Any], z: Any, solver: Solver) -> Any:
     return out
 
 
-def _check_solver(solver: Any) -> None:
+def check_solver(solver: Any) -> None:
+    """Raise TypeError unless it is a forward solver."""
     if isinstance(solver, Solver):
         return
     if isinstance(solver, LinearSolver) and not isinstance(solver, type):

@@ -138,8 +138,13 @@ def solve(f: FlatMap, z0: jax.Array, solver: Solver, max_steps: jax.Array | int 
       The iterate of lowest residual, (B, N), and statistics. A sample whose first evaluation is not finite returns its z0,
       with a non-finite residual and `converged` 0.
     """
-    z, stats, _ = solve_with_state(f, z0, solver, max_steps, freeze=lambda going, new, old: new)
+    z, stats, _ = solve_with_state(f, z0, solver, max_steps, freeze=never_frozen)
     return z, stats
+
+
+def never_frozen(going: jax.Array, new: Any, old: Any) -> Any:
+    """Let a solver's state go on after its samples have stopped: a `Freeze` that costs nothing."""
+    return new
 
 
 def freeze_stopped(going: jax.Array, new: Any, old: Any) -> Any:
@@ -156,16 +161,36 @@ def solve_with_state(
     freeze: Freeze = freeze_stopped,
 ) -> tuple[jax.Array, SolverStats, Any]:
     """Run `solve` and also return the solver's own state after the last finite evaluation of each sample."""
+    loop = iteration(solver, max_steps, freeze=freeze)
+
+    def body(s: _Loop) -> _Loop:
+        return loop.advance(s, f(s.z))
+
+    end = jax.lax.while_loop(loop.keep_going, body, settled(body, loop.start(z0)))
+    return end.best.z, statistics(end, solver), end.solver
+
+
+class Iteration(NamedTuple):
+    """The parts of the loop, for a batch of any size."""
+
+    start: Callable[[jax.Array], _Loop]
+    """Initial guess (B, N) -> state of the loop."""
+    keep_going: Callable[[_Loop], jax.Array]
+    """Whether some sample has not stopped."""
+    advance: Callable[[_Loop, jax.Array], _Loop]
+    """State, and f of its iterates `z` -> next state."""
+
+
+def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freeze: Freeze) -> Iteration:
+    """Return the parts of a solve: `solve` runs them on a batch, a queue on each of its slots."""
     limit = solver.max_steps if max_steps is None else jnp.clip(max_steps, 1, solver.max_steps)
-    batch = z0.shape[:1]
     trajectory_steps = jnp.asarray(solver.trajectory_steps, jnp.int32)
 
     def keep_going(s: _Loop) -> jax.Array:
         # At the limit, samples return iterates of different steps: if they are coupled, one more evaluation measures those.
         return (s.k < limit + s.coupled.astype(jnp.int32)) & jnp.any(s.active)
 
-    def body(s: _Loop) -> _Loop:
-        fz = f(s.z)
+    def advance(s: _Loop, fz: jax.Array) -> _Loop:
         g = fz - s.z
         absolute, size = norm(g, solver.axis_name), norm(fz, solver.axis_name)
         relative = relative_residual(absolute, size)
@@ -181,7 +206,7 @@ def solve_with_state(
             # A stopped sample is evaluated at its best iterate again, and if samples are coupled with another result.
             relative=jnp.where(better | ~running, relative, s.best.relative),
             absolute=jnp.where(better | ~running, absolute, s.best.absolute),
-            step=jnp.where(better, s.k.astype(z0.dtype), s.best.step),
+            step=jnp.where(better, s.k.astype(fz.dtype), s.best.step),
         )
         traces = s.traces and (
             s.traces[0].at[:, s.k].set(jnp.where(s.active, relative, best.relative)),
@@ -198,24 +223,27 @@ def solve_with_state(
         z = jnp.where((active & (s.k + 1 < limit))[:, None], z, best.z)
         return _Loop(s.k + 1, z, active, alive, coupled, best, state, traces, trajectory)
 
-    infinite = jnp.full(batch, jnp.inf, z0.dtype)
-    blank = jnp.zeros((*batch, solver.max_steps), z0.dtype)
-    start = _Loop(
-        k=cast(jnp.zeros((), jnp.int32), varying(norm(z0, solver.axis_name))),  # shards that stop apart count apart
-        z=z0,
-        active=jnp.ones(batch, bool),
-        alive=jnp.ones(batch, bool),
-        coupled=jnp.zeros((), bool),
-        best=_Best(z0, infinite, infinite, jnp.zeros(batch, z0.dtype)),
-        solver=solver.init(z0),
-        traces=(blank, blank) if solver.trace else None,
-        trajectory=jnp.zeros((len(solver.trajectory_steps), *z0.shape), z0.dtype) if solver.trajectory_steps else None,
-    )
-    end = jax.lax.while_loop(keep_going, body, settled(body, start))
-    return end.best.z, _stats(end, solver), end.solver
+    def start(z0: jax.Array) -> _Loop:
+        batch = z0.shape[:1]
+        infinite = jnp.full(batch, jnp.inf, z0.dtype)
+        blank = jnp.zeros((*batch, solver.max_steps), z0.dtype)
+        return _Loop(
+            k=cast(jnp.zeros((), jnp.int32), varying(norm(z0, solver.axis_name))),  # shards that stop apart count apart
+            z=z0,
+            active=jnp.ones(batch, bool),
+            alive=jnp.ones(batch, bool),
+            coupled=jnp.zeros((), bool),
+            best=_Best(z0, infinite, infinite, jnp.zeros(batch, z0.dtype)),
+            solver=solver.init(z0),
+            traces=(blank, blank) if solver.trace else None,
+            trajectory=jnp.zeros((len(solver.trajectory_steps), *z0.shape), z0.dtype) if solver.trajectory_steps else None,
+        )
+
+    return Iteration(start, keep_going, advance)
 
 
-def _stats(end: _Loop, solver: Solver) -> SolverStats:
+def statistics(end: _Loop, solver: Solver) -> SolverStats:
+    """Return the statistics of a loop that has ended."""
     best = end.best
     residual = best.relative if solver.stop == "relative" else best.absolute
     relative_trace = absolute_trace = None
