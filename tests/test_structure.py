@@ -13,19 +13,20 @@ from tests.commands import ROOT
 PACKAGE = ROOT / "deq_flax"
 MAY = {
     "errors": set(),
+    "untrusted": {"errors"},
     "options": {"errors"},
     "equilibrium": set(),
     "nn": set(),
     "models": {"equilibrium", "nn", "errors"},
-    "data": {"errors"},
+    "data": {"errors", "untrusted"},
     "task": {"equilibrium"},
     "tasks": {"task", "models", "data", "equilibrium", "nn", "errors"},
     "devices": {"errors"},
-    "run_log": {"task", "devices", "equilibrium", "errors"},
-    "checkpoints": {"devices", "errors"},
+    "run_log": {"task", "devices", "equilibrium", "errors", "untrusted"},
+    "checkpoints": {"devices", "errors", "untrusted"},
     "train": {"task", "equilibrium", "devices", "checkpoints", "run_log", "options", "errors"},
-    "torch_checkpoint": {"nn", "errors"},
-    "config": {"options", "errors", "models", "task", "tasks", "devices", "checkpoints", "train"},
+    "torch_checkpoint": {"nn", "errors", "untrusted"},
+    "config": {"options", "errors", "untrusted", "models", "task", "tasks", "devices", "checkpoints", "train"},
     "__main__": {"options"},
     "config_files": {"config", "options", "checkpoints", "errors"},
     "cli": {"options", "config", "config_files", "run_log", "errors"},
@@ -39,6 +40,7 @@ PARTS = {"plot": {"plot_model"}}
 
 LIBRARIES = {
     "errors": set(),
+    "untrusted": set(),
     "options": set(),
     "equilibrium": {"jax"},
     "nn": {"jax", "flax", "numpy"},

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from deq_flax.torch_checkpoint.tensors import FormatError
+from deq_flax.untrusted.files import shown
 
 MAX_RATIO = 100
-MAX_FLOOR = 1 << 26
-"""The uncompressed sizes of all entries may sum to at most MAX_FLOOR + MAX_RATIO times the size of the file, in bytes."""
+MAX_FLOOR, MAX_CEILING = 1 << 26, 1 << 29
+"""The uncompressed sizes of all entries may sum to MAX_FLOOR + MAX_RATIO times the size of the file, in bytes, as long as that
+is at most MAX_CEILING more than the file has; and to twice its size in any case."""
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Those of torch.save and of NumPy. The others claim memory that the archive does not state."""
 MAX_ENTRIES = 1 << 17
 CHUNK = 1 << 22
 """Bytes that are decompressed at a time."""
@@ -47,7 +51,7 @@ class Archive:
     def read(self, name: str, *, limit: int) -> bytes:
         """The bytes of a small entry. FormatError if it is larger than `limit` bytes."""
         if self._zip.getinfo(name).file_size > limit:
-            raise FormatError(f"holds an entry {name!r} of more than {limit} bytes")
+            raise FormatError(f"holds an entry {shown(name)!r} of more than {limit} bytes")
         return self.read_array(name).tobytes()
 
     def read_array(self, name: str, start: int = 0) -> np.ndarray:
@@ -60,7 +64,7 @@ class Archive:
                 out[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
                 done += len(chunk)
         if done != info.file_size:
-            raise FormatError(f"is cut off within {name!r}")
+            raise FormatError(f"is cut off within {shown(name)!r}")
         return out[start:]
 
     def _check(self, size: int) -> None:
@@ -69,9 +73,11 @@ class Archive:
             raise FormatError("is a zip file with too many entries, or two of the same name")
         if any(info.flag_bits & 1 for info in infos):
             raise FormatError("is an encrypted zip file")
+        if any(info.compress_type not in METHODS for info in infos):
+            raise FormatError("is a zip file of a compression that neither torch.save nor NumPy uses")
         stored = sum(info.file_size for info in infos if info.compress_type == zipfile.ZIP_STORED)
         stated = sum(info.file_size for info in infos)
-        if stored > size or stated > MAX_FLOOR + MAX_RATIO * size:
+        if stored > size or stated > max(2 * size, min(MAX_FLOOR + MAX_RATIO * size, size + MAX_CEILING)):
             raise FormatError(f"states {stated} bytes of content in a file of {size}: refused, and nothing was unpacked")
 
 
@@ -83,4 +89,4 @@ def _one_error() -> Generator[None]:
     except (FormatError, OSError, MemoryError):
         raise
     except Exception as error:
-        raise FormatError(f"is damaged ({str(error) or type(error).__name__})") from error
+        raise FormatError(f"is damaged ({' '.join(str(error).split())[:160] or type(error).__name__})") from error

@@ -9,11 +9,13 @@ from typing import Any
 
 from deq_flax.errors import UserError
 from deq_flax.nn.attention import inverse_frequencies
-from deq_flax.torch_checkpoint.mapping import Family, Row
+from deq_flax.torch_checkpoint.mapping import Family, Row, sized
 from deq_flax.torch_checkpoint.mdeq import mdeq
 
 SAME_1, SAME_2 = (0,), (0, 1)
 TRANSPOSED = (1, 0)
+MAX_CLUSTERS = 64
+"""Most clusters of words that are looked for."""
 
 
 def linear(theirs: str, ours: str) -> list[Row]:
@@ -38,6 +40,7 @@ def conv1d(theirs: str, ours: str) -> list[Row]:
 
 def _infer_transformer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Options of a `DEQTransformer`; memory, attention span, order of normalization and dropout do not show in shapes."""
+    shapes = sized(shapes)
     options: dict[str, Any] = {"weight_norm": any(name.endswith("weight_g") for name in shapes)}
 
     def read(option: str, name: str, axis: int) -> None:
@@ -50,16 +53,19 @@ def _infer_transformer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     read("d_inner", "func.pos_ff.ff1_net.bias", 0)
     read("d_embed", "word_emb.emb_layers.0.weight", 1)
     tables = [shapes.get(f"word_emb.emb_layers.{i}.weight", ()) for i in range(_count(shapes, "word_emb.emb_layers.{}.weight"))]
-    if not tables or any(len(shape) != 2 for shape in tables):
+    if not 1 <= len(tables) <= MAX_CLUSTERS or any(len(shape) != 2 for shape in tables):
         return options
     rows, features = zip(*tables, strict=True)
     options["vocab_size"] = sum(rows)
-    n_clusters = 1 + shapes.get("crit.cluster_weight", (0,))[0]
+    n_clusters = 1 + (shapes.get("crit.cluster_weight") or (0,))[0]
     shared = len(tables) == 1 and n_clusters > 1
     options["cutoffs"] = None if shared else tuple(itertools.accumulate(rows[:-1]))
     if len(tables) > 1:
-        fitting = [div for div in range(2, features[0] + 2) if all(n == features[0] // div**i for i, n in enumerate(features))]
-        options |= {"div_value": fitting[0]} if fitting else {}
+        # All that divide the first cluster's features to those of the second.
+        possible = range(max(features[0] // (features[1] + 1) + 1, 2), features[0] // features[1] + 1)
+        fitting = (div for div in possible if all(n == features[0] // div**i for i, n in enumerate(features)))
+        div_value = next(fitting, None)
+        options |= {} if div_value is None else {"div_value": div_value}
     else:
         plain = shared or "word_emb.emb_projs.0.weight" not in shapes or options["d_embed"] != options.get("d_model")
         options["div_value"] = 1 if plain else 2

@@ -9,6 +9,7 @@ from flax import nnx
 
 from deq_flax.errors import UserError
 from deq_flax.torch_checkpoint.reader import TensorFile
+from deq_flax.untrusted.files import listed
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ def counters(family: Family, model: nnx.Module) -> list[str]:
 
 
 def mismatches(family: Family, model: nnx.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The differences between tensors of these shapes and those of the model, as parts of a sentence; empty if they fit."""
+    """The differences between tensors of these shapes and those of the model, as parts of a sentence; empty if they fit.
+
+    Of many tensors the first are named.
+    """
     wanted = {slot.theirs: slot.shape for slot in slots(family, model)}
     buffers = {name: make(model).shape for name, make in family.buffers.items()}
     buffers |= dict.fromkeys(counters(family, model), ())
@@ -102,7 +106,12 @@ def mismatches(family: Family, model: nnx.Module, shapes: Mapping[str, tuple[int
         if shapes.get(name, shape) != shape
     ]
     parts = {"unknown": unknown, "missing": missing, "of another shape": misshapen}
-    return [f"{len(names)} {what}: {', '.join(names)}" for what, names in parts.items() if names]
+    return [f"{len(names)} {what}: {listed(names)}" for what, names in parts.items() if names]
+
+
+def sized(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that have elements: the sizes of others may be anything, at no cost to the file."""
+    return {name: shape for name, shape in shapes.items() if 0 not in shape}
 
 
 def convert_tensors(family: Family, model: nnx.Module, file: TensorFile) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -129,12 +138,12 @@ def convert_tensors(family: Family, model: nnx.Module, file: TensorFile) -> tupl
         first[slot.path] = slot
         arrays[slot.path] = _read(file, slot, implausible)
     if untied:
-        raise UserError(f"{file.path}: our model ties weights that differ there: {'; '.join(untied)}")
+        raise UserError(f"{file.path}: our model ties weights that differ there: {listed(untied)}")
     beside = [*family.buffers, *counters(family, model)]
     buffers = {name: np.array(file.read(name)) for name in beside if name in file.tensors}
     implausible += [name for name, make in family.buffers.items() if name in buffers and not _near(buffers[name], make(model))]
     if implausible:
-        raise UserError(f"{file.path} holds values that no trained model has, in {', '.join(implausible)}: it may be damaged")
+        raise UserError(f"{file.path} holds values that no trained model has, in {listed(implausible)}: it may be damaged")
     return arrays, buffers
 
 

@@ -6,12 +6,14 @@ O, I, H, W: output and input channels, height and width of a kernel; the origina
 from collections.abc import Mapping
 from typing import Any
 
-from deq_flax.torch_checkpoint.mapping import Family, Row
+from deq_flax.torch_checkpoint.mapping import Family, Row, sized
 
 SAME_1 = (0,)
 HWIO = (3, 2, 0, 1)
 MAX_STEM = 6
 """Most convolutions of a stem that are looked for."""
+MAX_BRANCHES = 4
+"""Most branches that our model has."""
 
 
 def conv2d(theirs: str, ours: str) -> list[Row]:
@@ -66,12 +68,13 @@ def mdeq(stage: str) -> Family:
 
 def _infer(stage: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Options of an `MDEQ`; groups, dropout, momentum and how often a stem halves the resolution do not show in shapes."""
+    shapes = sized(shapes)
     kernels = {name.removesuffix("_v"): shape for name, shape in shapes.items() if name.endswith((".weight", ".weight_v"))}
     blocks = []
     while all(f"{stage}.branches.{len(blocks)}.blocks.0.conv{k}.weight" in kernels for k in (1, 2)):
         name = f"{stage}.branches.{len(blocks)}.blocks.0"
         blocks.append((kernels[f"{name}.conv1.weight"], kernels[f"{name}.conv2.weight"]))
-    if not blocks or any(len(shape) != 4 for pair in blocks for shape in pair):
+    if not 1 <= len(blocks) <= MAX_BRANCHES or any(len(shape) != 4 for pair in blocks for shape in pair):
         return {}
     channels = tuple(second[0] for _, second in blocks)
     held = {name.removesuffix(".weight_g") for name in shapes if name.endswith(".weight_g")}
@@ -87,19 +90,19 @@ def _infer(stage: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     if options["weight_norm"] and len(channels) > 1:
         options["fuse_weight_norm"] = "all" if between else "post" if after else "none"
     options["downsample"] = None if "stage0.0.weight" in shapes or len(channels) > 2 else 0
-    if "downsample.0.weight" in kernels:
+    if len(kernels.get("downsample.0.weight", ())) == 4:
         options["in_channels"] = kernels["downsample.0.weight"][1]
     return options | _infer_head(kernels, len(channels))
 
 
 def _infer_head(kernels: Mapping[str, tuple[int, ...]], n_branches: int) -> dict[str, Any]:
     """Options of the head, of whichever kind the file has."""
-    if "last_layer.3.weight" in kernels:
-        last = kernels["last_layer.3.weight"]
+    last = kernels.get("last_layer.3.weight", ())
+    if len(last) == 4:
         return {"num_classes": last[0], "last_kernel": last[-1]}
-    widths = [kernels.get(f"incre_modules.{i}.0.conv1.weight") for i in range(n_branches)]
-    classifier = kernels.get("classifier.weight")
-    if None in widths or classifier is None:
+    widths = [kernels.get(f"incre_modules.{i}.0.conv1.weight", ()) for i in range(n_branches)]
+    classifier = kernels.get("classifier.weight", ())
+    if any(len(shape) != 4 for shape in widths) or len(classifier) != 2:
         return {}
-    head_channels = tuple(shape[0] for shape in widths if shape is not None)
+    head_channels = tuple(shape[0] for shape in widths)
     return {"num_classes": classifier[0], "head_channels": head_channels, "final_channels": classifier[1]}

@@ -1,7 +1,6 @@
 """Open a file of named tensors in any known format."""
 
 import contextlib
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +12,13 @@ from deq_flax.torch_checkpoint.archive import Archive
 from deq_flax.torch_checkpoint.other_formats import read_npz, read_safetensors
 from deq_flax.torch_checkpoint.tensors import FormatError, Tensor, check_total, readable
 from deq_flax.torch_checkpoint.torch_formats import LEGACY_START, read_legacy, read_zip
+from deq_flax.untrusted.files import check_regular, listed
 
 NESTED = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts save a state_dict among other values, the most common first."""
 
-_PARAMETRIZED = re.compile(r"(.*\.)?parametrizations\.(\w+)\.original([01])")
+_PARAMETRIZED = {"original0": "g", "original1": "v"}
+"""The end of a name that PyTorch's newer weight normalization gives, and that of the older."""
 
 
 class TensorFile:
@@ -60,6 +61,7 @@ def open_tensors(path: str | Path) -> TensorFile:
     """
     path = Path(path)
     with readable(path), contextlib.ExitStack() as files:
+        check_regular(path)
         with path.open("rb") as file:
             start = file.read(len(LEGACY_START))
         if start.startswith(b"PK"):
@@ -93,13 +95,10 @@ def _state_dict(found: Any) -> dict[str, Tensor]:
             found = found[key]
             break
     if not any(isinstance(value, Tensor) for value in found.values()):
-        keys = ", ".join(map(_shown, list(found)[:8])) or "nothing"
-        raise FormatError(f"holds no state_dict, but a dictionary of {keys}: save model.state_dict()")
+        raise FormatError(f"holds no state_dict, but a dictionary of {listed(found) or 'nothing'}: save model.state_dict()")
     strange = [key for key, value in found.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if strange:
-        raise FormatError(
-            f"holds entries that are no tensors ({', '.join(map(_shown, strange))}): save model.state_dict() alone"
-        )
+        raise FormatError(f"holds entries that are no tensors ({listed(strange)}): save model.state_dict() alone")
     return found
 
 
@@ -108,12 +107,16 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = list(tensors)
     while names and all(name.startswith("module.") for name in names):
         names = [name.removeprefix("module.") for name in names]
-    names = [_PARAMETRIZED.sub(lambda m: f"{m[1] or ''}{m[2]}_{'gv'[int(m[3])]}", name) for name in names]
+    names = list(map(_spelled, names))
     if len(set(names)) != len(names):
         twice = sorted(name for name, count in Counter(names).items() if count > 1)
-        raise FormatError(f"holds the same weights under two names: {', '.join(map(_shown, twice))}")
+        raise FormatError(f"holds the same weights under two names: {listed(twice)}")
     return dict(zip(names, tensors.values(), strict=True))
 
 
-def _shown(key: Any) -> str:
-    return key if isinstance(key, str) and key.isprintable() else repr(key)[:80]
+def _spelled(name: str) -> str:
+    """A name with weight normalization spelled the older way."""
+    *parents, middle, leaf, end = ("", "", *name.split("."))
+    if middle != "parametrizations" or end not in _PARAMETRIZED:
+        return name
+    return ".".join([*parents[2:], f"{leaf}_{_PARAMETRIZED[end]}"])

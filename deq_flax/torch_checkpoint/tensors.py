@@ -11,12 +11,19 @@ import ml_dtypes
 import numpy as np
 
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import listed, shown
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_NDIM = 8
+MAX_SIZE = 1 << 40
+"""Product of a tensor's sizes other than 0."""
+MAX_TENSORS = 1 << 16
+MAX_NAME = 1000
+"""Characters of a tensor's name."""
 EXPANSION = 8
-EXPANSION_FLOOR = 1 << 20
-"""All tensors together may have EXPANSION times the bytes of their storages, which views share, plus EXPANSION_FLOOR."""
+EXPANSION_FLOOR, EXPANSION_CEILING = 1 << 20, 1 << 29
+"""All different views together may have twice the bytes of their storages; or EXPANSION times, plus EXPANSION_FLOOR, as long as
+that is at most EXPANSION_CEILING more than the storages have."""
 
 
 class FormatError(Exception):
@@ -57,8 +64,9 @@ class Tensor:
 
     def __init__(self, storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]):
         numbers = (offset, *shape, *strides)
-        if not all(type(x) is int and x >= 0 for x in numbers) or len(shape) != len(strides) or len(shape) > MAX_NDIM:
-            raise FormatError(f"holds a tensor of impossible geometry (offset {offset}, shape {shape}, strides {strides})")
+        possible = all(type(x) is int and 0 <= x <= MAX_SIZE for x in numbers) and len(shape) == len(strides) <= MAX_NDIM
+        if not possible or math.prod(n for n in shape if n) > MAX_SIZE:
+            raise FormatError(f"holds a tensor of impossible geometry (shape {listed(shape)}; strides {listed(strides)})")
         end = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1 if 0 not in shape else offset
         if end > storage.numel:
             raise FormatError(f"holds a tensor of shape {list(shape)} that reaches beyond its {storage.numel} elements")
@@ -118,10 +126,16 @@ def swap_bytes(raw: np.ndarray, itemsize: int) -> np.ndarray:
 
 
 def check_total(tensors: Mapping[str, Tensor]) -> None:
-    """Raise FormatError if tensors state many more bytes than their storages hold, as a decompression bomb would."""
-    held = sum({id(tensor.storage): tensor.storage.nbytes for tensor in tensors.values()}.values())
-    stated = sum(tensor.nbytes for tensor in tensors.values())
-    if stated > EXPANSION * held + EXPANSION_FLOOR:
+    """Raise FormatError for too many tensors or too long names, or if they state many more bytes than their storages hold."""
+    if len(tensors) > MAX_TENSORS:
+        raise FormatError(f"holds {len(tensors)} tensors; at most {MAX_TENSORS} are read")
+    long = [name for name in tensors if len(name) > MAX_NAME]
+    if long:
+        raise FormatError(f"holds a tensor whose name has {len(long[0])} characters ({shown(long[0])})")
+    views = {(id(x.storage), x.offset, x.shape, x.strides): x for x in tensors.values()}.values()
+    held = sum({id(tensor.storage): tensor.storage.nbytes for tensor in views}.values())
+    stated = sum(tensor.nbytes for tensor in views)
+    if stated > max(2 * held, min(EXPANSION * held + EXPANSION_FLOOR, held + EXPANSION_CEILING)):
         raise FormatError(f"states {stated} bytes of tensors, but holds {held}")
 
 

@@ -3,17 +3,17 @@
 No package but PyTorch itself reads them, and nothing else here needs PyTorch.
 """
 
-import itertools
+import io
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deq_flax.torch_checkpoint.archive import Archive
-from deq_flax.torch_checkpoint.restricted_pickle import MAX_BYTES, pickle_length, unpickle
+from deq_flax.torch_checkpoint.restricted_pickle import MAX_BYTES, unpickle
 from deq_flax.torch_checkpoint.tensors import FormatError, Storage, read_at, swap_bytes
+from deq_flax.untrusted.files import shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
@@ -38,7 +38,8 @@ def read_zip(archive: Archive) -> Any:
         name = f"{root}/data/{key}"
         if archive.sizes.get(name) != numel * dtype.itemsize:
             held = archive.sizes.get(name, "no")
-            raise FormatError(f"is damaged: {name!r} should have {numel * dtype.itemsize} bytes and has {held}")
+            needed = shown(numel * dtype.itemsize)
+            raise FormatError(f"is damaged: {shown(name)!r} should have {needed} bytes and has {held}")
 
         def read() -> np.ndarray:
             raw = archive.read_array(name)
@@ -46,7 +47,11 @@ def read_zip(archive: Archive) -> Any:
 
         return Storage(dtype, numel, read)
 
-    return unpickle(archive.read(pickles[0], limit=MAX_BYTES), make_storage)
+    stream = io.BytesIO(archive.read(pickles[0], limit=MAX_BYTES))
+    found = unpickle(stream, make_storage)
+    if stream.read(1):
+        raise FormatError("holds more after its pickle than it should")
+    return found
 
 
 def read_legacy(path: Path) -> Any:
@@ -60,12 +65,10 @@ def read_legacy(path: Path) -> Any:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(MAX_BYTES)
-        pieces = list(itertools.islice(_pickles(head), 5))
-        start = sum(map(len, pieces))
-        magic, version, machine = (unpickle(piece) for piece in pieces[:3])
+        head = io.BytesIO(file.read(MAX_BYTES))
+        magic, version, machine = (unpickle(head) for _ in range(3))
         if magic != LEGACY_MAGIC or version != _LEGACY_PROTOCOL:
-            raise FormatError(f"is of a version of torch.save that is not known ({version})")
+            raise FormatError(f"is of a version of torch.save that is not known ({shown(version)})")
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
             raise FormatError("was written on a big-endian machine: save it again with a newer PyTorch, which says so per file")
         storages: dict[str, list[int]] = {}
@@ -74,10 +77,10 @@ def read_legacy(path: Path) -> Any:
             place = storages.setdefault(key, [0, numel, dtype.itemsize])
             return Storage(dtype, numel, lambda: read_at(path, place[0], numel * dtype.itemsize))
 
-        found = unpickle(pieces[3], make_storage)
-        keys = unpickle(pieces[4])
-        if not isinstance(keys, list) or len(keys) != len(storages) or {str(key) for key in keys} != set(storages):
+        found, keys = unpickle(head, make_storage), unpickle(head)
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(storages):
             raise FormatError("is damaged: the storages it lists are not those of its tensors")
+        start = head.tell()
         for key in keys:
             _, numel, itemsize = storages[key]
             storages[key][0] = start + 8
@@ -90,11 +93,3 @@ def read_legacy(path: Path) -> Any:
     if start != size:
         raise FormatError(f"is damaged: {size - start} bytes are left over at its end")
     return found
-
-
-def _pickles(head: bytes) -> Iterator[bytes]:
-    """The pickles that `head` begins with, in order."""
-    while True:
-        length = pickle_length(head)
-        yield head[:length]
-        head = head[length:]

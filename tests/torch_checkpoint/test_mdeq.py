@@ -155,7 +155,7 @@ def test_a_config_that_does_not_fit_is_refused_with_one_that_does(tmp_path):
 
 def test_weights_of_the_other_head_are_refused(tmp_path):
     wrong = config("mdeq_deq_cls2", **reference.options("mdeq_deq_cls2"))
-    with pytest.raises(UserError, match=r"unknown: .*last_layer"):
+    with pytest.raises(UserError, match=r"48 unknown: stage0"):
         convert(reference.source("mdeq_deq_seg3"), tmp_path / "dir", wrong)
 
 
