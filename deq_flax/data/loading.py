@@ -7,6 +7,7 @@ therefore resumes from the number of its step, without any iterator state.
 import contextlib
 import functools
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator
@@ -18,6 +19,7 @@ import grain
 import numpy as np
 
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import printable
 
 SPLITS = ("train", "valid", "test")
 ON_DISK = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test"}
@@ -179,6 +181,38 @@ def readable(label: object) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {label}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{label} is damaged or not a zip file that can be read ({error}); get it again") from error
+        raise UserError(f"cannot read {printable(str(label))}: {error.strerror or error}") from error
+    except _ZIP_DAMAGE as error:
+        what = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"{printable(str(label))} is damaged or not a zip file that can be read ({what}); get it again"
+        ) from error
+
+
+_ZIP_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+)
+"""Exceptions that `zipfile` raises for damaged files."""
+
+
+def check_member(info: zipfile.ZipInfo, limit: int) -> None:
+    """Check what a zip file states about a member before it is opened.
+
+    Raises:
+        BadZipFile: it would have more than `limit` bytes, it is encrypted, or compressed by another method than deflate, the
+            only one that `zipfile` decompresses within bounded memory.
+    """
+    if info.flag_bits & 1:
+        raise zipfile.BadZipFile("it is encrypted")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise zipfile.BadZipFile(f"it is compressed by method {info.compress_type}: compress it by deflate")
+    if info.file_size > limit:
+        raise zipfile.BadZipFile(f"it states {info.file_size} bytes of content: at most {limit} are read")

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from deq_flax.data.loading import readable
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import check_regular, read_bytes, shown
 
 _SHARD = re.compile(r".*-(train|validation|valid|val|test)\.array_record(?:-\d+-of-\d+)?")
+
+MAX_LABELS_BYTES = 1 << 24
 
 Value = bytes | int
 
@@ -29,9 +32,14 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:
-    """Read the class names, one a line, from `label.labels.txt`. UserError: there is no such file."""
-    with readable(folder / "label.labels.txt"):
-        return tuple((folder / "label.labels.txt").read_text(encoding="utf-8").split("\n")[:-1])
+    """Read the class names, one a line, from `label.labels.txt`. UserError: there is no such file, or it holds no names."""
+    path = folder / "label.labels.txt"
+    with readable(path):
+        text = read_bytes(path, MAX_LABELS_BYTES).decode("utf-8")
+    names = tuple(text.removesuffix("\n").split("\n"))
+    if not all(names):
+        raise UserError(f"{path} must hold the name of a class on each line: get it again")
+    return names
 
 
 class ArrayRecords:
@@ -51,10 +59,13 @@ class ArrayRecords:
             from array_record.python.array_record_data_source import ArrayRecordDataSource  # not on every platform
         except ImportError as error:
             raise UserError("ArrayRecord files need the package array_record: pip install array-record") from error
+        for path in shards:
+            with readable(path):
+                check_regular(path)
         try:
             self._source = ArrayRecordDataSource([str(path) for path in shards])
         except (OSError, ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"cannot read {shards[0].parent}: {' '.join(str(error).split())}") from error
+            raise UserError(f"cannot read {shards[0].parent}: {shown(' '.join(str(error).split()))}") from error
         self._folder = shards[0].parent
 
     def __len__(self) -> int:
@@ -86,7 +97,7 @@ def _features(record: bytes) -> Mapping[str, Value]:
                 if kind == 3 and isinstance(value, bytes):  # packed integers
                     value = _varint(value, 0)[0]
                 if kind in (1, 3) and value is not None:
-                    found[_bytes(parts[1]).decode()] = value
+                    found[_bytes(parts.get(1, 0)).decode()] = value
     return found
 
 
@@ -119,6 +130,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         shift, at = shift + 7, at + 1
         if message[at - 1] < 0x80:
             return value, at
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
 
 
 def _bytes(value: Value) -> bytes:

@@ -5,7 +5,6 @@ Axes: N examples, H height, W width, C channels.
 
 import codecs
 import io
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,13 @@ from deq_flax.data.images.files import DamagedFiles, FileTree, decode_all, is_im
 from deq_flax.data.images.labeled import LabeledArrays
 from deq_flax.data.loading import data_path, readable
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import read_bytes, shown
+from deq_flax.untrusted.pickles import unpickle
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
+MAX_BYTES = 1 << 28
+"""Size of a batch file; the published ones have 31 MB."""
 _CHUNK = 1000
 """Image files that are decoded between updates of the progress bar."""
 _BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
@@ -55,7 +58,7 @@ def load_cifar10(path: str, damaged: DamagedFiles) -> dict[str, LabeledArrays]:
 def read_binary(path: Path) -> LabeledArrays:
     """Read a batch of records of one label byte and 3072 image bytes. UserError: it has another size or bad labels."""
     with readable(path):
-        content = path.read_bytes()
+        content = read_bytes(path, MAX_BYTES)
     record = 1 + 3 * SIDE * SIDE
     if not content or len(content) % record:
         raise UserError(f"{path} is damaged: its {len(content)} bytes are no multiple of {record}; get it again")
@@ -66,15 +69,15 @@ def read_binary(path: Path) -> LabeledArrays:
 def read_pickled(path: Path) -> LabeledArrays:
     """Read a batch of the python version, without executing anything in the file. UserError: it is no such batch."""
     with readable(path):
-        content = path.read_bytes()
+        content = read_bytes(path, MAX_BYTES)
     try:
-        batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
+        batch = unpickle(io.BytesIO(content), _TABLE)
         pixels = batch[b"data"].array()
         labels = np.asarray(batch[b"labels"], np.int32)
         if pixels.shape != (len(labels), 3 * SIDE * SIDE):
             raise ValueError(f"its images are {pixels.shape}, its labels {len(labels)}")
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} is no batch of CIFAR-10 ({' '.join(str(error).split())}): get it again") from error
+        raise UserError(f"{path} is no batch of CIFAR-10 ({shown(' '.join(str(error).split()))}): get it again") from error
     return _images(pixels), _checked(labels, path)
 
 
@@ -107,27 +110,18 @@ class _DType:
 def _encode(text: str, encoding: str) -> bytes:
     """Reproduce `codecs.encode` for bytes that Python 3 pickled for Python 2."""
     if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"unexpected encoding {encoding!r}")
+        raise ValueError(f"unexpected encoding {shown(encoding)!r}")
     return codecs.encode(text, "latin1")
 
 
-_ALLOWED = {
-    "numpy.core.multiarray._reconstruct": _Array,
-    "numpy._core.multiarray._reconstruct": _Array,
-    "numpy.ndarray": _Array,
-    "numpy.dtype": _DType,
-    "_codecs.encode": _encode,
+_TABLE = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    ("_codecs", "encode"): _encode,
 }
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Unpickler of dictionaries, lists, strings, numbers and byte arrays; a file that names anything else is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
+"""What a batch may name."""
 
 
 def _images(rows: np.ndarray) -> np.ndarray:
@@ -169,7 +163,9 @@ def _decoded(tree: FileTree, named: list[tuple[str, int]], damaged: DamagedFiles
         return to_array(image)
 
     images, labels = [], []
-    with tqdm(total=len(named), desc=f"decoding {split}", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        total=len(named), desc=f"decoding {split}", file=sys.stderr, disable=sys.stderr is None or not sys.stderr.isatty()
+    ) as bar:
         for start in range(0, len(named), _CHUNK):
             part = named[start : start + _CHUNK]
             decoded = decode_all([name for name, _ in part], decode, damaged, tree.label)
@@ -177,4 +173,6 @@ def _decoded(tree: FileTree, named: list[tuple[str, int]], damaged: DamagedFiles
             images += [image for image, _ in kept]
             labels += [label for _, label in kept]
             bar.update(len(part))
+    if not images:
+        raise UserError(f"{tree.path} holds no whole image of split {split}: get it again")
     return np.stack(images), np.array(labels, np.int32)

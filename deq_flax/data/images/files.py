@@ -3,15 +3,15 @@
 Axes: H height, W width.
 """
 
+import contextlib
+import errno
 import functools
 import io
 import logging
 import os
-import struct
 import threading
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -19,24 +19,25 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from deq_flax.data.loading import readable
+from deq_flax.data.loading import check_member, readable
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import printable, read_bytes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 THREADS = min(16, os.cpu_count() or 1)
 """Threads that decode; Pillow releases the GIL meanwhile."""
 
-_DAMAGE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)
-"""Exceptions that Pillow and zipfile raise for damaged files."""
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
+"""Formats that are decoded, by Pillow's names. Of its others some start programs: PostScript, for one."""
+MAX_BYTES = 1 << 28
+"""Size of an encoded image."""
+MAX_PIXELS, LARGE = 1 << 26, 1 << 24
+"""Pixels of an image; and of one that is decoded while no other large one is."""
+MAX_PLAIN_BYTES = 1 << 22
+"""Size of a PPM file whose pixels are decimal text, which takes Pillow a second for each megabyte."""
+
+_OUTSIDE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing about a file."""
 
 _log = logging.getLogger("deq_flax")
 
@@ -66,23 +67,34 @@ class FileTree:
         if self._zip is not None:
             return sorted(name for name in self._zip.namelist() if not name.endswith("/"))
         with readable(self.path):
-            return sorted(self._below(str(self.path), ""))
+            return sorted(self._below())
 
-    def _below(self, folder: str, prefix: str) -> Iterator[str]:
-        # Path.rglob takes minutes for a million files.
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    yield from self._below(entry.path, f"{prefix}{entry.name}/")
-                else:
-                    yield prefix + entry.name
+    def _below(self) -> Iterator[str]:
+        # Path.rglob takes minutes for a million files. Links to a folder that is being walked are not followed.
+        left: list[tuple[str, str, tuple[str, ...]]] = [(str(self.path), "", (os.path.realpath(self.path),))]
+        while left:
+            folder, prefix, walked = left.pop()
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    inner = walked
+                    if entry.is_symlink():
+                        real = os.path.realpath(entry.path)
+                        inner = (*walked, os.path.realpath(folder), real)
+                        if any(f"{other}/".startswith(f"{real}/") for other in inner[:-1]):
+                            continue
+                    if _is_folder(entry):
+                        left.append((entry.path, f"{prefix}{entry.name}/", inner))
+                    else:
+                        yield prefix + entry.name
 
     def read(self, name: str) -> bytes:
-        """Read the content of a file. Raises OSError or zipfile.BadZipFile."""
+        """Read the content of a file. Raises OSError or one of the errors of zipfile; see `decode_all`."""
         if self._zip is None:
-            return (self.path / name).read_bytes()
+            return read_bytes(self.path / name, MAX_BYTES)
         with self._lock:
-            return self._zip.read(name)
+            info = self._zip.getinfo(name)
+            check_member(info, MAX_BYTES)
+            return self._zip.read(info)
 
     def label(self, name: str) -> str:
         """The full name of a file, for messages."""
@@ -116,11 +128,11 @@ class DamagedFiles:
         with self._lock:
             if name in self._reasons:
                 return
-            self._reasons[name] = " ".join(str(reason).split())
+            self._reasons[name] = " ".join(str(reason).split())[:160]
             count = len(self._reasons)
-        _log.warning("skipped the damaged image %s (%s); %d so far", name, self._reasons[name], count)
+        _log.warning("skipped the damaged image %s (%s); %d so far", printable(name), self._reasons[name], count)
         if count > self._limit:
-            listed = ", ".join(self.names[:5]) + (" ..." if count > 5 else "")
+            listed = ", ".join(map(printable, self.names[:5])) + (" ..." if count > 5 else "")
             raise UserError(
                 f"{count} images are damaged ({listed}): get them again or delete them, or raise data.max_damaged {self._limit}"
             )
@@ -128,7 +140,27 @@ class DamagedFiles:
 
 def open_image(content: bytes) -> Image.Image:
     """Open an image, whose pixels are decoded on first use. Raises any of the errors that `decode_all` handles."""
-    return Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it is of {image.width} x {image.height}: at most {MAX_PIXELS} pixels are decoded")
+    if content[:2] in (b"P1", b"P2", b"P3") and len(content) > MAX_PLAIN_BYTES:
+        raise ValueError(f"it has {len(content)} bytes of decimal numbers: at most {MAX_PLAIN_BYTES} are decoded")
+    return image
+
+
+@contextlib.contextmanager
+def decoding(*images: Image.Image) -> Generator[None]:
+    """Decode images in a `with` block: of large ones those of one block at a time. Their pixels are freed at its end."""
+    large = max(image.width * image.height for image in images) > LARGE
+    with _one_large if large else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            for image in images:
+                image.close()
+
+
+_one_large = threading.Lock()
 
 
 def decode_all(
@@ -138,7 +170,7 @@ def decode_all(
 
     Args:
         names: the names, in order.
-        decode: may raise any error of Pillow or zipfile for a damaged file.
+        decode: may raise any error: Pillow and zipfile raise many for damaged files.
         damaged: records damaged files.
         label: converts a name to one for messages.
 
@@ -152,8 +184,12 @@ def decode_all(
     def attempt(item: tuple[int, str]) -> Decoded | None:
         try:
             return decode(*item)
-        except _DAMAGE as error:
-            damaged.add(label(item[1]), error)
+        except UserError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OUTSIDE:
+                raise UserError(f"cannot read {printable(label(item[1]))}: {error.strerror}") from error
+            damaged.add(label(item[1]), str(error) or type(error).__name__)
             return None
 
     return list(_pool().map(attempt, enumerate(names)))
@@ -168,3 +204,10 @@ def to_array(image: Image.Image) -> np.ndarray:
 def _pool() -> ThreadPoolExecutor:
     """The thread pool of the process, created on first use."""
     return ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deq_flax.data.images.augment import Boxes, center_boxes, mirror, pad_crop, random_flips, resized_crop_boxes
-from deq_flax.data.images.files import DamagedFiles, decode_all, open_image, to_array
+from deq_flax.data.images.files import DamagedFiles, decode_all, decoding, open_image, to_array
 from deq_flax.data.loading import Batch
 from deq_flax.errors import UserError
 
@@ -125,6 +125,7 @@ class EncodedExamples:
         return open_image(content), label
 
     def _crop(self, image: Image.Image, boxes: Boxes, index: int) -> np.ndarray:
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-        size = (self.image_size, self.image_size)
-        return to_array(rgb.resize(size, Image.Resampling.BILINEAR, box=boxes.corners(index)))
+        with decoding(image):
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            size = (self.image_size, self.image_size)
+            return to_array(rgb.resize(size, Image.Resampling.BILINEAR, box=boxes.corners(index)))

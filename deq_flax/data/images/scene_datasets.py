@@ -11,8 +11,9 @@ import numpy as np
 
 from deq_flax.data.images.files import DamagedFiles, FileTree, is_image
 from deq_flax.data.images.scenes import IGNORE, Scene, SceneExamples
-from deq_flax.data.loading import ON_DISK, Splits, check_least, data_path
+from deq_flax.data.loading import ON_DISK, Splits, check_least, data_path, readable
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import shown
 
 CITYSCAPES = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20: "traffic sign",
@@ -230,14 +231,12 @@ def _read_list(tree: FileTree, file: str, named: set[str]) -> list[Scene]:
             continue
         if len(parts) != 2 or parts[0].lstrip("/") not in named or parts[1].lstrip("/") not in named:
             raise UserError(
-                f"{tree.label(file)} line {number} must name an image and its labels below {tree.path}: {line.strip()!r}"
+                f"{tree.label(file)} line {number} must name an image and its labels below {tree.path}: {shown(line.strip())!r}"
             )
         scenes.append(Scene(parts[0].lstrip("/"), parts[1].lstrip("/")))
     return scenes
 
 
 def _read_text(tree: FileTree, file: str) -> str:
-    try:
+    with readable(tree.label(file)):
         return tree.read(file).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {tree.label(file)}: {error}") from error

@@ -3,8 +3,7 @@
 Axes: B batch, H height, W width, C channels.
 """
 
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from deq_flax.data.images.augment import mirror, random_flips, scaled_crops
-from deq_flax.data.images.files import DamagedFiles, FileTree, decode_all, open_image, to_array
+from deq_flax.data.images.files import DamagedFiles, FileTree, decode_all, decoding, open_image, to_array
 from deq_flax.data.loading import Batch
 from deq_flax.errors import UserError
 
@@ -59,22 +58,27 @@ class SceneExamples:
     def read(self, indices: np.ndarray, random: np.random.Generator | None) -> Batch:
         """Decode and crop the scenes at `indices` (B,); see `Examples.read`."""
         scenes = [self.scenes[index] for index in indices]
-        opened = decode_all(
-            [scene.image for scene in scenes], lambda i, _: self._open(scenes[i]), self.damaged, self.tree.label
-        )
+        names = [scene.image for scene in scenes]
+        opened = decode_all(names, lambda i, _: self._open(scenes[i]), self.damaged, self.tree.label)
         if random is None:
-            size, parts = self.eval_size, [self._whole(pair) for pair in opened]
+            size, decode = self.eval_size, self._whole
             mirrored_B = np.zeros(len(scenes), bool)
         else:
-            size, parts = self.crop_size, self._crops(opened, random)
+            size, decode = self.crop_size, self._crops(opened, random)
             mirrored_B = random_flips(len(scenes), random)
+
+        def decoded(i: int, _: str) -> tuple[np.ndarray, np.ndarray] | None:
+            pair = opened[i]
+            return None if pair is None else decode(i, *pair)
+
+        parts = decode_all(names, decoded, self.damaged, self.tree.label)
         images = np.zeros((len(scenes), *size, 3), np.uint8)
         labels = np.full((len(scenes), *size), IGNORE, np.uint8)
         for i, part in enumerate(parts):
             if part is not None:
                 height, width = part[1].shape
                 images[i, :height, :width], labels[i, :height, :width] = part
-        mask = np.array([pair is not None for pair in opened], np.float32)
+        mask = np.array([part is not None for part in parts], np.float32)
         return {
             "images": mirror(images, mirrored_B),
             "labels": mirror(self._as_classes(labels, scenes), mirrored_B),
@@ -94,47 +98,42 @@ class SceneExamples:
         return classes.astype(np.uint8)
 
     def _open(self, scene: Scene) -> tuple[Image.Image, Image.Image]:
-        """Decode an image and its mask. Raises any of the errors that `decode_all` handles."""
-        image = open_image(self.tree.read(scene.image)).convert("RGB")
-        labels = read_labels(self.tree.read(scene.labels))
+        """Open an image and its mask. Raises any of the errors that `decode_all` handles."""
+        image, labels = (open_image(self.tree.read(name)) for name in scene)
         if image.size != labels.size:
             raise ValueError(f"the image is {image.size}, its labels {scene.labels} are {labels.size}")
         return image, labels
 
-    def _whole(self, pair: tuple[Image.Image, Image.Image] | None) -> tuple[np.ndarray, np.ndarray] | None:
-        """Convert an image and its mask at their own size."""
-        if pair is None:
-            return None
-        width, height = pair[0].size
+    def _whole(self, _: int, image: Image.Image, labels: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        """Decode an image and its mask at their own size."""
+        width, height = image.size
         if height > self.eval_size[0] or width > self.eval_size[1]:
             raise UserError(f"an image of {height} x {width} is larger than data.eval_size {self.eval_size}: raise that")
-        return to_array(pair[0]), np.asarray(pair[1])
+        with decoding(image, labels):
+            return to_array(image), np.asarray(class_numbers(labels))
 
     def _crops(
         self, opened: list[tuple[Image.Image, Image.Image] | None], random: np.random.Generator
-    ) -> list[tuple[np.ndarray, np.ndarray] | None]:
-        """Scale and crop in one operation, which resizes only the box that is kept."""
+    ) -> Callable[[int, Image.Image, Image.Image], tuple[np.ndarray, np.ndarray]]:
+        """Draw crops; returns the function that scales and crops in one operation, which resizes only the box that is kept."""
         widths_B, heights_B = np.array([(1, 1) if pair is None else pair[0].size for pair in opened]).T
         crops = scaled_crops(widths_B, heights_B, crop=self.crop_size, scales=self.scales, random=random)
 
-        def crop(i: int, _: str) -> tuple[np.ndarray, np.ndarray] | None:
-            pair = opened[i]
-            if pair is None:
-                return None
+        def crop(i: int, image: Image.Image, labels: Image.Image) -> tuple[np.ndarray, np.ndarray]:
             box, size = crops.boxes.corners(i), (int(crops.sizes_B2[i, 0]), int(crops.sizes_B2[i, 1]))
-            image = pair[0].resize(size, Image.Resampling.BILINEAR, box=box)
-            return to_array(image), np.asarray(pair[1].resize(size, Image.Resampling.NEAREST, box=box))
+            with decoding(image, labels):
+                pixels = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box=box)
+                numbers = class_numbers(labels).resize(size, Image.Resampling.NEAREST, box=box)
+            return to_array(pixels), np.asarray(numbers)
 
-        return decode_all([""] * len(opened), crop, self.damaged)
+        return crop
 
 
-def read_labels(content: bytes) -> Image.Image:
+def class_numbers(labels: Image.Image) -> Image.Image:
     """Decode a mask: the values of a gray or palette image, unchanged. ValueError: it has colors or values above 255."""
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    if image.mode not in ("L", "P", "1", "I", "I;16"):
-        raise ValueError(f"labels must be gray or palette images of class numbers, not {image.mode}")
-    values = np.asarray(image)
+    if labels.mode not in ("L", "P", "1", "I", "I;16"):
+        raise ValueError(f"labels must be gray or palette images of class numbers, not {labels.mode}")
+    values = np.asarray(labels)
     if values.size and not 0 <= values.min() <= values.max() <= 255:
         raise ValueError(f"it holds labels from {values.min()} to {values.max()}: 0 to 255 are possible")
     return Image.fromarray(values.astype(np.uint8))

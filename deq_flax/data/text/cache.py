@@ -13,9 +13,12 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from deq_flax.data.loading import SPLITS
+from deq_flax.data.text.arrays import map_npy
 from deq_flax.data.text.files import TextFile
 from deq_flax.data.text.vocabulary import Vocabulary, count_words
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import read_json
 
 FORMAT = 1
 """Version of the cache; part of the folder's hash."""
@@ -146,12 +149,13 @@ def _publish(scratch: Path, folder: Path) -> Encoded:
 def _open(folder: Path) -> Encoded | None:
     """Open a cache folder; None if it is absent, incomplete or damaged."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        tokens = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in meta["tokens"]}
+        meta = read_json(folder / "meta.json")
+        lengths = {split: meta["tokens"][split] for split in SPLITS}
+        tokens = {split: map_npy(folder / f"{split}.npy") for split in lengths}
         vocabulary = Vocabulary.load(folder / "vocabulary.txt", lower_case=meta["lower_case"])
         whole = len(vocabulary) == meta["vocab_size"] and all(
-            tokens[split].shape == (length,) and tokens[split].dtype == np.int32 for split, length in meta["tokens"].items()
+            tokens[split].shape == (length,) and tokens[split].dtype == np.int32 for split, length in lengths.items()
         )
-    except (OSError, ValueError, EOFError, KeyError, TypeError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
     return (tokens, vocabulary) if whole else None

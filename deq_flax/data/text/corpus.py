@@ -3,8 +3,6 @@
 To add a text: a loader function and a line in `TEXTS`.
 """
 
-import json
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from deq_flax.data.loading import SPLITS, Splits, check_least, data_path, readable
+from deq_flax.data.text.arrays import map_npy
 from deq_flax.data.text.cache import load_or_encode
 from deq_flax.data.text.files import Layout, find_texts
 from deq_flax.data.text.pydoc import pydoc_corpus
 from deq_flax.data.text.tokenizer import TOKENIZER_FILE
-from deq_flax.data.text.vocabulary import VOCABULARY_FILE, Vocabulary
+from deq_flax.data.text.vocabulary import MAX_BYTES, VOCABULARY_FILE, Vocabulary
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import read_bytes, read_json, shown
 
 CORPUS_FILE = "corpus.json"
 """File beside token arrays: `vocab_size`, and `tokens` and `bytes` by split."""
@@ -139,7 +139,7 @@ def _load_tokens(options: TextOptions, vocab_size: int) -> Corpus:
     meta = _corpus_file(folder / CORPUS_FILE, splits)
     tokenizer = folder / TOKENIZER_FILE
     with readable(tokenizer):
-        tokenizer_json = tokenizer.read_text(encoding="utf-8") if meta and tokenizer.exists() else None
+        tokenizer_json = read_bytes(tokenizer, MAX_BYTES).decode("utf-8") if meta and tokenizer.exists() else None
     vocab_size = vocab_size or meta.get("vocab_size", 0)
     limit = vocab_size or np.iinfo(np.int32).max
     largest = 0
@@ -163,13 +163,13 @@ def _corpus_file(file: Path, splits: Mapping[str, np.ndarray]) -> dict[str, Any]
     """Read what `deq_flax.tokenize` wrote beside its arrays; empty if there is none."""
     if not file.exists():
         return {}
-    with readable(file):
-        text = file.read_bytes()
     try:
-        meta = json.loads(text)
+        meta = read_json(file)
         numbers = [meta["vocab_size"], *(meta[key][split] for key in ("tokens", "bytes") for split in SPLITS)]
         whole = all(type(n) is int and n > 0 for n in numbers)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
         raise UserError(f"{file} is damaged: encode the text again with deq_flax.tokenize, or delete it to use the ids alone")
@@ -210,16 +210,15 @@ TEXTS: dict[str, Callable[[TextOptions, int], Corpus]] = {
 
 def _map_tokens(file: Path) -> np.ndarray:
     try:
-        tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+        tokens = map_npy(file)
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist: {_TOKENS_WANTED}") from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is damaged or no .npy file ({' '.join(str(error).split())})") from error
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        found = f"{tokens.dtype} {tokens.shape}" if isinstance(tokens, np.ndarray) else "several arrays"
-        raise UserError(f"{file} holds {found}: it must be one 1-D array of integers")
+    except ValueError as error:
+        raise UserError(f"{file} is damaged or no .npy file ({error})") from error
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"{file} holds {shown(str(tokens.dtype))} {tokens.shape}: it must be one 1-D array of integers")
     if not len(tokens):
         raise UserError(f"{file} is empty")
     return tokens

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deq_flax.data.loading import readable
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import check_regular
 
 PIECE_BYTES = 1 << 16
 """Bytes of a piece, about; a longer line is cut, between characters."""
@@ -61,6 +62,8 @@ class Documents:
             UserError: a file cannot be read.
         """
         for file in self.files:
+            with readable(file):
+                check_regular(file)
             with readable(file), open(file, "rb") as stream:
                 self.invalid.pop(file, None)
                 rest, data = b"", stream.read(PIECE_BYTES)

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from deq_flax.data.loading import SPLITS, data_path, readable
+from deq_flax.data.loading import SPLITS, check_member, data_path, readable
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import check_regular
 
 PIECE_BYTES = 1 << 20
 """Bytes of text that are split into words at once. The words take 20 times as much and should fit the processor's cache."""
+
+MAX_RATIO, MAX_FLOOR = 16, 1 << 26
+"""A member of a zip file may have MAX_FLOOR + MAX_RATIO times its compressed size, in bytes; English text takes a third."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class TextFile:
                 with zipfile.ZipFile(self.path) as archive:
                     size = archive.getinfo(self.member).file_size
             else:
-                size = self.path.stat().st_size
+                size = check_regular(self.path)
         if size == 0:
             raise UserError(f"{self} is empty")
         return size
@@ -42,11 +46,14 @@ class TextFile:
         return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
 
     def open(self) -> IO[bytes]:
-        """Open the text for reading. Raises OSError or zipfile.BadZipFile."""
+        """Open the text for reading. Raises OSError or one of the errors of zipfile."""
         if not self.member:
+            check_regular(self.path)
             return self.path.open("rb")
         with zipfile.ZipFile(self.path) as archive:
-            return archive.open(self.member)
+            info = archive.getinfo(self.member)
+            check_member(info, MAX_FLOOR + MAX_RATIO * info.compress_size)
+            return archive.open(info)
 
     def pieces(self, progress: Callable[[int], object] = lambda n_bytes: None) -> Iterator[str]:
         """Read the text in pieces of about PIECE_BYTES that end between words, every line ended by one '\\n'.

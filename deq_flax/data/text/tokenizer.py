@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deq_flax.data.text.vocabulary import MAX_BYTES
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import read_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -41,7 +43,7 @@ class Tokenizer:
         """
         library = _library()
         try:
-            text = Path(path).read_bytes().decode("utf-8")
+            text = read_bytes(path, MAX_BYTES).decode("utf-8")
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:

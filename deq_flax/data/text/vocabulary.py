@@ -8,17 +8,24 @@ from pathlib import Path
 import numpy as np
 
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import read_bytes, shown
 
 VOCABULARY_FILE = "vocabulary.txt"
 EOS = "<eos>"
 UNK = "<unk>"
+MAX_WORDS = 1 << 21
+"""Different words of a text. A million take 150 MB; wikitext-103 has 267,735."""
+MAX_BYTES = 1 << 28
+"""Size of a vocabulary's file."""
 
 
 def count_words(pieces: Iterable[str], *, lower_case: bool = False) -> Counter[str]:
-    """Count each whitespace-separated word, in the order of first appearance."""
+    """Count each whitespace-separated word, in the order of first appearance. UserError: more than MAX_WORDS differ."""
     counts: Counter[str] = Counter()
     for piece in pieces:
         counts.update((piece.lower() if lower_case else piece).split())
+        if len(counts) > MAX_WORDS:
+            raise UserError(f"the text has more than {MAX_WORDS} different words: it is no text, or must be tokenized first")
     return counts
 
 
@@ -28,7 +35,7 @@ class _Ids(dict[str, int]):
     def __missing__(self, word: str) -> int:
         unknown = self.get(UNK)
         if unknown is None:
-            raise UserError(f"the word {word!r} is not in the vocabulary, which has no {UNK!r} to stand for it")
+            raise UserError(f"the word {shown(word)!r} is not in the vocabulary, which has no {UNK!r} to stand for it")
         return unknown
 
 
@@ -134,9 +141,9 @@ class Vocabulary:
             UserError: the file cannot be read, is empty, or contains a word twice.
         """
         try:
-            text = Path(path).read_bytes().decode("utf-8")
+            text = read_bytes(path, MAX_BYTES).decode("utf-8")
         except OSError as error:
-            raise UserError(f"cannot read the vocabulary {path}: {error.strerror}") from error
+            raise UserError(f"cannot read the vocabulary {path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"the vocabulary {path} is not UTF-8 text") from error
         words = text.removesuffix("\n").split("\n") if text else []
