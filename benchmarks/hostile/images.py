@@ -151,7 +151,7 @@ def contents() -> Iterator[tuple[str, str, bytes]]:
         + bytes(1024)
         + b"\xff\0" * 1000,
     )
-    yield "bombs", "16,383 x 16,383 named .webp", _webp_of(16_383)
+    yield "bombs", "8,300 x 8,300 named .webp", _webp_of(8_300)
 
 
 def _jpeg_of(side: int) -> bytes:

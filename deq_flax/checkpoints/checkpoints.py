@@ -154,7 +154,7 @@ class Checkpoints:
         if not folder.is_dir():
             known = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"no checkpoint of step {step} in {self._directory}; there are: {known}")
-        return stored_step.read_step(folder, params=params, rest=rest, ema=ema, variables=variables)
+        return stored_step.read_step(folder, params=params, rest=rest, ema=ema, variables=variables, step=step)
 
     def restore_latest(self, *, params: Any, rest: Any, ema: Any = None) -> Restored | None:
         """The newest intact checkpoint; None if there is none at all. Arguments as for `restore`.
@@ -202,7 +202,7 @@ class Checkpoints:
         losses = {}
         for step in self.steps():
             with contextlib.suppress(DamagedError):
-                losses[step] = _loss(stored_step.read_record(self._directory / str(step)))
+                losses[step] = _loss(stored_step.read_record(self._directory / str(step), step=step))
         return losses
 
     def _ranked(self) -> list[int]:

@@ -9,6 +9,7 @@ Format 1 stored the position in the data as a further item, `data`, which the ch
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +23,15 @@ from jax.sharding import Sharding
 
 from deq_flax.devices.mesh import place
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import read_json, shown
 
 FORMAT = 2
 """The format that is written; it and those before it can be read."""
+
+MAX_STEP = 1 << 53
+"""Bound on the integers in a record; JSON readers agree on those below."""
+
+_STEP = re.compile(r"0|[1-9][0-9]{0,15}")
 
 RETIRED = {("rest", "skipped_in_all")}
 """(item, array) of earlier formats that is ignored where the template does not have it."""
@@ -59,7 +66,7 @@ class Restored:
 
 def steps_in(directory: Path) -> list[int]:
     """The numbered folders in ascending order. Unfinished ones have a suffix and are left out."""
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
+    return sorted(int(entry.name) for entry in directory.iterdir() if _STEP.fullmatch(entry.name) and entry.is_dir())
 
 
 def is_step(folder: Path) -> bool:
@@ -112,39 +119,72 @@ def storable(trees: Mapping[str, Any]) -> dict[str, dict]:
     return items
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path, *, step: int | None = None) -> dict[str, Any]:
     """The record of the checkpoint in `folder`, its checksum verified.
 
+    Args:
+      folder: the checkpoint.
+      step: the number by which the folder is one of a run's, None if it is not. The record's own number must be the same: a
+        copy under another number is not that step.
+
     Raises:
-      DamagedError: it is missing, unreadable or differs from its checksum.
+      DamagedError: it is missing, unreadable, differs from its checksum or is of another step.
       UserError: a later version of this package wrote it.
     """
     try:
+        read_json(folder / "meta" / "metadata")  # bounded in size and depth, as Orbax's reading is not
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             record = reader.restore(folder / "meta")
             stated, version = record.pop("checksum"), record["versions"]["format"]
             covered = [record, reader.restore(folder / "data")] if version == 1 else record
+        matches, known = stated == _json_checksum(covered), version <= FORMAT
     except Exception as error:  # any of many types
         raise _damaged(folder, f"its records cannot be read ({_reason(error)})") from error
-    if stated != _json_checksum(covered):
+    if not matches:
         raise _damaged(folder, "its records do not match their checksum")
-    if version > FORMAT:
+    if not known:
         raise UserError(
-            f"checkpoint {folder} has format {version}, and this deq_flax reads up to {FORMAT}: install a newer one"
+            f"checkpoint {folder} has format {shown(version)}, and this deq_flax reads up to {FORMAT}: install a newer one"
         )
+    if not _is_record(record):
+        raise _damaged(folder, "its records are not those of a checkpoint")
+    if step is not None and record["step"] != step:
+        raise _damaged(folder, f"it is a copy of the checkpoint of step {record['step']}")
     return record
 
 
-def read_step(folder: Path, *, params: Any, rest: Any = None, ema: Any = None, variables: Any = None) -> Restored:
-    """The checkpoint in `folder`. Each keyword is a template, or None for an item that is not to be read.
+def _is_record(record: Mapping[str, Any]) -> bool:
+    """Whether a record has all that reading a checkpoint relies on, of the right types."""
+    step, metrics, arrays = record.get("step"), record.get("metrics", ()), record.get("arrays")
+    whole = type(step) is int and 0 <= step < MAX_STEP and isinstance(arrays, dict) and isinstance(arrays.get("params"), dict)
+    if not whole or not (metrics is None or isinstance(metrics, dict)):
+        return False
+    scores = metrics.values() if metrics else ()
+    entries = [entry for item in arrays.values() for entry in (item.values() if isinstance(item, dict) else (None,))]
+    return all(type(x) is float for x in scores) and all(map(_is_entry, entries))
 
-    A checkpoint without an ema gives None for it. `variables`, instead of `rest`, reads only this entry of `rest`.
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this describes an array, as `describe` does."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not isinstance(entry.get("shape"), list):
+        return False
+    sums = [entry[kind] for kind in ("crc32", "sum32") if kind in entry]
+    return len(sums) == 1 and all(type(n) is int and 0 <= n < MAX_STEP for n in (*entry["shape"], *sums))
+
+
+def read_step(
+    folder: Path, *, params: Any, rest: Any = None, ema: Any = None, variables: Any = None, step: int | None = None
+) -> Restored:
+    """The checkpoint in `folder`. Each keyword but `step` is a template, or None for an item that is not to be read.
+
+    A checkpoint without an ema gives None for it. `variables`, instead of `rest`, reads only this entry of `rest`. `step`: as
+    for `read_record`.
 
     Raises:
       DamagedError: something is missing, unreadable or differs from its checksum.
       UserError: names, shapes or dtypes differ from a template.
     """
-    record = read_record(folder)
+    record = read_record(folder, step=step)
     described = record["arrays"]
     trees = {"params": params, "rest": rest, "ema": ema if "ema" in described else None}
     trees = {item: (template, described.get(item, {})) for item, template in trees.items() if template is not None}
@@ -171,8 +211,8 @@ def require_same(folder: Path, item: str, template: Any, described: Mapping[str,
     lines = []
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         if wanted.get(name) != found.get(name):
-            has, needs = ("nothing" if x is None else f"{x[1]}{list(x[0])}" for x in (found.get(name), wanted.get(name)))
-            lines.append(f"{name}: file has {has}, this run needs {needs}")
+            has, needs = ("nothing" if x is None else shown(f"{x[1]}{list(x[0])}") for x in (found.get(name), wanted.get(name)))
+            lines.append(f"{shown(name)}: file has {has}, this run needs {needs}")
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise UserError(f"checkpoint {folder} does not fit this config ({item}): {'; '.join(lines[:3])}{more}")
