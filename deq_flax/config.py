@@ -15,7 +15,6 @@ fills in the rest. Every default, type and line of documentation stands in the s
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from deq_flax.train.evaluate import EvalOptions
 from deq_flax.train.loop import TrainOptions
 from deq_flax.train.optimizer import OptimizerOptions
 from deq_flax.train.phases import DEQOptions, Phases, make_phases
+from deq_flax.untrusted.files import read_json
 
 Override = tuple[str, str | None]
 """A key, such as 'train.steps', and the text that the command line gives it; None: no text, as for
@@ -147,8 +147,8 @@ def read_run_config(workdir: Path, *, vocab_size: int = 0) -> Config:
 def read_config(path: Path, *, vocab_size: int = 0) -> Config:
     """The config in a JSON file; `vocab_size` as for `from_stored`. UserError: the file cannot be read, or is not a config."""
     try:
-        return from_stored(json.loads(path.read_text()), vocab_size=vocab_size)
-    except (OSError, ValueError, RecursionError, UserError) as error:
+        return from_stored(read_json(path), vocab_size=vocab_size)
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 

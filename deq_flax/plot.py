@@ -6,8 +6,7 @@ PNGs are written to WORKDIR/plots. The curves need metrics.jsonl alone; predicti
 need the checkpoint and the data too.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from deq_flax.config import make_task
 from deq_flax.config_files import run_config
 from deq_flax.errors import UserError
 from deq_flax.plot_model import draw_model
+from deq_flax.run_log.metrics_file import Lines, read_metrics
 from deq_flax.task import HasPictures
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
 _CONFIG = cli.config_flag(_FLAGS)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the workdir of the run", flag_values=_FLAGS)
 _MODEL = flags.DEFINE_bool("model", True, "--nomodel: the curves only, without the checkpoint and the data", flag_values=_FLAGS)
-
-Lines = Sequence[Mapping[str, Any]]
 
 PANELS = {
     "curves": (("loss", "linear"), ("ppl", "log"), ("accuracy", "linear"), ("miou", "linear")),
@@ -58,37 +56,6 @@ def main() -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     return {"files": drawn}
-
-
-def read_metrics(workdir: Path) -> Lines:
-    """The lines of a run's metrics.jsonl: those of training and, from evaluations since, those of the test split.
-
-    An incomplete last line is left out.
-
-    Raises:
-      UserError: there are none, or one is damaged.
-    """
-    path = workdir / "metrics.jsonl"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}; is {workdir} a run's folder?"
-        ) from error
-    lines = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            entry = json.loads(line)
-            _ = entry["step"], entry["split"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} line {number} is no line of metrics: delete it, or the run's report was overwritten"
-            ) from error
-        if entry.get("mode") != "eval" or (entry["split"] == "test" and "max_steps" not in entry):
-            lines.append(entry)
-    if not lines:
-        raise UserError(f"{path} holds no metrics yet: train for at least train.log_every steps")
-    return lines
 
 
 def draw_panels(pyplot: Any, lines: Lines, panels: Sequence[tuple[str, str]]) -> Any:

@@ -23,6 +23,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboardX.record_writer import RecordWriter
 
 from deq_flax.errors import UserError
+from deq_flax.run_log.metrics_file import lines_up_to
 from deq_flax.run_log.progress import progress_line, rounded, to_number
 from deq_flax.run_log.results import replace_file
 
@@ -53,7 +54,7 @@ class RunLog:
         last = -1 if resume_step is None else resume_step
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            replace_file(self._path, _lines_up_to(self._path, last))
+            replace_file(self._path, lines_up_to(self._path, last))
             self._file = self._path.open("ab", buffering=0)
             self._events = _open_events(self._workdir / "tensorboard", last + 1)
         except OSError as error:
@@ -197,18 +198,6 @@ class SilentRunLog(RunLog):
 
     def close(self) -> None:
         pass
-
-
-def _lines_up_to(path: Path, last_step: int) -> bytes:
-    """The complete lines of a metrics file whose step is at most `last_step`."""
-    if not path.exists():
-        return b""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # an incomplete line
-            if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
-                kept.append(line)
-    return b"".join(kept)
 
 
 def _open_events(folder: Path, purge_step: int) -> RecordWriter:
