@@ -11,6 +11,7 @@ if __name__ == "__main__":
 """
 
 import contextlib
+import errno
 import inspect
 import logging
 import os
@@ -82,6 +83,7 @@ def run(
       of_run: where the config comes from if `--config` is not given.
       flag_values: where the flags were defined.
     """
+    _replace_closed_streams()
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax writes tracebacks of errors that reach us anyway
     argv = list(sys.argv if argv is None else argv)
@@ -91,7 +93,8 @@ def run(
             arguments = _parse(main, argv, required, positional, of_run, flag_values)
             result = None if arguments is None else main(*arguments)
         if as_json and result is not None:
-            print(to_json(result), flush=True)
+            print(to_json(result))
+        sys.stdout.flush()
     except UserError as error:
         message = " ".join(str(error).split())
         if as_json:
@@ -102,8 +105,40 @@ def run(
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            raise
+        _discard_output()
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"error: the machine refused something that this needs: {error.strerror}{place}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
+
+
+_OUTSIDE = {
+    getattr(errno, name) for name in ["EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ENOMEM", "EAGAIN"]
+}
+"""Errors that are neither the user's nor ours: limits of the machine, and full or failing disks."""
+
+
+def _replace_closed_streams() -> None:
+    """Put a sink where the shell has closed a standard stream: the next file to be opened would get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def _discard_output() -> None:
+    """Let what standard output still holds go nowhere when it is closed at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def require(condition: bool, message: str) -> None:

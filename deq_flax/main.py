@@ -20,7 +20,7 @@ from absl import flags
 from deq_flax import cli
 from deq_flax.config import Config, flattened, make_task, phases_of, read_run_config, to_dict
 from deq_flax.config_files import run_config
-from deq_flax.devices.processes import distributed, is_first, print_once
+from deq_flax.devices.processes import PATIENCE, distributed, is_first, print_once
 from deq_flax.errors import UserError
 from deq_flax.run_log.results import append_evaluation, write_evaluation
 from deq_flax.task import Task
@@ -40,6 +40,11 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator HOST:PORT: the number of processes")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator HOST:PORT: the index of this process, from 0")
+_PATIENCE = flags.DEFINE_integer(
+    "patience",
+    PATIENCE,
+    "with --coordinator: seconds to wait for the other processes, at the start and for signs of life",
+)
 
 _log = logging.getLogger("deq_flax")
 
@@ -67,7 +72,7 @@ def main() -> Mapping[str, Any] | None:
         _MODE.value == "eval" or _CHECKPOINT.value is None,
         "--checkpoint goes with --mode eval; to train from weights: --config.checkpoint.init_from=DIR",
     )
-    with distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+    with distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, patience=_PATIENCE.value):
         task = make_task(config)
         # Options that were left to the data are known now; the record of the run holds them.
         config = dataclasses.replace(config, model=task.model_options)

@@ -22,6 +22,7 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboardX.record_writer import RecordWriter
 
+from deq_flax.devices.processes import print_once
 from deq_flax.errors import UserError
 from deq_flax.run_log.metrics_file import lines_up_to
 from deq_flax.run_log.progress import progress_line, rounded, to_number
@@ -105,23 +106,20 @@ class RunLog:
         line = progress_line(step, steps, metrics, split)
         if split != "train" or not sys.stdout.isatty():
             return self.print(line)
-        with self._tolerating_disk_errors():
-            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be written over
-            print(f"\r\x1b[K{line[:width]}", end="", flush=True)
-            self._in_line = True
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be written over
+        print_once(f"\r\x1b[K{line[:width]}", end="")
+        self._in_line = True
 
     def print(self, text: str) -> None:
         """Print a line."""
         self.end_line()
-        with self._tolerating_disk_errors():
-            print(text, flush=True)
+        print_once(text)
 
     def end_line(self) -> None:
         """Leave the line that is written over as it is, before anything else is printed."""
-        with self._tolerating_disk_errors():
-            if self._in_line:
-                print(flush=True)
-            self._in_line = False
+        if self._in_line:
+            print_once("")
+        self._in_line = False
 
     def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """Write a picture, (H, W, 3) uint8, to `pictures/NAME-STEP.png` and to TensorBoard."""

@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import jax
@@ -33,7 +33,8 @@ def stop_signal() -> Generator[Stop]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"{signal.Signals(number).name}: finishing the step and saving", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # nobody may be reading
+            print(f"{signal.Signals(number).name}: finishing the step and saving", file=sys.stderr, flush=True)
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)  # JAX's preemption notice, which reaches all processes
         else:
