@@ -1,7 +1,7 @@
 """The Python of the documentation runs and prints what the page says, and every page is on the site.
 
-A page's blocks are executed in order as one module, in an empty folder. A `text` block right after a `python` block is its output:
-equal but for numbers, which may differ by a tenth. Blocks of other languages are not run: `py` is Python of another library.
+A page's blocks are executed in order as one module, in an empty folder. A `text` block right after a `python` block is its
+output, but for numbers, which may differ by a tenth. Blocks of other languages are not run: `py` is Python of another library.
 """
 
 import contextlib
