@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from benchmarks import tables, training, utilization
+from benchmarks import tables, training
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,17 +42,6 @@ def test_a_table_replaces_the_one_before_and_nothing_else(tmp_path):
     assert text.endswith("<!-- begin b -->\nother\n<!-- end b -->\n")
     tables.publish("a", "newer", str(file))
     assert file.read_text() == text.replace("new\n", "newer\n")
-
-
-def test_operations_are_those_of_the_products():
-    def program(a, b):
-        def step(z, _):
-            return jax.lax.cond(z.sum() > 0, lambda z: jnp.sin(z @ a), lambda z: z @ a @ a, z), None
-
-        return jax.lax.scan(step, b, None, length=5)[0]
-
-    jaxpr = jax.make_jaxpr(jax.jit(program))(jnp.ones((3, 3)), jnp.ones((2, 3))).jaxpr
-    assert utilization.operations(jaxpr) == 5 * 2 * 2 * 3 * 3
 
 
 def test_a_run_of_made_up_text_evaluates_as_often_as_it_is_told(tmp_path):

@@ -8,7 +8,6 @@ softmax. Their rate is compared with that of one large product of the same type,
 small, to try the command on a CPU.
 """
 
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import tables, training, turns
+from deq_flax.compilation.operations import operations_by_part
 from deq_flax.config import Config
 
 CONFIGS = ("configs/wt103.py:base", "configs/wt103.py:deq_lm")
@@ -30,48 +30,20 @@ SMALL = {
 }
 
 
-def operations(jaxpr: Any) -> float:
-    """Floating-point operations of the matrix products in a program. Of the branches of a conditional the cheapest counts."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, inner = equation.primitive.name, [_program(x) for x in jax.tree.leaves(equation.params, is_leaf=_is_program)]
-        inner = [program for program in inner if program is not None]
-        if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-        elif name == "while":
-            continue  # in an unrolled step: the residual that is reported
-        elif name == "scan":
-            total += equation.params["length"] * sum(map(operations, inner))
-        elif name == "cond":
-            total += min(map(operations, inner))
-        else:
-            total += sum(map(operations, inner))
-    return total
-
-
-def _program(x: Any) -> Any:
-    return getattr(x, "jaxpr", x) if _is_program(x) else None
-
-
-def _is_program(x: Any) -> bool:
-    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
-
-
 def needed(config: Config) -> float:
     """The operations of a step, as the module's docstring defines them."""
 
     def unrolled(layers: int) -> float:
         it = training.Training(replace(config, deq=replace(config.deq, pretrain_layers=layers)))
-        return operations(it.traced(unrolled=True).jaxpr)
+        # Its loop evaluates the residual that is reported.
+        return operations_by_part(it.traced(unrolled=True).jaxpr)["outside"]
 
     one, two, steps = unrolled(1), unrolled(2), config.deq.max_steps
     if config.deq.gradient == "unroll":
         return one + (steps - 1) * (two - one)
     it = training.Training(config)
     weights = it.run.state.params, it.run.state.variables
-    return one + sum(operations(jax.make_jaxpr(loop)(*weights).jaxpr) for loop in it.loops())
+    return one + sum(operations_by_part(jax.make_jaxpr(loop)(*weights).jaxpr)["outside"] for loop in it.loops())
 
 
 def seconds(program: Callable[[], None], rounds: int) -> float:

@@ -30,11 +30,12 @@ MAY = {
     "__main__": {"options"},
     "config_files": {"config", "options", "checkpoints", "errors"},
     "cli": {"options", "config", "config_files", "run_log", "errors"},
+    "compilation": {"config", "data", "task", "train", "devices", "errors"},
     "pretrained": {"config", "config_files", "checkpoints", "models", "train"},
 }
 """Room -> the rooms it may import. Not listed: the commands, which may import everything but each other."""
 
-COMMANDS = ("main", "convert", "generate", "plot", "tokenize")
+COMMANDS = ("main", "convert", "generate", "plot", "tokenize", "compile")
 PARTS = {"plot": {"plot_model"}}
 """Files that only one command uses."""
 

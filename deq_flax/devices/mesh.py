@@ -5,6 +5,7 @@ kernels are split over `tensor` (see `devices.sharding`).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,14 +41,14 @@ class MeshOptions:
             )
 
 
-def make_mesh(options: MeshOptions) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor), over devices in the order that JAX lists them.
+def make_mesh(options: MeshOptions, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor), over `devices`, by default those that JAX lists, in their order.
 
     Raises:
       UserError: there are too few devices for it, or their number cannot be divided so.
     """
     sizes = asdict(options)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for name in (name for name, size in sizes.items() if size == -1):
         if len(devices) % fixed:

@@ -17,9 +17,8 @@ from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints
 from deq_flax.checkpoints.loading import load_params, load_params_except_head
 from deq_flax.checkpoints.retry import RetryingSaver
 from deq_flax.checkpoints.workdir_lock import WorkdirLock
-from deq_flax.devices.mesh import MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
+from deq_flax.devices.mesh import MeshOptions, check_batch, local_rows, make_mesh, place, put_batch
 from deq_flax.devices.processes import is_first, print_once
-from deq_flax.devices.sharding import named_shardings, opt_shardings, param_specs
 from deq_flax.errors import UserError
 from deq_flax.run_log.pictures import make_pictures
 from deq_flax.run_log.progress import Clock, device_summary, parameter_table
@@ -28,7 +27,7 @@ from deq_flax.task import HasHead, HasVocabulary, Metrics, Task
 from deq_flax.train.evaluate import SPLITS, divide, evaluate, fetch, merge, summarize
 from deq_flax.train.optimizer import OptimizerOptions, make_optimizer
 from deq_flax.train.phases import Phase, Phases
-from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model
+from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model, state_shardings
 from deq_flax.train.stop import stop_signal
 
 
@@ -138,17 +137,15 @@ class Run:
         graphdef, params, variables = split_model(built)
         # The state holds the arrays; of the model, its shapes are enough from here on.
         self.model = nnx.merge(graphdef, *jax.eval_shape(lambda: (params, variables)))
-        everywhere, split = replicated(devices), by_batch(devices)
-        by_param = named_shardings(param_specs(self.model, devices), devices)
-        by_opt = opt_shardings(transformation, params, by_param, devices)
-        params = place(params, by_param)
+        shardings = state_shardings(self.model, transformation, params, devices, ema=bool(options.ema_decay))
+        params = place(params, shardings.params)
         self.state = TrainState(
             params=params,
-            variables=place(variables, everywhere),
-            opt_state=jax.jit(transformation.init, out_shardings=by_opt)(params),
-            carry=place(task.fresh_carry(self.model, task.batch_size), split),
+            variables=place(variables, shardings.variables),
+            opt_state=jax.jit(transformation.init, out_shardings=shardings.opt_state)(params),
+            carry=place(task.fresh_carry(self.model, task.batch_size), shardings.carry),
             ema=jax.tree.map(jnp.copy, params) if options.ema_decay else None,
-            skipped=place(np.zeros((), np.int32), everywhere),
+            skipped=place(np.zeros((), np.int32), shardings.skipped),
         )
         self.step = 0
         self.window: Mapping[str, Any] = {}
@@ -159,7 +156,7 @@ class Run:
             transformation,
             schedule,
             devices,
-            jax.tree.map(lambda x: x.sharding, self.state),
+            shardings,
             seed=options.seed,
             accumulate=options.accumulate,
             ema_decay=options.ema_decay,

@@ -17,8 +17,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_flax.devices.mesh import BATCH
-from deq_flax.devices.sharding import batch_axes, gather, manual_axes, manual_specs, reduce_scatter
+from deq_flax.devices.mesh import BATCH, by_batch, replicated
+from deq_flax.devices.sharding import (
+    batch_axes,
+    gather,
+    manual_axes,
+    manual_specs,
+    named_shardings,
+    opt_shardings,
+    param_specs,
+    reduce_scatter,
+)
 from deq_flax.equilibrium import backward_probe
 from deq_flax.task import Batch, Carry, Metrics, Task, average
 from deq_flax.train.phases import Phase, StepScalars, regularized, solver_metrics
@@ -65,6 +74,28 @@ STEP_METRICS = (
 """Metrics that the steps add to the task's, in the order of the log."""
 
 
+def state_shardings(
+    model: nnx.Module, optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, *, ema: bool
+) -> TrainState:
+    """Shardings of the state's arrays: a tree for parameters and optimizer, one for all arrays of each other field.
+
+    Args:
+      model: of which the shapes and the metadata of the Params are used.
+      optimizer, params: whose state is sharded; shapes suffice.
+      mesh: of the run.
+      ema: whether there is a running average of the parameters.
+    """
+    by_param, everywhere = named_shardings(param_specs(model, mesh), mesh), replicated(mesh)
+    return TrainState(
+        params=by_param,
+        variables=everywhere,
+        opt_state=opt_shardings(optimizer, params, by_param, mesh),
+        carry=by_batch(mesh),
+        ema=by_param if ema else None,
+        skipped=everywhere,
+    )
+
+
 def split_model(model: nnx.Module) -> tuple[Any, Any, Any]:
     """The model's graphdef, its parameters and its other variables; the latter two as nested dictionaries of arrays.
 
@@ -92,7 +123,7 @@ def make_train_step(
     finite leaves everything, the carry too, as it was, and is counted.
 
     Args:
-      shardings: of each array of the state, before and after.
+      shardings: of the state, before and after; see `state_shardings`.
       seed: of dropout and of the Jacobian loss's vectors.
       accumulate: micro-batches, taken one after the other; their gradients are averaged.
       ema_decay: of the running average of the parameters.

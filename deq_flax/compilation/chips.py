@@ -1,0 +1,66 @@
+"""TPU chips and their topologies, for which programs are compiled without one."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from deq_flax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published numbers of one device as JAX counts them; of v4 and 7x a device is one of a chip's two cores."""
+
+    memory: float
+    """Bytes of memory."""
+    peak: float
+    """Floating-point operations a second, bfloat16."""
+    clock: float
+    """Cycles a second."""
+    product_rate: float
+    """Operations a cycle of a large product of bfloat16 matrices, 8192^3, by the compiler's own estimate."""
+
+
+CHIPS = {
+    "v4": Chip(memory=16e9, peak=137.5e12, clock=1.05e9, product_rate=118_000),
+    "v5e": Chip(memory=16e9, peak=197e12, clock=1.5e9, product_rate=115_000),
+    "v5p": Chip(memory=95e9, peak=459e12, clock=1.75e9, product_rate=236_000),
+    "v6e": Chip(memory=32e9, peak=918e12, clock=1.75e9, product_rate=369_000),
+    "tpu7x": Chip(memory=96e9, peak=1153e12, clock=1.75e9, product_rate=422_000),
+}
+
+TOPOLOGIES = (
+    *("v4:2x2x1", "v4:4x4x4"),
+    *("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:16x16"),
+    *("v5p:2x2x1", "v5p:4x4x4", "v5p:8x8x8"),
+    *("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:16x16"),
+    "tpu7x:2x2x1",
+)
+"""Topologies that are known to compile; others of the same chips may."""
+
+
+def topology_devices(name: str) -> tuple[Chip, Sequence[Any]]:
+    """Return the chip and the devices of a topology such as 'v5e:16x16', for a mesh.
+
+    Raises:
+      UserError: there is no such topology, or libtpu is not installed.
+    """
+    kind = name.split(":")[0]
+    known = f"known: {', '.join(TOPOLOGIES)}"
+    if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", name):
+        raise UserError(f"no topology {name!r}; {known}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for a TPU needs libtpu: pip install -r requirements-tpu.txt")
+    # libtpu reads these when it is loaded, and then looks for no TPU.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return CHIPS[kind], topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # of several types, by what is wrong
+        raise UserError(f"no topology {name!r} ({' '.join(str(error).split())[:150]}); {known}") from error

@@ -1,0 +1,129 @@
+"""The compiled steps of a run, from shapes alone: no array of the model, its optimizer or its data is made."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from deq_flax.config import Config, make_task, phases_of
+from deq_flax.devices.mesh import TENSOR, by_batch, check_batch, make_mesh
+from deq_flax.devices.sharding import gathered_specs, named_shardings, param_specs
+from deq_flax.task import Task
+from deq_flax.train.optimizer import make_optimizer
+from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model, state_shardings
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A step as the compiler made it."""
+
+    name: str
+    """'train' or 'eval'."""
+    compiled: jax.stages.Compiled
+    seconds: float
+    """Time to trace and compile it."""
+    kept: dict[str, int]
+    """Bytes on one device of what stays there from step to step, by kind: parameters, optimizer, carry."""
+    jaxpr: Any
+    """The step as JAX traced it; within its shard_map, shapes are those of one shard."""
+    shards: int
+    """Devices of the axis `tensor`, which shapes in `jaxpr` do not show."""
+
+
+def compile_steps(
+    config: Config, devices: Sequence[Any], *, names: Sequence[str] = ("train", "eval"), jacobian_loss: bool = False
+) -> list[CompiledStep]:
+    """Compile steps of a config for given devices.
+
+    Args:
+      config: with a data set that needs no files; see `stand_in.without_data`.
+      devices: of a topology, or of this machine.
+      names: the steps to compile, of 'train' and 'eval'. The training step is that after pretraining.
+      jacobian_loss: compile the training step with the Jacobian loss.
+
+    Raises:
+      UserError: the mesh does not suit the devices, or the batch does not suit the mesh.
+    """
+    mesh, task, phases = make_mesh(config.mesh, devices), make_task(config), phases_of(config)
+    options = config.train
+    check_batch(mesh, batch_size=task.batch_size, accumulate=options.accumulate, eval_batch_size=task.eval_batch_size)
+    transformation, schedule = make_optimizer(config.optimizer, options.steps)
+    graphdef, params, variables = split_model(nnx.eval_shape(lambda: task.build_model(nnx.Rngs(options.seed))))
+    model = nnx.merge(graphdef, params, variables)
+    shardings = state_shardings(model, transformation, params, mesh, ema=bool(options.ema_decay))
+    state = TrainState(
+        params=params,
+        variables=variables,
+        opt_state=jax.eval_shape(transformation.init, params),
+        carry=jax.eval_shape(lambda: task.fresh_carry(model, task.batch_size)),
+        ema=params if options.ema_decay else None,
+        skipped=jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    state = TrainState(*(_sharded(tree, sharding) for tree, sharding in zip(state, shardings, strict=True)))
+    number = options.steps - 1
+    scalars = jax.tree.map(_shape, phases.scalars(number))
+    found = []
+    for name in names:
+        start = time.perf_counter()
+        if name == "train":
+            phase = replace(phases.phase(number), jacobian_loss=jacobian_loss)
+            step: Any = make_train_step(
+                task,
+                graphdef,
+                transformation,
+                schedule,
+                mesh,
+                shardings,
+                seed=options.seed,
+                accumulate=options.accumulate,
+                ema_decay=options.ema_decay,
+            )
+            batch = _batch(next(task.train_batches(0)), mesh)
+            traced = step.trace(state, batch, scalars, _shape(np.int32(0)), phase=phase)
+            kept = {"parameters": _bytes(state.params) + _bytes(state.variables) + _bytes(state.ema)}
+            kept |= {"optimizer": _bytes(state.opt_state), "carry": _bytes(state.carry)}
+        else:
+            traced, kept = _trace_eval(task, graphdef, mesh, phases.evaluation, model, state, scalars)
+        compiled = traced.lower().compile()
+        seconds = time.perf_counter() - start
+        found.append(CompiledStep(name, compiled, seconds, kept, traced.jaxpr.jaxpr, mesh.shape[TENSOR]))
+    return found
+
+
+def _trace_eval(
+    task: Task, graphdef: Any, mesh: Mesh, phase: Any, model: Any, state: TrainState, scalars: Any
+) -> tuple[jax.stages.Traced, dict[str, int]]:
+    """Trace the evaluation step, for which parameters are whole but for what `tensor` splits."""
+    params = _sharded(state.params, named_shardings(gathered_specs(param_specs(model, mesh)), mesh))
+    carry = _sharded(jax.eval_shape(lambda: task.fresh_carry(model, task.eval_batch_size)), by_batch(mesh))
+    batch = _batch(task.eval_batches("valid")[0], mesh)
+    kept = {"parameters": _bytes(params) + _bytes(state.variables), "optimizer": 0, "carry": _bytes(carry)}
+    step: Any = make_eval_step(task, graphdef, mesh, phase)
+    return step.trace(params, state.variables, batch, carry, scalars), kept
+
+
+def _batch(batch: Any, mesh: Mesh) -> Any:
+    return _sharded(jax.tree.map(_shape, batch), by_batch(mesh))
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
+
+
+def _sharded(tree: Any, shardings: Any) -> Any:
+    """Shapes with shardings: a pytree like them, or one for all leaves."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of the leaves on one device."""
+    shapes = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes)

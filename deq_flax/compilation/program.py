@@ -1,0 +1,151 @@
+"""What a compiled TPU program costs by the compiler's own account: cycles by part, and its largest operations.
+
+The compiler writes an estimate of cycles beside most operations of its text. Where a loop's number of iterations depends on
+data, as that of a solver's, its body is a part of its own; other loops count as often as they run.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+_HEAD = re.compile(r"(?P<entry>ENTRY )?(?P<name>%[\w.-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"  (?:ROOT )?(?P<name>%[\w.-]+) = (?P<rest>.*)")
+_OPCODE = re.compile(r"(?:^|[)\}\]] )(?P<opcode>[a-z][\w-]*)\(%?")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_BODY = re.compile(r"body=(%[\w.-]+)")
+_CALLEES = re.compile(
+    r"(?:to_apply|true_computation|false_computation|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)"
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of a program."""
+
+    cycles: float
+    """Estimated cycles, times the iterations of loops around it whose number is known."""
+    opcode: str
+    op_name: str
+    """The program's own name of it, such as 'jit(step)/shard_map/jvp()/while/body/dot_general'."""
+    line: str
+    """FILE:LINE of the package's code that it comes from; '' if there is none."""
+
+
+@dataclass
+class Part:
+    """A part of a program: an iteration of a loop, or what is outside of all."""
+
+    name: str
+    """'forward iteration', 'adjoint iteration', 'outside', or the op_name of another loop."""
+    operations: list[Operation] = field(default_factory=list)
+
+    @property
+    def cycles(self) -> float:
+        """Estimated cycles of one iteration, or of everything outside."""
+        return sum(operation.cycles for operation in self.operations)
+
+    def largest(self, count: int = 10) -> list[Operation]:
+        """Return the operations with the most cycles."""
+        return sorted(self.operations, key=lambda operation: -operation.cycles)[:count]
+
+
+def parts_of(hlo: str) -> list[Part]:
+    """Return the parts of a program from `compiled.as_text()`, 'outside' first. Iterations of one name are added up."""
+    program = _Program(hlo)
+    parts: dict[str, Part] = {"outside": Part("outside")}
+    program.collect(program.entry, parts, "outside", 1.0)
+    return [*parts.values()]
+
+
+def loop_name(op_name: str) -> str:
+    """Name a loop by the op_name of its `while`: the outermost loop of a differentiated program is the solver's."""
+    transposed = "transpose(" in op_name
+    if op_name.count("while") == 1:
+        return "adjoint iteration" if transposed else "forward iteration"
+    return op_name
+
+
+class _Program:
+    """The text of a program, by computation."""
+
+    def __init__(self, hlo: str):
+        self.lines: dict[str, list[str]] = {}
+        self.entry = ""
+        lines: list[str] = []
+        for line in hlo.splitlines():
+            head = _HEAD.match(line)
+            if head:
+                lines = self.lines.setdefault(head["name"], [])
+                self.entry = head["name"] if head["entry"] else self.entry
+            elif line.startswith("  "):
+                lines.append(line)
+        self._locations = _source_lines(hlo)
+
+    def collect(self, computation: str, parts: dict[str, Part], part: str, times: float) -> None:
+        """Add the operations of a computation, and of those it calls, to the parts."""
+        for line in self.lines.get(computation, ()):
+            instruction = _INSTRUCTION.match(line)
+            if instruction is None:
+                continue
+            rest = instruction["rest"]
+            found, op_name = _OPCODE.search(rest), _first(_SOURCE, rest)
+            opcode = found["opcode"] if found else ""
+            if opcode == "while":
+                trips, body = _first(_TRIPS, rest), _first(_BODY, rest)
+                if trips:
+                    self.collect(body, parts, part, times * int(trips))
+                else:
+                    name = loop_name(op_name)
+                    self.collect(body, parts, parts.setdefault(name, Part(name)).name, 1.0)
+            elif opcode in ("call", "conditional", "async-start"):
+                for group in _CALLEES.findall(rest):
+                    for callee in group.split(", "):
+                        self.collect(callee, parts, part, times)
+            cycles = _first(_CYCLES, rest)
+            if cycles:
+                operation = Operation(times * int(cycles), opcode, op_name, self._line(rest))
+                parts[part].operations.append(operation)
+
+    def _line(self, rest: str) -> str:
+        frame = _first(_FRAME, rest)
+        return self._locations.get(int(frame), "") if frame else ""
+
+
+def _first(pattern: re.Pattern[str], text: str) -> str:
+    found = pattern.search(text)
+    return found[1] if found else ""
+
+
+def _source_lines(hlo: str) -> dict[int, str]:
+    """FILE:LINE by stack frame: of the innermost frame in this package, outside of its solvers' generic loop if possible."""
+    tables = {name: dict(_table(hlo, name)) for name in ("FileNames", "FileLocations", "StackFrames")}
+    files = {key: text.strip('"') for key, text in tables["FileNames"].items()}
+    places = {}
+    for key, text in tables["FileLocations"].items():
+        fields = dict(re.findall(r"(\w+)=(\d+)", text))
+        places[key] = files.get(int(fields.get("file_name_id", 0)), ""), fields.get("line", "0")
+    frames = {key: {k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", text)} for key, text in tables["StackFrames"].items()}
+    found = {}
+    for key in frames:
+        at, seen = key, set()
+        while at in frames and at not in seen:
+            seen.add(at)
+            file, line = places.get(frames[at].get("file_location_id", 0), ("", "0"))
+            if "/deq_flax/" in file and "/compilation/" not in file:
+                found[key] = f"{file.rsplit('/deq_flax/', 1)[1]}:{line}"
+                break
+            at = frames[at].get("parent_frame_id", 0)
+    return found
+
+
+def _table(hlo: str, name: str) -> Iterator[tuple[int, str]]:
+    """The numbered lines below a heading."""
+    section = hlo.partition(f"\n{name}\n")[2]
+    for line in section.splitlines():
+        number, _, text = line.partition(" ")
+        if not number.isdigit():
+            return
+        yield int(number), text

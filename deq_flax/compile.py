@@ -1,0 +1,45 @@
+"""Compile a config's training and evaluation step ahead of time, for TPUs that are not there, and account for their cost.
+
+  python -m deq_flax.compile --config wt103:base --topology v5e:16x16 [--config.mesh.fsdp=16] [--json]
+
+Needs neither data nor weights: shapes suffice. Memory, collectives and compile time are the program's own; cycles, and the
+seconds and utilization made of them, are the compiler's estimates, not measurements. Without --topology the steps are compiled
+for the devices of this machine, where the compiler estimates no cycles. A topology needs libtpu (requirements-tpu.txt).
+"""
+
+import sys
+from typing import Any
+
+import jax
+from absl import flags
+
+from deq_flax import cli
+from deq_flax.compilation import chips
+from deq_flax.compilation.lower import compile_steps
+from deq_flax.compilation.report import as_lines, report
+from deq_flax.compilation.stand_in import without_data
+
+_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_TOPOLOGY = flags.DEFINE_string("topology", None, f"one of {', '.join(chips.TOPOLOGIES)}, or the like", flag_values=_FLAGS)
+_STEPS = flags.DEFINE_multi_enum("step", ["train", "eval"], ["train", "eval"], "step to compile", flag_values=_FLAGS)
+_JACOBIAN = flags.DEFINE_bool("jacobian_loss", False, "compile the training step with the Jacobian loss", flag_values=_FLAGS)
+
+_CONFIG = cli.config_flag(_FLAGS)
+
+
+def main() -> dict[str, Any]:
+    """Run the command; returns its result."""
+    config = without_data(cli.resolved(_FLAGS))
+    chip, devices = chips.topology_devices(_TOPOLOGY.value) if _TOPOLOGY.value else (None, jax.devices())
+    result: dict[str, Any] = {"topology": _TOPOLOGY.value or jax.default_backend(), "devices": len(devices), "steps": {}}
+    for name in _STEPS.value or ():
+        print(f"compiling the {name} step", file=sys.stderr, flush=True)
+        (step,) = compile_steps(config, devices, names=[name], jacobian_loss=_JACOBIAN.value)
+        result["steps"][name] = report(step, chip, config.deq)
+        for line in as_lines(name, result["steps"][name]):
+            print(line, flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config",), flag_values=_FLAGS)

@@ -1,0 +1,115 @@
+"""Steps compiled ahead of time from shapes alone: the same programs as those of a run."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from deq_flax.compilation import chips
+from deq_flax.compilation.lower import compile_steps
+from deq_flax.compilation.report import as_lines, report
+from deq_flax.compilation.stand_in import without_data
+from deq_flax.config import make_task
+from deq_flax.devices.mesh import MeshOptions
+from deq_flax.errors import UserError
+from tests.commands import command, commands
+from tests.test_configs import resolved
+from tests.test_configs_vision import get
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+SMALL = {"d_model": 32, "d_embed": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "mem_len": 8}
+FLAGS = [f"--config.model.{key}={value}" for key, value in SMALL.items()]
+FLAGS += ["--config.data.seq_len=8", "--config.data.eval_seq_len=8", "--config.data.eval_batch_size=16"]
+
+
+def small(mesh):
+    config = resolved("wt103", "tiny")
+    sizes = {"seq_len": 8, "eval_seq_len": 8, "batch_size": 16, "eval_batch_size": 16}
+    model, data = dataclasses.replace(config.model, **SMALL), dataclasses.replace(config.data, **sizes)
+    return dataclasses.replace(config, model=model, data=data, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (lambda: resolved("wt103", "base"), None),
+        (lambda: get("cifar10", "tiny"), (32, 32, 3)),
+        (lambda: get("imagenet", "small"), (224, 224, 3)),
+        (lambda: get("cityscapes", "small"), (512, 1024, 3)),
+    ],
+    ids=["wt103", "cifar10", "imagenet", "cityscapes"],
+)
+def test_zeros_stand_in_for_the_data(config, shape):
+    config = without_data(config())
+    task = make_task(config)
+    batch = next(task.train_batches(0))
+    if shape is None:
+        assert config.model.vocab_size == 267_735 and batch["inputs"].shape == (config.data.batch_size, config.data.seq_len)
+    else:
+        assert batch["images"].shape == (config.data.batch_size, *shape) and batch["images"].dtype == np.uint8
+    assert not any(np.any(array) for name, array in batch.items() if name in ("inputs", "images", "labels"))
+
+
+def test_the_compiled_step_is_that_of_a_run():
+    config = small(MeshOptions(data=2, fsdp=4))
+    (step,) = compile_steps(config, jax.devices(), names=["train"])
+    from deq_flax.config import phases_of
+    from deq_flax.devices.mesh import make_mesh
+    from deq_flax.train.loop import Run
+
+    run = Run(make_task(config), phases_of(config), config.train, make_mesh(config.mesh), config.optimizer)
+    sizes = {
+        name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+        for name, tree in (("parameters", run.state.params), ("optimizer", run.state.opt_state), ("carry", run.state.carry))
+    }
+    assert step.kept == sizes
+    account = report(step, None, config.deq)
+    assert account["collectives"]["in_loops"] == {} and account["aliased"] >= sum(sizes.values())
+    assert any("collectives in loops: none" in line for line in as_lines("train", account))
+
+
+def test_mistakes_are_one_line(monkeypatch):
+    cases = {
+        "known: v4:2x2x1": ["--config", "configs/wt103.py:tiny", "--topology", "v9:2x2"],
+        "set model.vocab_size": ["--config", "configs/wt103.py:tiny", "--config.data.name=tokens"],
+        "--config is missing": [],
+        "must be a multiple of": ["--config", "configs/wt103.py:tiny", "--config.train.accumulate=5"],
+    }
+    for (message, _), done in zip(cases.items(), commands("compile", [*cases.values()]), strict=True):
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UserError, match=r"requirements-tpu\.txt"):
+        chips.topology_devices("v5e:2x4")
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_every_mesh_compiles_for_a_tpu(mesh):
+    axes = [f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    text = ["--config", "configs/wt103.py:tiny", "--config.data.batch_size=16", *FLAGS, *axes]
+    done = command("compile", *text, "--topology", "v5e:2x4", "--step", "train", "--json", timeout=900)
+    assert done.returncode == 0, done.stderr
+    step = json.loads(done.stdout)["steps"]["train"]
+    assert step["fits"] and step["parts"].keys() >= {"outside", "forward iteration", "adjoint iteration"}
+    assert all(part["cycles"] > 0 for part in step["parts"].values()) and 0 < step["utilization"] < 1
+    kinds = set(step["collectives"]["in_loops"])
+    assert kinds <= ({"all-reduce", "all-gather"} if mesh[2] > 1 else set())
+    held = step["bytes"]
+    assert step["aliased"] >= 0.95 * (held["parameters"] + held["optimizer"] + held["carry"])
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_stored_bytes_fall_with_fsdp():
+    held = {}
+    for fsdp in (1, 8):
+        chip, devices = chips.topology_devices("v5e:2x4")
+        config = small(MeshOptions(data=-1, fsdp=fsdp))
+        (step,) = compile_steps(config, devices, names=["train"])
+        held[fsdp] = report(step, chip, config.deq)["bytes"]["optimizer"]
+    assert held[8] < 0.2 * held[1]

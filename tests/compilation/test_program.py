@@ -1,0 +1,113 @@
+"""The account of a program's cycles and operations, against programs whose account is known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deq_flax import GMRES, Anderson, Implicit, fixed_point
+from deq_flax.compilation.operations import operations_by_part
+from deq_flax.compilation.program import parts_of
+from deq_flax.nn.convolution_primitive import Window, convolve_nhwc
+
+
+def fusion(name, cycles, frame=0, op_name="jit(step)/mul"):
+    metadata = f'metadata={{op_name="{op_name}" stack_frame_id={frame}}}'
+    return f'  %{name} = f32[2]{{0}} fusion(%a), calls=%f, {metadata}, backend_config={{"estimated_cycles":"{cycles}"}}'
+
+
+def loop(name, body, op_name, trips=None):
+    known = f', backend_config={{"known_trip_count":{{"n":"{trips}"}}}}' if trips else ""
+    return f'  %{name} = (f32[2]{{0}}) while(%t), condition=%c, body=%{body}, metadata={{op_name="{op_name}"}}{known}'
+
+
+HLO = f"""HloModule jit_step
+
+FileNames
+1 "/somewhere/deq_flax/train/step.py"
+2 "/venv/optax/update.py"
+
+FunctionNames
+1 "step"
+
+FileLocations
+1 {{file_name_id=1 function_name_id=1 line=17 end_line=17}}
+2 {{file_name_id=2 function_name_id=1 line=5 end_line=5}}
+
+StackFrames
+1 {{file_location_id=1 parent_frame_id=1}}
+2 {{file_location_id=2 parent_frame_id=1}}
+
+%inner (p: f32[2]) -> f32[2] {{
+{fusion("x", 3)}
+}}
+
+%forward (p: f32[2]) -> f32[2] {{
+{fusion("g", 100)}
+{loop("known", "inner", "jit(step)/jvp()/while/body/while", 5)}
+}}
+
+%adjoint (p: f32[2]) -> f32[2] {{
+{fusion("h", 40)}
+}}
+
+%branch (p: f32[2]) -> f32[2] {{
+{fusion("b", 9)}
+}}
+
+ENTRY %main (p: f32[2]) -> f32[2] {{
+{fusion("e", 7, 2)}
+{loop("w1", "forward", "jit(step)/jvp()/while")}
+{loop("w2", "adjoint", "jit(step)/transpose(jvp())/while")}
+  %cond = f32[2]{{0}} conditional(%q, %a, %a), branch_computations={{%branch, %branch}}
+  ROOT %done = f32[2]{{0}} copy(%e)
+}}
+"""
+
+
+def test_cycles_are_counted_by_part():
+    parts = {part.name: part for part in parts_of(HLO)}
+    assert {name: part.cycles for name, part in parts.items()} == {
+        "outside": 7 + 2 * 9,
+        "forward iteration": 100 + 5 * 3,
+        "adjoint iteration": 40,
+    }
+    (largest,) = parts["forward iteration"].largest(1)
+    assert largest.cycles == 100 and largest.opcode == "fusion" and largest.op_name == "jit(step)/mul"
+
+
+def test_an_operation_has_the_line_of_ours_that_it_comes_from():
+    outside = parts_of(HLO)[0]
+    assert [operation.line for operation in outside.operations] == ["train/step.py:17", "", ""]
+
+
+def test_operations_are_those_of_the_products():
+    def program(a, b):
+        def step(z, _):
+            return jax.lax.cond(z.sum() > 0, lambda z: jnp.sin(z @ a), lambda z: z @ a @ a, z), None
+
+        return jax.lax.scan(step, b, None, length=5)[0]
+
+    jaxpr = jax.make_jaxpr(jax.jit(program))(jnp.ones((3, 3)), jnp.ones((2, 3))).jaxpr
+    assert operations_by_part(jaxpr) == {"outside": 5 * 2 * 2 * 3 * 3}
+
+
+@pytest.mark.parametrize("adjoint", [Anderson(), GMRES()], ids=["anderson", "gmres"])
+def test_an_iteration_counts_the_products_of_f_alone(adjoint):
+    def loss(w, x):
+        return fixed_point(lambda z: jnp.tanh(z @ w + x), 0 * x, solver=Anderson(), gradient=Implicit(adjoint)).value.sum()
+
+    jaxpr = jax.make_jaxpr(jax.jit(jax.grad(loss)))(jnp.ones((16, 16)), jnp.ones((4, 16))).jaxpr
+    parts = operations_by_part(jaxpr)
+    assert parts["forward iteration"] == 2 * 4 * 16 * 16
+    if isinstance(adjoint, Anderson):
+        assert parts["adjoint iteration"] == 2 * 4 * 16 * 16
+
+
+def test_convolutions_count_without_the_zeros_of_a_dilation():
+    window = Window((2, 2), ((1, 1), (1, 1)))
+    x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+    forward = jax.make_jaxpr(lambda x: convolve_nhwc(x, kernel, window))(x).jaxpr
+    assert operations_by_part(forward)["outside"] == 2 * (2 * 4 * 4 * 5) * (3 * 3 * 3)
+    backward = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(convolve_nhwc(x, kernel, window) ** 2)))(x).jaxpr
+    both = operations_by_part(backward)["outside"]
+    assert 1.9 < both / operations_by_part(forward)["outside"] < 2.5
