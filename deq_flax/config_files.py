@@ -15,7 +15,8 @@ from deq_flax.config import Config, from_stored, read_config, read_run_config, t
 from deq_flax.errors import UserError
 
 _PACKAGE = Path(__file__).parent
-RECIPES = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+_INSTALLED = _PACKAGE / "configs"
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 """Folder of the recipes: in the package where it is installed, beside it in a checkout."""
 
 

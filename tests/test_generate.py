@@ -9,7 +9,7 @@ from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.vocabulary import Vocabulary
 from deq_flax.equilibrium import Anderson
 from deq_flax.errors import UserError
-from deq_flax.generate import default_memory, encode_prompt, find_vocabulary, make_solver
+from deq_flax.generate import _write, default_memory, encode_prompt, find_vocabulary, make_solver
 from tests import reference
 from tests.commands import command
 from tests.test_configs import resolved
@@ -99,6 +99,12 @@ def test_the_command(checkpoint):
     assert len(done.stdout.replace("\n", " <eos> ").split()) == 3 + 12 + 1
     warning, speed = done.stderr.splitlines()
     assert "read as <unk>: dog" in warning and "tokens/s" in speed and "evaluations per token" in speed
+
+
+def test_the_result_is_the_text_that_was_printed_and_its_speed(capsys):
+    result = _write(iter([(0, 9.0), (1, 9.0), (2, 4.0), (1, 5.0)]), ["a ", "b", "\n"].__getitem__)
+    assert result["text"] == "a b\nb" and capsys.readouterr().out == "a b\nb\n"
+    assert result["tokens"] == 4 and result["evaluations_per_token"] == 4.5 and result["tokens_per_second"] > 0
 
 
 def test_a_mistake_is_one_line(checkpoint):

@@ -43,6 +43,14 @@ def test_the_metrics_of_a_run_on_text_are_drawn(tmp_path):
         assert str(tmp_path / "run" / "plots" / f"{name}.png") in result.stdout
 
 
+def test_of_later_evaluations_the_test_split_is_drawn(tmp_path):
+    """Their validation loss is on the curve already, and a sweep's rows have other limits."""
+    head = {"step": 20, "mode": "eval"}
+    test = head | {"split": "test", "loss": 2.6}
+    folder = write_run(tmp_path / "run", [*LINES, head | {"split": "valid", "loss": 2.5}, test, test | {"max_steps": 4}])
+    assert plot.read_metrics(folder) == [*LINES, test]
+
+
 def test_each_split_is_a_line_in_the_panel_of_its_metric():
     pyplot = plot._pyplot()
     figure = plot.draw_panels(pyplot, LINES, plot.PANELS["curves"])
