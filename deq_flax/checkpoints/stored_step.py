@@ -161,7 +161,15 @@ def _is_record(record: Mapping[str, Any]) -> bool:
         return False
     scores = metrics.values() if metrics else ()
     entries = [entry for item in arrays.values() for entry in (item.values() if isinstance(item, dict) else (None,))]
-    return all(type(x) is float for x in scores) and all(map(_is_entry, entries))
+    return all(type(x) is float for x in scores) and all(map(_is_entry, entries)) and _is_window(record.get("window", {}))
+
+
+def _is_window(window: Any) -> bool:
+    """Whether this holds sums and counts by name, numbers or arrays of them as nested lists."""
+    try:
+        return all(np.asarray(x, np.float64).size for total, count in window.values() for x in (total, count))
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def _is_entry(entry: Any) -> bool:

@@ -79,3 +79,13 @@ def test_a_later_format_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="has format 3, and this deq_flax reads up to 2") as caught:
         load_params(folder, TEMPLATE)
     assert not isinstance(caught.value, DamagedError)
+
+
+def test_a_window_of_averages_holds_numbers(tmp_path):
+    folder = save_three(tmp_path) / "checkpoints" / "3"
+    rewrite(folder, lambda record: record.update(window={"loss": [1.5, 2.0], "confusion": [[[1.0, 0.0], [2.0, 3.0]], 1.0]}))
+    assert load_params(folder, TEMPLATE).meta["window"]["loss"] == [1.5, 2.0]
+    for window in ([], {"loss": 3.0}, {"loss": [1.0]}, {"loss": [[1.0], [[], "x"]]}, {"loss": [None, {}]}):
+        rewrite(folder, lambda record, window=window: record.update(window=window))
+        with pytest.raises(DamagedError, match="not those of a checkpoint"):
+            read_record(folder)
