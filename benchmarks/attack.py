@@ -85,6 +85,8 @@ class Watch:
                 self._found(f"write to {path}")
         elif event in ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod"):
             path = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else ""
+            if isinstance(arguments[-1], int) and arguments[-1] >= 0 and not os.path.isabs(path):
+                return  # within a folder that is being deleted
             if path and not os.path.abspath(path).startswith(self._allowed):
                 self._found(f"{event} {path}")
 
@@ -100,7 +102,7 @@ def work(room: str, numbers: list[int], seed: int, folder: Path) -> None:
 
     from deq_flax.errors import UserError
 
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "MPLCONFIGDIR": str(folder / "matplotlib")}
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     faulthandler.enable()

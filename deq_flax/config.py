@@ -35,6 +35,9 @@ from deq_flax.train.optimizer import OptimizerOptions
 from deq_flax.train.phases import DEQOptions, Phases, make_phases
 from deq_flax.untrusted.files import read_json
 
+MAX_REASON = 600
+"""Characters of a message about a file, which may quote it."""
+
 Override = tuple[str, str | None]
 """A key, such as 'train.steps', and the text that the command line gives it; None: no text, as for
 `--config.model.pre_norm`."""
@@ -149,7 +152,8 @@ def read_config(path: Path, *, vocab_size: int = 0) -> Config:
     try:
         return from_stored(read_json(path), vocab_size=vocab_size)
     except (OSError, ValueError, UserError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        reason = str(getattr(error, "strerror", None) or error)
+        raise UserError(f"cannot read {path}: {reason[:MAX_REASON]}{'...' * (len(reason) > MAX_REASON)}") from error
 
 
 def flattened(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ Format 1 stored the position in the data as a further item, `data`, which the ch
 
 import dataclasses
 import json
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from jax.sharding import Sharding
 
 from deq_flax.devices.mesh import place
 from deq_flax.errors import UserError
-from deq_flax.untrusted.files import read_json, shown
+from deq_flax.untrusted.files import check_regular, read_json, shown
 
 FORMAT = 2
 """The format that is written; it and those before it can be read."""
@@ -132,11 +133,10 @@ def read_record(folder: Path, *, step: int | None = None) -> dict[str, Any]:
       UserError: a later version of this package wrote it.
     """
     try:
-        read_json(folder / "meta" / "metadata")  # bounded in size and depth, as Orbax's reading is not
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            record = reader.restore(folder / "meta")
-            stated, version = record.pop("checksum"), record["versions"]["format"]
-            covered = [record, reader.restore(folder / "data")] if version == 1 else record
+        # Bounded in size and depth, as Orbax's own reading of the same file is not.
+        record = read_json(folder / "meta" / "metadata")
+        stated, version = record.pop("checksum"), record["versions"]["format"]
+        covered = [record, read_json(folder / "data" / "metadata")] if version == 1 else record
         matches, known = stated == _json_checksum(covered), version <= FORMAT
     except Exception as error:  # any of many types
         raise _damaged(folder, f"its records cannot be read ({_reason(error)})") from error
@@ -236,6 +236,7 @@ def read_tree(folder: Path, item: str, template: Any, described: Mapping[str, An
         arguments = {name: _restore_argument(leaf) for name, leaf in stored.items()}
         request = ocp.args.PyTreeRestore(item=nested(specs), restore_args=nested(arguments), partial_restore=True)
         try:
+            _check_files(folder / item)
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 read = named_leaves(reader.restore(folder / item, args=request))
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -246,10 +247,21 @@ def read_tree(folder: Path, item: str, template: Any, described: Mapping[str, An
     for name, leaf in wanted.items():
         value = read[name] if name in read else np.zeros(np.shape(leaf), dtype_of(leaf))
         kind = "sum32" if "sum32" in described[name] else "crc32"
+        if dtype_of(value) != dtype_of(leaf):
+            raise _damaged(folder, f"{item}/{name} is of another type than its record states")
         if describe(value, kind) != described[name]:
             raise _damaged(folder, f"{item}/{name} does not match its checksum")
         leaves.append(_like(leaf, value))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _check_files(item: Path) -> None:
+    """Raise OSError or ValueError for what Orbax would wait for, or read without end."""
+    for parent, _, names in os.walk(item):
+        for name in names:
+            check_regular(Path(parent) / name)
+    if (item / "_METADATA").exists():
+        read_json(item / "_METADATA")
 
 
 def describe(leaf: Any, kind: str | None = None) -> dict[str, Any]:

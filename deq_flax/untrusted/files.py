@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-MAX_JSON_BYTES = 1 << 26
+MAX_JSON_BYTES = 1 << 23
+"""Size of a JSON file; the record of a checkpoint has 100 bytes an array."""
 MAX_DEPTH = 32
 """Lists and objects within each other; a checkpoint's record has six."""
 SHOWN = 5
@@ -55,6 +56,9 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(text.count(bracket) for bracket in brackets) <= MAX_DEPTH:  # ty: ignore[invalid-argument-type]
+        return value
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [

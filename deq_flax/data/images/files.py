@@ -9,6 +9,7 @@ import functools
 import io
 import logging
 import os
+import re
 import threading
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -33,6 +34,8 @@ MAX_BYTES = 1 << 28
 """Size of an encoded image."""
 MAX_PIXELS, LARGE = 1 << 26, 1 << 24
 """Pixels of an image; and of one that is decoded while no other large one is."""
+_PPM_HEADER = re.compile(rb"P[1-6](?:\s+(?:#[^\n]*\n\s*)*[0-9]{1,9}){2,3}\s")
+"""Pillow reads one byte at a time, however long the header is."""
 MAX_PLAIN_BYTES = 1 << 22
 """Size of a PPM file whose pixels are decimal text, which takes Pillow a second for each megabyte."""
 
@@ -140,6 +143,8 @@ class DamagedFiles:
 
 def open_image(content: bytes) -> Image.Image:
     """Open an image, whose pixels are decoded on first use. Raises any of the errors that `decode_all` handles."""
+    if content[:1] == b"P" and not _PPM_HEADER.match(content[:4096]):
+        raise ValueError("it has no header of a PPM image, or a very long one")
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"it is of {image.width} x {image.height}: at most {MAX_PIXELS} pixels are decoded")
