@@ -1,6 +1,9 @@
 """Laws of checkpoints: a restore gives what was saved, or the next older intact one, or an error of one line."""
 
+import json
+import os
 import resource
+import shutil
 import signal
 
 import jax
@@ -10,6 +13,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deq_flax.checkpoints import stored_step
 from deq_flax.checkpoints.checkpoints import CheckpointOptions, Checkpoints
 from deq_flax.errors import UserError
 from tests.checkpoints.saving import TEMPLATE, damage, files_of, opened, save, save_three
@@ -229,3 +233,88 @@ def test_restores_into_the_shardings_of_the_template(folder):
 def test_typed_keys_are_refused(tmp_path):
     with opened(tmp_path) as checkpoints, pytest.raises(TypeError, match="key_data"):
         save(checkpoints, 1, {"key": jax.random.key(0)})
+
+
+@pytest.mark.parametrize(("copied", "name"), [("3", "7"), ("2", "7"), ("2", "3")])
+def test_a_copy_under_another_number_is_not_that_step(folder, copied, name, caplog):
+    """The number in the record decides: a copied folder neither is continued from nor counts as the best."""
+    shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.copytree(folder / copied, folder / name)
+    assert latest(read_only(folder)).step == (2 if name == "3" else 3)
+    assert f"checkpoints/{name} is damaged: it is a copy of the checkpoint of step {copied}" in caplog.text
+    assert read_only(folder).best_step() == 2
+    with pytest.raises(UserError, match="is a copy of"):
+        read_only(folder).restore(int(name), params=TEMPLATE)
+
+
+@pytest.mark.parametrize("name", ["007", "٣", "1" * 30])
+def test_other_names_of_folders_are_no_steps(folder, name):
+    shutil.copytree(folder / "2", folder / name)
+    assert read_only(folder).steps() == [1, 2, 3] and latest(read_only(folder)).step == 3
+
+
+def rewritten(folder, change):
+    """Change the record of a checkpoint, its checksum included."""
+    file = folder / "meta" / "metadata"
+    record = json.loads(file.read_text())
+    del record["checksum"]
+    record = change(record)
+    file.write_text(json.dumps(record | {"checksum": stored_step._json_checksum(record)}))
+
+
+WRONG = ([], None, "x", {}, -1, 10**400, 2.5)
+
+
+@pytest.mark.parametrize("key", ["step", "metrics", "arrays", "params", "w", "shape", "dtype", "crc32", "loss", "versions"])
+def test_a_record_of_other_types_is_damage(folder, key):
+    """Also one whose checksum is right."""
+
+    def changed(tree, value):
+        if not isinstance(tree, dict):
+            return tree
+        return {name: value if name == key else changed(x, value) for name, x in tree.items()}
+
+    whole = (folder / "3" / "meta" / "metadata").read_text()
+    for value in WRONG:
+        if (key, value) in (("metrics", None), ("metrics", {}), ("loss", 2.5)):
+            continue
+        rewritten(folder / "3", lambda record, value=value: changed(record, value))
+        try:
+            assert latest(read_only(folder)).step == 2, value
+        except UserError as error:  # a record that might be of another model
+            assert "does not fit this config" in str(error) and key in ("params", "shape", "dtype")
+        assert read_only(folder).best_step() == 2
+        (folder / "3" / "meta" / "metadata").write_text(whole)
+
+
+def test_deep_records_and_metadata_are_damage(folder):
+    for name in ("meta/metadata", "params/_METADATA"):
+        file = folder / "3" / name
+        whole = file.read_bytes()
+        for content in (b"[" * 100_000, b'{"a":' * 900 + b"1" + b"}" * 900, b"[]", b"null", b"\xff", b""):
+            file.write_bytes(content)
+            assert latest(read_only(folder)).step == 2
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["meta/metadata", "params/_METADATA", "params/manifest.ocdbt"])
+def test_pipes_and_devices_in_a_checkpoint_are_damage(folder, name):
+    file = folder / "3" / name
+    file.unlink()
+    os.mkfifo(file)
+    assert latest(read_only(folder)).step == 2
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert latest(read_only(folder)).step == 2
+
+
+def test_flipped_bits_in_the_metadata_of_arrays_are_noticed_or_harmless(folder):
+    good = np.asarray(read_only(folder).restore(3, params=TEMPLATE).params["w"])
+    file, random = folder / "3" / "params" / "_METADATA", np.random.default_rng(0)
+    whole = file.read_bytes()
+    for place in random.permutation(8 * len(whole))[:40]:
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        file.write_bytes(data)
+        restored = latest(read_only(folder))
+        assert restored.step == 2 or np.array_equal(restored.params["w"], good)

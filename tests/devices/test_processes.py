@@ -2,13 +2,17 @@
 
 import pathlib
 import signal
+import socket
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
 from deq_flax.devices.processes import distributed, print_once
 from deq_flax.errors import UserError
+from tests.commands import ROOT
 from tests.train.commands import arguments, finish, metrics, one_process, read_until, several
 
 STEPS = 30
@@ -22,6 +26,9 @@ STEPS = 30
         (("localhost:1", None, 0), "needs --num_processes and --process_id"),
         (("localhost:1", 2, 2), "must be from 0 to 1, not 2"),
         (("localhost", 2, 0), "must be HOST:PORT or auto"),
+        ((":1", 2, 0), "must be HOST:PORT or auto"),
+        (("localhost:70000", 2, 0), "must be HOST:PORT or auto"),
+        (("localhost:x", 2, 0), "must be HOST:PORT or auto"),
     ],
 )
 def test_contradicting_arguments_are_refused(arguments, message):
@@ -33,6 +40,34 @@ def test_a_single_process_needs_no_coordinator(capsys):
     with distributed(None, None, None):
         print_once("here")
     assert capsys.readouterr().out == "here\n"
+
+
+def test_the_patience_is_at_least_a_second():
+    with pytest.raises(UserError, match="at least 1, not 0"), distributed("localhost:1", 2, 0, patience=0):
+        raise AssertionError("entered")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_whose_partners_never_come_ends_with_one_line(process):
+    """The coordinator without partners, and a wrong address of the coordinator."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    enter = f"with processes.distributed('localhost:{port}', 2, {process}, patience=2): print('entered')"
+    program = f"from deq_flax.devices import processes\n{enter}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"error: process {process}: the other processes have not all answered within 2 seconds")
+    assert "--patience" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("sink", "words"), [("> /dev/full", "No space left"), ("> >(exec <&-; sleep 9)", "Broken pipe")])
+def test_reports_that_nobody_takes_are_said_once(sink, words):
+    program = "from deq_flax.devices.processes import print_once\nfor i in range(20000): print_once(i)"
+    shell = ["bash", "-c", f'"$0" -c "$1" {sink}; echo "code $?" >&2', sys.executable, program]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stderr.count("cannot write to standard output") == 1 and words in done.stderr
+    assert done.stderr.endswith("code 0\n")
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +119,16 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     (tmp_path / "checkpoints").write_text("not a folder")
     code, out = finish(several(2, *arguments(tmp_path, train__steps=2)), timeout=120)
     assert code != 0 and "cannot write checkpoints" in out
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [0, 1])
+def test_when_one_process_is_killed_the_other_ends_and_says_why(tmp_path, number):
+    options = dict(train__steps=100_000, train__checkpoint_every=100_000, train__eval_every=0)
+    processes = several(2, *arguments(tmp_path, **options), "--patience=20")
+    read_until(processes, "step")
+    subprocess.run(["kill", "-KILL", str(children(processes)[number])], check=True)
+    start = time.monotonic()
+    code, out = finish(processes, timeout=90)
+    assert code != 0 and time.monotonic() - start < 60
+    assert "another process has ended" in out or "another task died" in out, out

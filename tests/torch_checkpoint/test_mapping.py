@@ -198,3 +198,27 @@ def test_families_of_earlier_checkpoints_are_known():
         "mdeq",
         "mdeq_torchdeq",
     ]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_inferring_options_survives_any_shapes(kind):
+    """The names that options are inferred from, with shapes that no model has: the answer is bounded, and nothing is raised."""
+    names = ["inject_conv.weight", "func.dec_attn.r_w_bias", "func.pos_ff.ff1_net.bias", "crit.cluster_weight"]
+    names += [f"word_emb.emb_layers.{i}.weight" for i in range(100)] + ["word_emb.emb_projs.0.weight"]
+    names += [
+        f"{stage}.branches.{i}.blocks.0.conv{k}.weight"
+        for stage in ("fullstage", "full_stage")
+        for i in range(9)
+        for k in (1, 2)
+    ]
+    names += [
+        "downsample.0.weight",
+        "classifier.weight",
+        "last_layer.3.weight",
+        *(f"incre_modules.{i}.0.conv1.weight" for i in range(4)),
+    ]
+    odd = [(), (0,), (3,), (4, 2), (0, 0), (10**30, 0), (10**10, 1), (1, 10**10), (5, 4, 3, 3), (0, 1, 1, 1), (1,) * 8]
+    random, family = np.random.default_rng(0), FAMILIES[kind]
+    for count in (len(names), len(names), 20, 10) * 20:
+        shapes = {name: odd[random.integers(len(odd))] for name in random.permutation(names)[:count]}
+        assert len(str(family.infer(shapes))) < 10_000

@@ -207,3 +207,59 @@ def test_other_files_are_refused(tmp_path):
     refused(write_pickle(path, pickle.dumps({"lr": 1, "args": 2}, protocol=2)), "a dictionary of lr, args")
     refused(write_zip(path, {"x/data.pkl": b"\x80\x02}.", "x/constants.pkl": b""}), "TorchScript")
     refused(tmp_path, "cannot be read")
+
+
+W = files.tensor_pickle(4, 0, (4,), (1,))[3:-2]
+"""The instructions for the entry 'w', without the dictionary around them."""
+
+
+def test_nested_keys_and_copies_without_end_are_refused(tmp_path):
+    deep = b"K\x01" + b"\x85" * 50_000
+    pairs = b"](" + b"K\x01N\x86" * 1000 + b"eq\x00"
+    copies = pairs + b"ccollections\nOrderedDict\nh\x00\x85R" * 500 + b"."
+    for data, words in ((b"\x80\x02}" + deep + b"Ns.", "neither text nor a number"), (copies, "copies more than it holds")):
+        refused(write_pickle(tmp_path / "x.pth", data), words)
+        (tmp_path / "legacy.pth").write_bytes(legacy(data, []))
+        refused(tmp_path / "legacy.pth", words)
+
+
+def test_keys_of_other_types_are_named_briefly(tmp_path):
+    for key in (7, 10**70, None, 2.5):
+        data = pickle.dumps({key: 1}, protocol=2)[:-1] + W + b"s."
+        refused(write_zip(tmp_path / "x.pth", {"x/data.pkl": data, "x/data/0": bytes(16)}), "no tensors")
+    refused(write_pickle(tmp_path / "x.pth", pickle.dumps({10**5000: 1}, protocol=2)), "an integer of 16610 bits")
+
+
+@pytest.mark.parametrize("name", ["a" * 1_000_000, "parametrizations." * 60_000, "." * 1_000_000])
+def test_a_long_name_is_refused_at_once_and_not_repeated(tmp_path, name):
+    start = time.process_time()
+    with pytest.raises(UserError) as caught:
+        open_tensors(write_safetensors(tmp_path / "x.safetensors", {name: files.array(2)}))
+    assert "characters" in str(caught.value) and len(str(caught.value)) < 500 and time.process_time() - start < 5
+
+
+def test_sizes_of_nothing_may_not_be_giant(tmp_path):
+    for shape in ((10**13, 0), (0, 10**30), (2**30, 2**30, 0)):
+        contents = {"x/data.pkl": files.tensor_pickle(4, 0, (0,), (1,)), "x/data/0": bytes(16)}
+        if max(shape) < 2**63:
+            contents["x/data.pkl"] = files.tensor_pickle(4, 0, shape, (1,) * len(shape))
+            refused(write_zip(tmp_path / "x.pth", contents), "impossible geometry")
+        np.savez(tmp_path / "x.npz", a=np.zeros(1))
+        head = (
+            np.lib.format.magic(1, 0)
+            + struct.pack("<H", 118)
+            + f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117).encode()
+            + b"\n"
+        )
+        refused(write_zip(tmp_path / "x.npz", {"a.npy": head}), "impossible geometry")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressions_that_claim_memory_are_refused(tmp_path, method):
+    refused(write_zip(tmp_path / "x.pth", files.entries(ODD), method), "a compression that neither")
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", "not a file")
+    refused("/dev/zero", "not a file")

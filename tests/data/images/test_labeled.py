@@ -1,8 +1,13 @@
 """Labeled images of every supported format, from small files."""
 
 import gzip
+import io
+import os
 import pickle
+import struct
+import subprocess
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -249,3 +254,148 @@ def test_too_many_damaged_images_are_an_error():
     damaged.add("a", "cut")
     with pytest.raises(UserError, match="2 images are damaged"):
         damaged.add("b", "cut")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def png_of_zeros(side):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(side * (1 + side // 8)))) + chunk(b"IEND", b"")
+
+
+def other_format(form):
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(stream, form)
+    return stream.getvalue()
+
+
+HOSTILE = {
+    "program": EPS,
+    "tiff": other_format("TIFF"),
+    "gif": other_format("GIF"),
+    "large": png_of_zeros(12_000),
+    "comment": b"P6 #" + b"a" * 100_000 + b"\n2 2 255\n" + bytes(12),
+    "digits": b"P6 1" + b"0" * 4000 + b" 1 255\n",
+    "text": b"P3 1200 1200 255\n" + b"0 " * (3 * 1200 * 1200),
+}
+
+
+def test_images_of_other_formats_and_bombs_are_skipped_and_start_nothing(folders, monkeypatch):
+    """A PostScript file would make Pillow start Ghostscript, whatever its name is."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    for name, content in HOSTILE.items():
+        (folders / "val" / "b" / f"{name}.png").write_bytes(content)
+    os.mkfifo(folders / "val" / "b" / "pipe.png")
+    for name, target in (("zero", "/dev/zero"), ("loop", "loop.png"), ("gone", "none")):
+        (folders / "val" / "b" / f"{name}.png").symlink_to(target)
+    (folders / "val" / "b" / "line\nbreak.png").write_bytes(b"")
+    data = load_images(options(name="folders", path=str(folders), image_size=8, resize=10, max_damaged=99))
+    batch = all_of(data.valid)
+    assert batch["mask"].sum() == 4 and len(data.damaged.names) == len(HOSTILE) + 5
+    assert sorted(name.split("/")[-1] for name in data.damaged.names)[-1] == "zero.png"
+
+
+def test_links_to_a_folder_that_is_being_walked_are_not_followed(folders):
+    for name in ("x", "y"):
+        (folders / "train" / "a" / name).symlink_to("..", target_is_directory=True)
+    (folders / "train" / "c").symlink_to("b", target_is_directory=True)
+    data = load_images(options(name="folders", path=str(folders), **FILES))
+    assert len(data.train) == 6 and data.class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("how", ["bzip2", "lzma", "encrypted", "unknown", "size"])
+def test_members_of_a_zip_file_that_cannot_be_unpacked_are_skipped(folders, how):
+    path = folders / "x.zip"
+    methods = {"bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folders.rglob("*.png")):
+            name = str(file.relative_to(folders))
+            archive.write(file, name, methods.get(how) if name == "val/b/1.png" else None)
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    changes = {"encrypted": (8, b"\x01"), "unknown": (10, b"\x63"), "size": (24, b"\xff\xff\xff\x7f")}
+    if how in changes:
+        place, content = changes[how]
+        data[entry + place : entry + place + len(content)] = content
+        path.write_bytes(data)
+    images = load_images(options(name="folders", path=str(path), image_size=8, resize=10, max_damaged=1))
+    assert all_of(images.valid)["mask"].tolist() == [1, 1, 1, 0] and len(images.damaged.names) == 1
+
+
+def test_too_few_file_handles_are_not_the_fault_of_an_image(folders, monkeypatch):
+    data = load_images(options(name="folders", path=str(folders), image_size=8, resize=10, max_damaged=9))
+
+    def refuse(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("deq_flax.data.images.files.read_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot read .*: Too many open files"):
+        all_of(data.valid)
+
+
+@pytest.mark.parametrize(
+    ("shape", "content"),
+    [
+        ((1 << 31, 1 << 31, 4), b""),
+        ((0x80000001, 0x80000000, 0x40000000), b""),
+        ((1 << 16, 1 << 16, (1 << 32) - 1), bytes(16)),
+        ((3, 4, 4), bytes(47)),
+        ((3, 4, 4), bytes(49)),
+    ],
+)
+def test_sizes_of_idx_files_do_not_wrap(mnist, shape, content):
+    folder, _ = mnist
+    head = bytes((0, 0, 8, 3)) + np.array(shape, ">u4").tobytes()
+    for suffix, pack in (("", bytes), (".gz", gzip.compress)):
+        (folder / "t10k-images-idx3-ubyte").unlink(missing_ok=True)
+        (folder / f"t10k-images-idx3-ubyte{suffix}").write_bytes(pack(head + content))
+        with pytest.raises(UserError, match="get it again"):
+            load_images(options(name="mnist", path=str(folder)))
+
+
+def test_a_gzip_bomb_is_refused_unopened(mnist):
+    folder, _ = mnist
+    head = bytes((0, 0, 8, 3)) + np.array((1 << 20, 28, 28), ">u4").tobytes()
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + bytes(1 << 20)))
+    with pytest.raises(UserError, match=r"states an array of \(1048576, 28, 28\) in a file of"):
+        load_images(options(name="mnist", path=str(folder)))
+
+
+@pytest.mark.parametrize("what", ["key", "labels", "claim"])
+def test_nested_pickles_in_place_of_cifar_are_refused(tmp_path, what):
+    deep = b"K\x01" + b"\x85" * 50_000
+    data = {
+        "key": b"\x80\x02}" + deep + b"Ns.",
+        "labels": b"\x80\x02}(C\x06labels" + deep + b"C\x04datacnumpy\nndarray\n)Ru.",
+        "claim": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b".",
+    }[what]
+    for name in NAMES:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match="no batch of CIFAR-10"):
+        load_images(options(name="cifar10", path=str(tmp_path)))
+
+
+def test_records_without_a_key_or_with_strange_labels_are_skipped(tmp_path):
+    writer = pytest.importorskip("array_record.python.array_record_module")
+    (tmp_path / "label.labels.txt").write_text("cat\ndog\n")
+    image = field(1, b"image") + field(2, field(1, field(1, b"x")))
+    labels = [b"\x02", b"\xff" * 9 + b"\x01", b"\xff" * 50 + b"\x01", b""]
+    records = [field(1, field(1, field(2, field(3, field(1, b"\x01")))))]
+    records += [
+        field(1, field(1, image) + field(1, field(1, b"label") + field(2, field(3, field(1, label))))) for label in labels
+    ]
+    for split in ("train", "validation"):
+        file = writer.ArrayRecordWriter(str(tmp_path / f"pets-{split}.array_record-00000-of-00001"), "group_size:1")
+        for record in [*records, b"\x0a"]:
+            file.write(record)
+        file.close()
+    data = load_images(options(name="folders", path=str(tmp_path), image_size=8, resize=10, max_damaged=9))
+    assert not all_of(data.valid)["mask"].any() and len(data.damaged.names) == 6
+    for content in (b"", b"\xff\xfe\n", b"a\n\nb\n"):
+        (tmp_path / "label.labels.txt").write_bytes(content)
+        with pytest.raises(UserError, match="get it again"):
+            load_images(options(name="folders", path=str(tmp_path), **FILES))

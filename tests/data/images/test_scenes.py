@@ -1,5 +1,7 @@
 """Images with masks in every supported layout, from small files."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -128,3 +130,13 @@ def test_missing_data_is_an_error_that_names_its_source(tmp_path, name, message)
 def test_folders_need_the_number_of_classes(camvid):
     with pytest.raises(UserError, match=r"model\.num_classes"):
         load_scenes(options(name="folders", path=str(camvid)))
+
+
+def test_masks_in_other_formats_and_pipes_are_skipped(camvid):
+    (camvid / "val/labels/a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\nshowpage\n")
+    (camvid / "val/images/b.png").unlink()
+    os.mkfifo(camvid / "val/images/b.png")
+    data = load_scenes(options(name="camvid", path=str(camvid), max_damaged=2))
+    for random in (None, np.random.default_rng(0)):
+        assert data.valid.read(np.arange(3), random)["mask"].tolist() == [0, 0, 1]
+    assert len(data.damaged.names) == 2

@@ -250,3 +250,98 @@ def test_topics_share_no_paragraph_and_stay_whole():
     for split, share in pydoc_text.SHARES.items():
         assert share - 0.02 <= len(splits[split]) / 200 <= share
         assert {line.split()[0] for line in splits[split]}.isdisjoint(line.split()[0] for line in splits["train"])
+
+
+def npy(header):
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(16)
+
+
+FORM = "{'descr': %s, 'fortran_order': False, 'shape': %s}\n"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "(" * 5_000 + ")" * 5_000,
+        "[1]",
+        FORM % ("'<i4'", "(10**30,)"),
+        FORM % ("'<i4'", f"({10**30},)"),
+        FORM % ("'<i4'", "(-4,)"),
+        FORM % ("'<i4'", "(4.0,)"),
+        FORM % ("'<i4'", "('4',)"),
+        FORM % ("'<i4'", f"({2**62}, 0)"),
+        FORM % ("'V2147483647'", "(1,)"),
+        FORM % ("'|O'", "(2,)"),
+        FORM % ("[('a', '<i4')]", "(4,)"),
+        FORM % ("('<i4', (2147483647, 2147483647))", "(1,)"),
+        " " * 60_000 + FORM % ("'<i4'", "(4,)"),
+    ],
+)
+def test_headers_of_token_arrays_that_are_not_what_they_should_be(tmp_path, cache, header):
+    for split in TEXTS:
+        np.save(tmp_path / f"{split}.npy", np.arange(4, dtype=np.int32))
+    (tmp_path / "valid.npy").write_bytes(npy(header))
+    assert "valid.npy" in error_of("tokens", str(tmp_path), cache)
+
+
+def test_pipes_and_devices_in_place_of_texts_and_arrays(tmp_path, cache):
+    path = write(tmp_path / "d", "{}.txt")
+    for split in TEXTS:
+        np.save(tmp_path / "d" / f"{split}.npy", np.arange(4, dtype=np.int32))
+    for name, kind in (("valid.txt", "wt103"), ("valid.npy", "tokens")):
+        file = tmp_path / "d" / name
+        file.unlink()
+        os.mkfifo(file)
+        assert "not a file" in error_of(kind, path, cache)
+        file.unlink()
+        file.symlink_to("/dev/zero")
+        assert "not a file" in error_of(kind, path, cache)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder, meta: {**meta, "tokens": {"train": meta["tokens"]["train"]}},
+        lambda folder, meta: {**meta, "tokens": []},
+        lambda folder, meta: {**meta, "tokens": dict.fromkeys(meta["tokens"])},
+        lambda folder, meta: [meta],
+        lambda folder, meta: None,
+        lambda folder, meta: (folder / "vocabulary.txt").unlink() or meta,
+        lambda folder, meta: [(folder / "train.npy").unlink(), os.mkfifo(folder / "train.npy")] and meta,
+        lambda folder, meta: (folder / "train.npy").write_bytes(npy("(" * 5_000)) and meta,
+    ],
+)
+def test_a_spoiled_cache_is_written_again(tmp_path, cache, spoil):
+    path = write(tmp_path / "d", "{}.txt")
+    whole = load("wt103", path, cache).train.tolist()
+    (folder,) = (tmp_path / "cache").iterdir()
+    meta = spoil(folder, json.loads((folder / "meta.json").read_text()))
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert load("wt103", path, cache).train.tolist() == whole
+    (folder / "meta.json").write_text("[" * 100_000)
+    assert load("wt103", path, cache).train.tolist() == whole
+    assert len(os.listdir(cache)) == 1
+
+
+@pytest.mark.parametrize("how", ["bzip2", "lzma", "encrypted", "unknown", "bomb"])
+def test_texts_in_zip_files_that_cannot_be_unpacked(tmp_path, cache, how):
+    path = tmp_path / "x.zip"
+    methods = {"bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}
+    with zipfile.ZipFile(path, "w", methods.get(how, zipfile.ZIP_DEFLATED)) as archive:
+        for split, text in TEXTS.items():
+            archive.writestr(f"wiki.{split}.tokens", b"a " * (36 << 20) if how == "bomb" and split == "test" else text)
+    data = path.read_bytes()
+    if how in ("encrypted", "unknown"):
+        place, content = {"encrypted": (8, b"\x01"), "unknown": (10, b"\x63")}[how]
+        parts = data.split(b"PK\x01\x02")
+        path.write_bytes(
+            b"PK\x01\x02".join([parts[0], *(part[: place - 4] + content + part[place - 3 :] for part in parts[1:])])
+        )
+    words = {"encrypted": "it is encrypted", "bomb": "bytes of content"}.get(how, "compressed by method")
+    assert words in error_of("wt103", str(path), cache)
+
+
+def test_a_text_of_ever_new_words_is_refused(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("deq_flax.data.text.vocabulary.MAX_WORDS", 1000)
+    path = write(tmp_path / "d", "{}.txt", TEXTS | {"train": " ".join(map(str, range(1001))) + "\n"})
+    assert "more than 1000 different words" in error_of("wt103", path, cache)
