@@ -51,7 +51,7 @@ def read(path: Path) -> None:
         raise SilentlyWrongError(f"{count} images, mask {mask}, damaged {data.damaged.names}")
     data.valid.read(np.arange(count), np.random.default_rng(0))
     if data.damaged.names:
-        raise UserError(f"skipped {ascii(data.damaged.names)}")
+        raise UserError(f"skipped {data.damaged.names!a}")
 
 
 def read_scenes(path: Path) -> None:
@@ -67,7 +67,7 @@ def read_scenes(path: Path) -> None:
     if mask.sum() + len(data.damaged.names) != count:
         raise SilentlyWrongError(f"{count} images, mask {mask}, damaged {data.damaged.names}")
     if data.damaged.names:
-        raise UserError(f"skipped {ascii(data.damaged.names)}")
+        raise UserError(f"skipped {data.damaged.names!a}")
 
 
 def write_scenes(folder: Path) -> Path:

@@ -23,6 +23,8 @@ from deq_flax.untrusted.files import read_bytes, read_json, shown
 
 CORPUS_FILE = "corpus.json"
 """File beside token arrays: `vocab_size`, and `tokens` and `bytes` by split."""
+MAX_IDS = 1 << 24
+"""Ids of a vocabulary whose size nothing tells but the largest id."""
 CHUNK = 1 << 22
 """Tokens of a memory-mapped text that are examined at once."""
 
@@ -141,7 +143,7 @@ def _load_tokens(options: TextOptions, vocab_size: int) -> Corpus:
     with readable(tokenizer):
         tokenizer_json = read_bytes(tokenizer, MAX_BYTES).decode("utf-8") if meta and tokenizer.exists() else None
     vocab_size = vocab_size or meta.get("vocab_size", 0)
-    limit = vocab_size or np.iinfo(np.int32).max
+    limit = vocab_size or MAX_IDS
     largest = 0
     for split, tokens in splits.items():
         file = folder / f"{split}.npy"
