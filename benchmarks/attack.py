@@ -84,7 +84,8 @@ class Watch:
             if writes and not os.path.abspath(path).startswith(self._allowed):
                 self._found(f"write to {path}")
         elif event in ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod"):
-            path = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else ""
+            place = arguments[1] if event in ("os.symlink", "os.link") else arguments[0]
+            path = os.fsdecode(place) if isinstance(place, str | bytes) else ""
             if isinstance(arguments[-1], int) and arguments[-1] >= 0 and not os.path.isabs(path):
                 return  # within a folder that is being deleted
             if path and not os.path.abspath(path).startswith(self._allowed):

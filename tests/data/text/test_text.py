@@ -309,6 +309,7 @@ def test_pipes_and_devices_in_place_of_texts_and_arrays(tmp_path, cache):
         lambda folder, meta: (folder / "vocabulary.txt").unlink() or meta,
         lambda folder, meta: [(folder / "train.npy").unlink(), os.mkfifo(folder / "train.npy")] and meta,
         lambda folder, meta: (folder / "train.npy").write_bytes(npy("(" * 5_000)) and meta,
+        lambda folder, meta: np.save(folder / "train.npy", np.full(meta["tokens"]["train"], 99, np.int32)) or meta,
     ],
 )
 def test_a_spoiled_cache_is_written_again(tmp_path, cache, spoil):
