@@ -156,3 +156,12 @@ class HasHead(Protocol):
     def head(self) -> str:
         """The module of the head: the names of its parameters begin with it and a '/'."""
         ...
+
+
+@runtime_checkable
+class HasRestarts(Protocol):
+    """A task whose equilibria can be solved for from several random starts, of which the best counts."""
+
+    def with_restarts(self, count: int) -> Task:
+        """This task, evaluated from `count` starts. UserError: its model's start is not random."""
+        ...

@@ -7,9 +7,11 @@ puzzle of every slot are the carry.
 B batch, S the axes of a puzzle's cells, K output symbols.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -77,7 +79,7 @@ class ReasoningTask:
     Data, Loss, kind = PuzzleOptions, ReasoningLoss, "puzzle"
 
     def __init__(self, data: PuzzleOptions, model: Any, *, loss: ReasoningLoss, seed: int = 0):
-        self._data, self._loss, self._seed = data, loss, seed
+        self._data, self._loss, self._seed, self._restarts = data, loss, seed, 1
         self.batch_size, self.eval_batch_size = data.batch_size, data.eval_batch_size
         self.puzzles = load_puzzles(data)
         self.model_options = _with_symbols(model, self.puzzles.input_symbols, self.puzzles.output_symbols)
@@ -97,6 +99,14 @@ class ReasoningTask:
                 jax.eval_shape(lambda state, inputs: nnx.merge(graphdef, state)(inputs, solve=solve).logits, state, inputs)
             except ValueError as error:
                 raise UserError(f"section model: it takes no puzzles of size {size}: {error}") from error
+
+    def with_restarts(self, count: int) -> "ReasoningTask":
+        """This task, evaluated from `count` random starts for each puzzle. UserError: the model's start is not random."""
+        if getattr(self.model_options, "initial", "zero") != "normal":
+            raise UserError("eval.restarts needs random starts: set model.initial to normal")
+        other = copy.copy(self)
+        other._restarts = count
+        return other
 
     def build_model(self, rngs: Any) -> Any:
         return build_model(self.model_options, rngs=rngs)
@@ -126,8 +136,11 @@ class ReasoningTask:
     ) -> tuple[jax.Array, LossOutput]:
         """The mean over puzzles of the mean cross entropy of their cells, and the halting head's."""
         if key is None:
-            output = self._worked_out(model, batch["inputs"], solve)
-            return self._scored(batch, output, carry, evaluation=True)
+            if self._restarts > 1:
+                output, extra = self._from_many_starts(model, batch, solve)
+            else:
+                output, extra = self._worked_out(model, batch["inputs"], None, solve), {}
+            return self._scored(batch, output, carry, extra | _of_solver(output.stats))
         if self._loss.segments == 1:
             return self._scored(batch, model(batch["inputs"], solve=solve, key=key), carry)
         start_key, solve_key, halt_key = jax.random.split(key, 3)
@@ -137,24 +150,50 @@ class ReasoningTask:
         free_B = self._done(output.halt_B, segments_B, halt_key)
         return self._scored(slots.puzzle, output, Slots(output.state, slots.puzzle, segments_B, free_B))
 
-    def _worked_out(self, model: Any, inputs: jax.Array, solve: Solve | None) -> PuzzleOutput:
-        """The output after all segments of evaluation; evaluations and steps are those of all of them."""
-        output = model(inputs, solve=solve)
-        count = (self._loss.eval_segments or self._loss.segments) - 1
-        if output.stats is None or not count:
-            return output
+    def _worked_out(self, model: Any, inputs: jax.Array, key: jax.Array | None, solve: Solve | None) -> PuzzleOutput:
+        """The output after all segments of evaluation; evaluations and steps are those of all of them.
 
-        # All but the last in a loop; only the state and the counts pass from one segment to the next.
-        def between(carried: tuple[Any, jax.Array, jax.Array], _: None) -> tuple[Any, None]:
+        `key` draws the start; None: the fixed one.
+        """
+        state, count = model.initial_state(inputs, key), self._loss.eval_segments or self._loss.segments
+        if count == 1:
+            return model(inputs, state, solve=solve)
+
+        # Only the state and the counts pass from one segment to the next.
+        def segment(carried: tuple[Any, jax.Array, jax.Array], _: None) -> tuple[Any, None]:
             state, nfe, steps_B = carried
             output = model(inputs, state, solve=solve)
             return (output.state, nfe + output.stats.nfe, steps_B + output.stats.steps), None
 
-        carried = (output.state, output.stats.nfe, output.stats.steps)
-        (state, nfe, steps_B), _ = jax.lax.scan(between, carried, None, length=count - 1)
+        carried = (state, jnp.zeros(()), jnp.zeros(inputs.shape[0]))
+        (state, nfe, steps_B), _ = jax.lax.scan(segment, carried, None, length=count - 1)
         last = model(inputs, state, solve=solve)
         stats = dataclasses.replace(last.stats, nfe=last.stats.nfe + nfe, steps=last.stats.steps + steps_B)
         return last._replace(stats=stats)
+
+    def _from_many_starts(self, model: Any, batch: Batch, solve: Solve | None) -> tuple[PuzzleOutput, dict[str, jax.Array]]:
+        """For each puzzle the output of lowest residual over the starts, and what the other starts say (B,).
+
+        `exact_match_vote`: whether the answer of most starts is right; of equally frequent ones that of lower residual counts.
+        `agreement`: whether all starts give the same answer, the measure of path independence (Anil et al. 2022).
+        """
+        keys = jax.random.split(jax.random.key(1), self._restarts)
+        outputs = jax.lax.map(lambda key: self._worked_out(model, batch["inputs"], key, solve), keys)
+        residual_KB = jnp.where(jnp.isfinite(outputs.stats.relative_residual), outputs.stats.relative_residual, jnp.inf)
+        rows = jnp.arange(residual_KB.shape[1])
+
+        def chosen(leaf: jax.Array, start_B: jax.Array) -> jax.Array:
+            return leaf[start_B, rows] if leaf.ndim > 1 else leaf.sum()  # evaluations have no batch axis: those of all count
+
+        best_B = jnp.argmin(residual_KB, axis=0)
+        answers_KBC = jnp.argmax(outputs.logits, axis=-1).reshape(*residual_KB.shape, -1)
+        alike_KKB = (answers_KBC[:, None] == answers_KBC[None]).all(axis=-1)
+        votes_KB = alike_KKB.sum(axis=1)
+        winners_KB = votes_KB == votes_KB.max(axis=0, keepdims=True)
+        voted_B = jnp.argmin(jnp.where(winners_KB, residual_KB, jnp.inf), axis=0)
+        voted_BC, targets_BC = answers_KBC[voted_B, rows], batch["targets"].reshape(len(rows), -1)
+        extra = {"exact_match_vote": (voted_BC == targets_BC).all(axis=-1), "agreement": alike_KKB[0].all(axis=0)}
+        return jax.tree.map(lambda leaf: chosen(leaf, best_B), outputs), extra
 
     def _done(self, halt_B: jax.Array | None, segments_B: jax.Array, key: jax.Array) -> jax.Array:
         """Which puzzles leave their slots: after the last segment, or where the head takes the answer for right.
@@ -170,9 +209,12 @@ class ReasoningTask:
         return done_B | ((halt_B > 0) & (segments_B >= least_B))
 
     def _scored(
-        self, batch: Batch, output: PuzzleOutput, carry: Any, *, evaluation: bool = False
+        self, batch: Batch, output: PuzzleOutput, carry: Any, extra: Mapping[str, jax.Array] = MappingProxyType({})
     ) -> tuple[jax.Array, LossOutput]:
-        """Loss, metrics and carry of an output; metrics of another size than that trained on end in it."""
+        """Loss, metrics and carry of an output; metrics of another size than that trained on end in it.
+
+        `extra`: more metrics, a number for each puzzle.
+        """
         targets_BS, mask_B = batch["targets"], batch["mask"]
         logits_BSK = output.logits.astype(jnp.float32)
         cells = tuple(range(1, targets_BS.ndim))
@@ -193,8 +235,7 @@ class ReasoningTask:
             loss_B = loss_B + self._loss.halt_weight * halt_loss_B
         if isinstance(carry, Slots):
             metrics["segments"] = average(jnp.sum(carry.segments_B * carry.free_B), jnp.sum(carry.free_B))
-        if evaluation and output.stats is not None:
-            metrics |= {name: of(values_B) for name, values_B in _of_solver(output.stats).items()}
+        metrics |= {name: of(values_B) for name, values_B in extra.items()}
         size = targets_BS.shape[1]
         if size != self._data.size:
             metrics = {f"{name}_{size}": metric for name, metric in metrics.items()}
@@ -232,7 +273,7 @@ class _OneAfterAnother:
 
 
 _ORDER = (
-    *("loss", "exact_match", "cell_accuracy", "steps", "residual", "converged"),
+    *("loss", "exact_match", "exact_match_vote", "agreement", "cell_accuracy", "steps", "residual", "converged"),
     *("halted", "halt_accuracy", "halt_loss", "segments"),
 )
 
@@ -243,8 +284,10 @@ def _place(name: str) -> tuple[int, int]:
     return (int(size), _ORDER.index(base)) if size.isdigit() else (0, _ORDER.index(name))
 
 
-def _of_solver(stats: SolverStats) -> dict[str, jax.Array]:
+def _of_solver(stats: SolverStats | None) -> dict[str, jax.Array]:
     """For each puzzle the steps taken, the relative residual of the state that was read, and whether it has converged."""
+    if stats is None:
+        return {}
     return {"steps": stats.steps, "residual": stats.relative_residual, "converged": stats.converged}
 
 

@@ -20,7 +20,7 @@ from deq_flax.devices.processes import is_first
 from deq_flax.devices.sharding import gathered_specs, named_shardings, param_specs
 from deq_flax.equilibrium import Solver, fixed_point, spectral_radius
 from deq_flax.errors import UserError
-from deq_flax.task import HasEquation, Metrics, Task
+from deq_flax.task import HasEquation, HasRestarts, Metrics, Task
 from deq_flax.train.phases import Phases, StepScalars
 from deq_flax.train.step import STEP_METRICS, EvalStep, make_eval_step, split_model
 
@@ -37,9 +37,13 @@ class EvalOptions:
     max_steps_sweep: tuple[int, ...] = ()
     """Limits on the evaluations of f to evaluate with as well, for a table of score against evaluations; none above
     deq.eval_max_steps, or deq.max_steps where that is 0."""
+    restarts: int = 1
+    """Random starts that each puzzle is solved from; the answer of lowest residual counts, that of most starts beside it."""
 
     def check(self, max_steps: int | None) -> None:
         """Raise UserError for an option that does not suit the equilibrium; `max_steps`: its limit, None without one."""
+        if self.restarts < 1 or (max_steps is None and self.restarts > 1):
+            raise UserError(f"eval.restarts must be at least 1, and 1 for a model without an equilibrium, not {self.restarts}")
         if max_steps is None and self.spectral_radius:
             raise UserError("eval.spectral_radius: this model has no equilibrium; set it to False")
         for steps in self.max_steps_sweep:
@@ -146,6 +150,10 @@ def evaluate_checkpoint(
     options.check(None if solver is None else solver.max_steps)
     devices = make_mesh(mesh)
     check_batch(devices, batch_size=task.batch_size, accumulate=1, eval_batch_size=task.eval_batch_size)
+    if options.restarts > 1:
+        if not isinstance(task, HasRestarts):
+            raise UserError("eval.restarts is for task reasoning: set it to 1")
+        task = task.with_restarts(options.restarts)
     model, graphdef, weights, number = load(task, path, devices, seed=seed)
     step = make_eval_step(task, graphdef, devices, phases.evaluation)
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.equilibrium import SolverStats
 from deq_flax.errors import UserError
 from deq_flax.models.model import PuzzleOutput
 from deq_flax.tasks.reasoning import Slots
@@ -196,6 +197,56 @@ def test_training_lowers_the_loss():
         it.state, found = it.train_step(it.state, batch, scalars, np.int32(number), phase=phase)
         losses.append(float(found["loss"].total / found["loss"].count))
     assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:5])
+
+
+def test_the_answer_of_the_lowest_residual_or_of_most_starts_counts(measured):
+    """Against the starts solved one by one. Two applications of f: every start has a residual and an answer of its own."""
+    c = config(deq=dict(eval_unrolled=True, eval_max_steps=2))
+    task = make_task(c).with_restarts(5)
+    model, batch = task.build_model(nnx.Rngs(0)), make_task(c).eval_batches("valid")[0]
+    total, output = jax.jit(lambda batch: task.loss(model, batch, (), solve=solve_of(c)))(batch)
+    run_one = jax.jit(lambda z0: model(batch["inputs"], z0, solve=solve_of(c)))
+    starts = [run_one(model.initial_state(batch["inputs"], key)) for key in jax.random.split(jax.random.key(1), 5)]
+    residuals = np.stack([start.stats.relative_residual for start in starts])
+    answers = np.stack([np.argmax(start.logits, axis=-1) for start in starts])
+    best = residuals.argmin(axis=0)
+    np.testing.assert_allclose(output.stats.relative_residual, residuals.min(axis=0), rtol=1e-5)
+    assert len(set(best.tolist())) > 1 and output.stats.nfe == sum(start.stats.nfe for start in starts)
+    found = {name: float(m.total / m.count) for name, m in output.metrics.items()}
+    exact, vote, agreement = [], [], []
+    for b in range(3):  # the fourth is a copy that does not count
+        texts = [answers[k, b].tobytes() for k in range(5)]
+        most = max(map(texts.count, texts))
+        voted = min((residuals[k, b], k) for k in range(5) if texts.count(texts[k]) == most)[1]
+        exact.append((answers[best[b], b] == batch["targets"][b]).all())
+        vote.append((answers[voted, b] == batch["targets"][b]).all())
+        agreement.append(len(set(texts)) == 1)
+    assert found["exact_match"] == pytest.approx(np.mean(exact))
+    assert found["exact_match_vote"] == pytest.approx(np.mean(vote))
+    assert found["agreement"] == pytest.approx(np.mean(agreement))
+    assert np.isfinite(total)
+
+
+def test_votes_decide_where_starts_differ():
+    """Three starts, two of which agree on the right answer, but the third has the lowest residual."""
+    task = make_task(config()).with_restarts(3)
+    logits = jnp.zeros((3, 1, 6, 2)).at[:2, :, :, 1].set(1.0).at[2, :, :, 0].set(1.0)
+    residuals = jnp.array([[0.3], [0.2], [0.1]])
+    stats = SolverStats(
+        nfe=jnp.ones(3), steps=residuals, relative_residual=residuals, absolute_residual=residuals, converged=residuals
+    )
+    outputs = iter([PuzzleOutput(logits, (), None, stats, None)])
+    batch = {"inputs": jnp.zeros((1, 6), int), "targets": jnp.ones((1, 6), int)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "map", lambda f, keys: next(outputs))
+        best, extra = task._from_many_starts(None, batch, None)
+    assert extra["exact_match_vote"].tolist() == [True] and extra["agreement"].tolist() == [False]
+    assert best.logits[0].argmax(-1).tolist() == [0] * 6 and best.stats.nfe == 3
+
+
+def test_restarts_need_a_random_start():
+    with pytest.raises(UserError, match=r"set model\.initial to normal"):
+        make_task(config(model=dict(initial="zero"))).with_restarts(2)
 
 
 @pytest.mark.parametrize(
