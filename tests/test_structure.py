@@ -35,7 +35,7 @@ MAY = {
 }
 """Room -> the rooms it may import. Not listed: the commands, which may import everything but each other."""
 
-COMMANDS = ("main", "convert", "generate", "plot", "tokenize", "compile")
+COMMANDS = ("main", "convert", "generate", "plot", "solve", "tokenize", "compile")
 PARTS = {"plot": {"plot_model"}}
 """Files that only one command uses."""
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -28,6 +29,7 @@ from deq_flax.errors import UserError
 from deq_flax.models import abstract_model, build_model
 from deq_flax.models.model import PuzzleOutput
 from deq_flax.task import Batch, Batches, LossOutput, Metrics, average
+from deq_flax.tasks.puzzle_pictures import DRAWINGS, in_a_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +248,21 @@ class ReasoningTask:
         if self._loss.cross_entropy == "stablemax":
             logits_BSK = jnp.where(logits_BSK < 0, -jnp.log1p(jnp.abs(logits_BSK)), jnp.log1p(jnp.abs(logits_BSK)))
         return optax.softmax_cross_entropy_with_integer_labels(logits_BSK, targets_BS)
+
+    def picture_batch(self) -> Batch | None:
+        if self._data.name not in DRAWINGS or not self._data.pictures:
+            return None
+        valid = self.puzzles.valid
+        return valid.read(np.arange(min(self._data.pictures, len(valid))), None)
+
+    def picture_arrays(self, model: Any, batch: Batch, *, solve: Solve | None) -> jax.Array:
+        """The answers (B, S)."""
+        return jnp.argmax(self._worked_out(model, batch["inputs"], None, solve).logits, axis=-1)
+
+    def pictures(self, batch: Batch, arrays: Any) -> dict[str, np.ndarray]:
+        """The answers in a row, wrong cells in red."""
+        draw, puzzles = DRAWINGS[self._data.name], (batch["inputs"], np.asarray(arrays), batch["targets"])
+        return {"answers": in_a_row([draw(*each) for each in zip(*puzzles, strict=True)])}
 
     def summary(self, split: str, metrics: Mapping[str, Any]) -> dict[str, float]:
         """The metrics of the size trained on, then of the others by size."""

@@ -6,6 +6,7 @@ A puzzle belongs to the split that its fingerprint selects, whatever the seed an
 same under a symmetry used for augmentation have the same fingerprint. N puzzles.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -170,6 +171,19 @@ def load_puzzles(options: PuzzleOptions) -> PuzzleData:
         input_symbols=max(inputs),
         output_symbols=max(outputs),
     )
+
+
+def some_puzzles(options: PuzzleOptions, size: int, count: int) -> PuzzleExamples:
+    """The first test puzzles of a size, which may be another than those of the options.
+
+    Raises:
+      UserError: there are none of that size, or too few.
+    """
+    options = dataclasses.replace(options, test_sizes=(size,))  # checks the size
+    puzzle, wanted = PUZZLES[options.name], {"test": count}
+    if puzzle.generate is None:
+        return PuzzleExamples(**_named(_from_csv(options, {"train": 1, "valid": 1} | wanted)["test"]))
+    return PuzzleExamples(**_named(_selected(puzzle, options, size, wanted, by_fingerprint=size == options.size)["test"]))
 
 
 def fingerprints(key_NK: np.ndarray) -> np.ndarray:
