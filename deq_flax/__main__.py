@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": Command("evaluate a run's best checkpoint", "main", arguments=("--mode", "eval")),
     "generate": Command("generate text with a language model", "generate"),
     "plot": Command("draw a run's curves, and pictures of its model", "plot", extra="plot"),
+    "solve": Command("show a puzzle being solved", "solve"),
     "tokenize": Command("encode text files as subword tokens", "tokenize", extra="text"),
     "compile": Command("compile the steps of a config for TPUs, and account for their cost", "compile", extra="train"),
     "convert": Command("convert weights of the original PyTorch code, or back", "convert", extra="convert"),

@@ -25,7 +25,7 @@ from deq_flax.data.puzzles.puzzles import PuzzleOptions, some_puzzles
 from deq_flax.equilibrium import Unroll, fixed_point
 from deq_flax.errors import UserError
 from deq_flax.pretrained import load_model
-from deq_flax.tasks.puzzle_pictures import DRAWINGS, captioned, in_a_row
+from deq_flax.tasks.puzzle_pictures import DRAWINGS, captioned, draw_course, in_a_row
 from deq_flax.train.phases import make_phases
 
 _FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
@@ -70,8 +70,7 @@ def main() -> dict[str, Any]:
     wrong_T = (course.answers != targets[None]).reshape(len(course.answers), -1).sum(axis=1)
     _print_table(course, wrong_T, targets)
     result = {"size": size, "steps": len(wrong_T) - 1, "residual": float(course.residual_T[-1]), "wrong": int(wrong_T[-1])}
-    if config.data.name in DRAWINGS:
-        result["pictures"] = _draw(config.data.name, course, wrong_T, inputs, targets, Path(_OUTPUT.value))
+    result["pictures"] = _draw(config.data.name, course, wrong_T, inputs, targets, Path(_OUTPUT.value))
     return result
 
 
@@ -138,25 +137,34 @@ def _print_table(course: Course, wrong_T: np.ndarray, targets: np.ndarray) -> No
 
 
 def _draw(name: str, course: Course, wrong_T: np.ndarray, inputs: np.ndarray, targets: np.ndarray, folder: Path) -> list[str]:
-    """Write the strip and the animation; returns their paths."""
+    """Write the pictures; returns their paths."""
+    strip, animation = folder / "solve.png", folder / "solve.gif"
+    if name not in DRAWINGS:
+        return _save({strip: [Image.fromarray(draw_course(course.answers, targets))]})
 
     def frame(k: int) -> np.ndarray:
         lines = [f"step {k}", f"residual {course.residual_T[k]:.1e}", f"confidence {course.confidence_T[k]:.1%}"]
         return captioned(DRAWINGS[name](inputs, course.answers[k], targets), [*lines, f"{wrong_T[k]} wrong"])
 
     frames = [Image.fromarray(frame(k)) for k in chosen(len(wrong_T), FRAMES)]
-    paths = [folder / "solve.png", folder / "solve.gif"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(in_a_row([frame(k) for k in chosen(len(wrong_T), STRIP)])).save(paths[0])
-        # The last frame stays for two seconds.
-        durations = [150] * (len(frames) - 1) + [2000]
-        frames[0].save(paths[1], save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-    for path in paths:
+    row = Image.fromarray(in_a_row([frame(k) for k in chosen(len(wrong_T), STRIP)]))
+    return _save({strip: [row], animation: frames})
+
+
+def _save(pictures: dict[Path, list[Image.Image]]) -> list[str]:
+    """Write pictures, an animation where there are several; returns their paths."""
+    for path, frames in pictures.items():
+        options: dict[str, Any] = {}
+        if len(frames) > 1:
+            durations = [150] * (len(frames) - 1) + [2000]  # the last frame stays
+            options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            frames[0].save(path, **options)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         print(path)
-    return [str(path) for path in paths]
+    return [str(path) for path in pictures]
 
 
 if __name__ == "__main__":

@@ -54,6 +54,14 @@ DRAWINGS = {"maze": draw_maze, "sudoku": draw_sudoku, "sudoku_csv": draw_sudoku}
 """(inputs, answer, targets), each (S, S), -> picture, by the name of the puzzle; sequences have none."""
 
 
+def draw_course(answers_TL: np.ndarray, targets_L: np.ndarray) -> np.ndarray:
+    """The course of a sequence: a row for each step from the top, a column for each symbol, red where it is wrong."""
+    wrong_TL = answers_TL != targets_L[None]
+    picture = np.where(wrong_TL[..., None], np.array(WRONG, np.uint8), np.array(PAPER, np.uint8))
+    across, down = (max(1, 2 * SIDE // count) for count in (wrong_TL.shape[1], wrong_TL.shape[0]))
+    return picture.repeat(down, axis=0).repeat(across, axis=1)
+
+
 def captioned(picture: np.ndarray, lines: list[str]) -> np.ndarray:
     """A picture above lines of text."""
     height, width, _ = picture.shape

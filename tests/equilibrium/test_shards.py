@@ -57,6 +57,7 @@ EVERY = [
     (Broyden(**TIGHT), SHINE(refine_steps=2)),
     (Picard(**TIGHT), Reversible()),
     (Picard(**TIGHT), Unroll(20)),
+    (Picard(**TIGHT), Unroll(20, last=3)),
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 from deq_flax.data.puzzles.mazes import SYMBOLS, mazes
 from deq_flax.data.puzzles.sudoku import sudokus
 from deq_flax.tasks.drawing import RIGHT, WRONG
-from deq_flax.tasks.puzzle_pictures import captioned, draw_maze, draw_sudoku, in_a_row
+from deq_flax.tasks.puzzle_pictures import captioned, draw_course, draw_maze, draw_sudoku, in_a_row
 
 
 def count(picture, color, tolerance=0):
@@ -36,6 +36,14 @@ def test_a_board_shows_clues_and_answers_in_their_colors(side):
     assert green(solved) > 0 == red(solved) and red(wrong) > 0 == green(wrong)
     blank = draw_sudoku(0 * puzzle, 0 * puzzle, answer)
     assert green(empty) == red(empty) == 0 and (empty != blank).any()
+
+
+def test_a_course_has_a_row_for_each_step():
+    answers, targets = np.array([[1, 0, 1], [0, 0, 1], [0, 1, 1], [0, 1, 0]]), np.array([0, 1, 0])
+    picture = draw_course(answers, targets)
+    rows, columns = picture.shape[0] // 4, picture.shape[1] // 3
+    shown = (picture[::rows, ::columns] == np.array(WRONG)).all(axis=-1)
+    np.testing.assert_array_equal(shown, answers != targets)
 
 
 def test_captions_and_rows_keep_the_pictures():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.gradients.base import stopped
 from deq_flax.equilibrium.loop import Solver, solve
+from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
 
@@ -64,7 +65,7 @@ class Unroll:
         probe: jax.Array | None,
     ) -> tuple[jax.Array, SolverStats]:
         wanted = jnp.asarray(solver.trajectory_steps, jnp.int32)
-        path = jnp.zeros((len(wanted), *x0.shape), x0.dtype) if solver.trajectory_steps else None
+        path = cast(jnp.zeros((len(wanted), *x0.shape), x0.dtype), varying(x0)) if solver.trajectory_steps else None
 
         def recorded(at: _At) -> jax.Array | None:
             # Steps beyond the last are padded with it, as the loop does: every iterate fills the slots of all later steps too.
