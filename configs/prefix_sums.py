@@ -28,7 +28,7 @@ BASE = {
         "gradient_options": {"last": 10, "remat": False},
     },
     "optimizer": {"clip_norm": 1.0},
-    "train": {"steps": 600, "log_every": 20, "eval_every": 200, "checkpoint_every": 200},
+    "train": {"steps": 500, "log_every": 20, "eval_every": 250, "checkpoint_every": 250},
 }
 
 
