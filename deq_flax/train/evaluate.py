@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +39,17 @@ class EvalOptions:
     deq.eval_max_steps, or deq.max_steps where that is 0."""
     restarts: int = 1
     """Random starts that each puzzle is solved from; the answer of lowest residual counts, that of most starts beside it."""
+    slots: int = 0
+    """Solve each batch of images through this many slots of each device, so that an image that has converged makes room for the
+    next one: faster where images need different numbers of evaluations, with a data.eval_batch_size of many times the slots.
+    forward_nfe then counts evaluations of as many images. 0: all images of a batch at once."""
 
     def check(self, max_steps: int | None) -> None:
         """Raise UserError for an option that does not suit the equilibrium; `max_steps`: its limit, None without one."""
         if self.restarts < 1 or (max_steps is None and self.restarts > 1):
             raise UserError(f"eval.restarts must be at least 1, and 1 for a model without an equilibrium, not {self.restarts}")
+        if self.slots < 0 or (max_steps is None and self.slots):
+            raise UserError(f"eval.slots is {self.slots}: it must be 0, or at least 1 for a model with an equilibrium")
         if max_steps is None and self.spectral_radius:
             raise UserError("eval.spectral_radius: this model has no equilibrium; set it to False")
         for steps in self.max_steps_sweep:
@@ -155,7 +161,7 @@ def evaluate_checkpoint(
             raise UserError("eval.restarts is for task reasoning: set it to 1")
         task = task.with_restarts(options.restarts)
     model, graphdef, weights, number = load(task, path, devices, seed=seed)
-    step = make_eval_step(task, graphdef, devices, phases.evaluation)
+    step = make_eval_step(task, graphdef, devices, replace(phases.evaluation, slots=options.slots))
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}
     if options.spectral_radius:
         results["valid"] |= _spectral_radius(task, model, graphdef, devices, solver, *weights)
