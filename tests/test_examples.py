@@ -25,6 +25,7 @@ def rank_promotion():
         yield
 
 
+@pytest.mark.slow
 def test_digits():
     assert example("digits_nnx").main(steps=80) > 0.8
 
@@ -34,10 +35,12 @@ def test_inverse_problem():
     assert abs(k - 10) < 0.1 and abs(a - 20) < 0.1  # noise of 1e-3 moves them by 0.04
 
 
+@pytest.mark.slow
 def test_graph_network():
     assert example("graph_network").main(steps=30) > 0.95
 
 
+@pytest.mark.slow
 def test_scan():
     module = example("scan")
     assert abs(module.main(steps=30) - 5) < 1  # from 2
