@@ -56,7 +56,7 @@ def draw_residuals() -> None:
         trace = jax.jit(lambda W, x, solver=solver: fixed_point(f, 0 * x, W, x, solver=solver).stats.relative_trace)
         for axis, kind in zip(axes, KINDS, strict=True):
             axis.semilogy(np.arange(1, LIMIT + 1), np.median(trace(*problems(kind)), axis=0), label=name)
-    axes[0].legend()
+    axes[2].legend(loc="lower left")
     save(figure, "residuals.svg")
 
 
@@ -74,7 +74,7 @@ def draw_gradients() -> None:
         errors = np.array([relative_errors(slopes(make(n)), exact) for n in counts])
         for axis, error in zip(axes, errors.T, strict=True):
             axis.semilogy(counts, error, "o-", ms=3, label=name)
-    axes[0].legend()
+    axes[2].legend(loc="lower left")
     save(figure, "gradients.svg")
 
 

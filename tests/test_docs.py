@@ -84,7 +84,7 @@ def tables():
         table.update(lines)
 
 
-@pytest.mark.parametrize("page", runs())
+@pytest.mark.parametrize("page", list(runs()))
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     run(page, tmp_path, monkeypatch)
 
