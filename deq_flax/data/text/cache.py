@@ -156,7 +156,7 @@ def _open(folder: Path) -> Encoded | None:
         whole = len(vocabulary) == meta["vocab_size"] and all(
             tokens[split].shape == (length,) and tokens[split].dtype == np.int32 for split, length in lengths.items()
         )
-        whole = whole and all(0 <= ids.min() and ids.max() < len(vocabulary) for ids in tokens.values() if len(ids))
+        whole = whole and all(ids.min() >= 0 and ids.max() < len(vocabulary) for ids in tokens.values() if len(ids))
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
     return (tokens, vocabulary) if whole else None
