@@ -121,7 +121,7 @@ class Training:
         import jax.numpy as jnp
 
         if "images" in self.batch:
-            return model.equation(self.task.normalize(jnp.asarray(self.batch["images"])))
+            return model.equation(self.task.normalize(jnp.asarray(self.batch["images"])))[:2]
         rows, memory = self.task.batch_size, model.fresh_memory(self.task.batch_size)
         return model.equation(self.batch["inputs"], memory._replace(length_B=jnp.full((rows,), model.options.mem_len)))[:2]
 

@@ -111,12 +111,12 @@ def build(name, *, weights=None, wide=True, **options):
 def solving(*, jacobian_key=None, jacobian_through_equilibrium=False, **options):
     """An argument `solve` of a model: `fixed_point` with `options` and, given a key, the Jacobian loss at its solution."""
 
-    def solve(f, z0):
-        solution = fixed_point(f, z0, **options)
+    def solve(f, z0, *inputs):
+        solution = fixed_point(f, z0, *inputs, **options)
         if jacobian_key is None:
             return solution, None
         z = solution.value if jacobian_through_equilibrium else jax.lax.stop_gradient(solution.value)
-        return solution, jacobian_loss(f, z, jacobian_key)
+        return solution, jacobian_loss(lambda z: f(z, *inputs), z, jacobian_key)
 
     return solve
 

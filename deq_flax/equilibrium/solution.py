@@ -54,8 +54,11 @@ class Solution:
 FlatMap = Callable[[jax.Array], jax.Array]
 """f: (B, N) -> (B, N), a map of flat states. A row is a sample; rows do not depend on each other."""
 
-Solve = Callable[[Callable[[Any], Any], Any], tuple[Solution, jax.Array | None]]
-"""(f, z0) -> (solution of z = f(z) from z0, Jacobian loss there or None). Models take one as the argument `solve`."""
+Solve = Callable[..., tuple[Solution, jax.Array | None]]
+"""(f, z0, *inputs) -> (solution of z = f(z, *inputs) from z0, Jacobian loss there or None). Models take one as the argument
+`solve`. Inputs have the batch as their leading axis. f may close over all of them; only samples whose inputs are named can be
+solved in parts of the batch.
+"""
 
 
 def norm(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:

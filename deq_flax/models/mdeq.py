@@ -67,9 +67,11 @@ class MDEQOptions(MultiscaleOptions, ModelOptions):
 class Equation(NamedTuple):
     """The equation z = f(z) of a batch of images."""
 
-    f: Callable[[State], State]
+    f: Callable[..., State]
+    """(z, injection) -> z; without an injection, with this one."""
     z0: State
     """Zeros."""
+    injection_BHWC: jax.Array
 
 
 class Stem(nnx.Module):
@@ -161,7 +163,11 @@ class MDEQ(ImageModel):
         """
         injection_BHWC = self.stem(images_BHWC, _training(train, key))
         context = self.cell.context(injection_BHWC, self.cell.draw_masks(key, images_BHWC.shape[0]))
-        return Equation(lambda z: self.cell.evaluate(z, context), self.cell.fresh_state(injection_BHWC))
+
+        def f(z: State, injection_BHWC: jax.Array = injection_BHWC) -> State:
+            return self.cell.evaluate(z, context._replace(injection_BHWC=injection_BHWC))
+
+        return Equation(f, self.cell.fresh_state(injection_BHWC), injection_BHWC)
 
     def __call__(
         self,
@@ -171,8 +177,8 @@ class MDEQ(ImageModel):
         key: jax.Array | None = None,
         train: bool | None = None,
     ) -> ImageOutput:
-        f, z0 = self.equation(images_BHWC, key, train)
-        solution, jacobian_loss = (fixed_point(f, z0), None) if solve is None else solve(f, z0)
+        f, z0, injection_BHWC = self.equation(images_BHWC, key, train)
+        solution, jacobian_loss = (fixed_point(f, z0), None) if solve is None else solve(f, z0, injection_BHWC)
         logits = self.head(solution.value, _training(train, key))
         if logits.ndim == 4:
             logits = resize_bilinear(logits, images_BHWC.shape[1:3])

@@ -72,7 +72,7 @@ class ImageTask:
         return ()
 
     def equation(self, model: Any, batch: Batch, carry: tuple[()]) -> tuple[Callable[[Any], Any], Any]:
-        f, z0 = model.equation(self.normalize(batch["images"]))
+        f, z0, *_ = model.equation(self.normalize(batch["images"]))
         return f, z0
 
     def throughput(self, seconds_per_step: float) -> dict[str, float]:

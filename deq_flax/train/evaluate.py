@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,9 +37,15 @@ class EvalOptions:
     max_steps_sweep: tuple[int, ...] = ()
     """Limits on the evaluations of f to evaluate with as well, for a table of score against evaluations; none above
     deq.eval_max_steps, or deq.max_steps where that is 0."""
+    slots: int = 0
+    """Solve each batch of images through this many slots of each device, so that an image that has converged makes room for the
+    next one: faster where images need different numbers of evaluations, with a data.eval_batch_size of many times the slots.
+    forward_nfe then counts evaluations of as many images. 0: all images of a batch at once."""
 
     def check(self, max_steps: int | None) -> None:
         """Raise UserError for an option that does not suit the equilibrium; `max_steps`: its limit, None without one."""
+        if self.slots < 0 or (max_steps is None and self.slots):
+            raise UserError(f"eval.slots is {self.slots}: it must be 0, or at least 1 for a model with an equilibrium")
         if max_steps is None and self.spectral_radius:
             raise UserError("eval.spectral_radius: this model has no equilibrium; set it to False")
         for steps in self.max_steps_sweep:
@@ -147,7 +153,7 @@ def evaluate_checkpoint(
     devices = make_mesh(mesh)
     check_batch(devices, batch_size=task.batch_size, accumulate=1, eval_batch_size=task.eval_batch_size)
     model, graphdef, weights, number = load(task, path, devices, seed=seed)
-    step = make_eval_step(task, graphdef, devices, phases.evaluation)
+    step = make_eval_step(task, graphdef, devices, replace(phases.evaluation, slots=options.slots))
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}
     if options.spectral_radius:
         results["valid"] |= _spectral_radius(task, model, graphdef, devices, solver, *weights)

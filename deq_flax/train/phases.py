@@ -24,6 +24,7 @@ from deq_flax.equilibrium import (
     SolverStats,
     Unroll,
     fixed_point,
+    fixed_point_queue,
     jacobian_loss,
 )
 from deq_flax.errors import UserError
@@ -182,6 +183,8 @@ class Phase:
     jacobian_through_equilibrium: bool = False
     limited: bool = True
     """Whether the step's limit on evaluations applies; if not, only the solver's own does."""
+    slots: int = 0
+    """Solve each batch through a queue with as many slots; 0: all samples at once."""
 
     def __str__(self) -> str:
         return self.name + " with Jacobian loss" * self.jacobian_loss
@@ -197,7 +200,8 @@ class Phase:
             gradient = dataclasses.replace(gradient, key=jax.random.fold_in(key, 2))
         jacobian_key = jax.random.fold_in(key, 1) if self.jacobian_loss and key is not None else None
         limit = scalars.max_steps if self.limited else None
-        return PhaseSolve(self.solver, gradient, limit, probe, jacobian_key, self.jacobian_through_equilibrium)
+        through = self.jacobian_through_equilibrium
+        return PhaseSolve(self.solver, gradient, limit, probe, jacobian_key, through, self.slots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,14 +215,22 @@ class PhaseSolve:
     jacobian_key: jax.Array | None = None
     """None: no Jacobian loss."""
     jacobian_through_equilibrium: bool = False
+    slots: int = 0
 
-    def __call__(self, f: Callable[[Any], Any], z0: Any) -> tuple[Solution, jax.Array | None]:
+    def __call__(self, f: Callable[..., Any], z0: Any, *inputs: Any) -> tuple[Solution, jax.Array | None]:
         """The solution from the initial guess z0, and the Jacobian loss there, a scalar, or None."""
-        solution = fixed_point(f, z0, solver=self.solver, gradient=self.gradient, max_steps=self.max_steps, probe=self.probe)
+        if self.slots:
+            if not inputs:
+                raise UserError("eval.slots: this model solves all samples of a batch at once; set it to 0")
+            queue = fixed_point_queue(f, z0, *inputs, slots=self.slots, solver=self.solver, max_steps=self.max_steps)
+            return queue, None
+        solution = fixed_point(
+            f, z0, *inputs, solver=self.solver, gradient=self.gradient, max_steps=self.max_steps, probe=self.probe
+        )
         if self.jacobian_key is None:
             return solution, None
         z = solution.value if self.jacobian_through_equilibrium else jax.lax.stop_gradient(solution.value)
-        return solution, jacobian_loss(f, z, self.jacobian_key)
+        return solution, jacobian_loss(lambda z: f(z, *inputs), z, self.jacobian_key)
 
 
 class Phases:

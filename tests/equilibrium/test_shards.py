@@ -54,7 +54,7 @@ EVERY = [
     (Broyden(**TIGHT, line_search=True), Neumann(5)),
     (Picard(**TIGHT), JacobianFree()),
     (Picard(**TIGHT), PhantomGradient(3)),
-    (Broyden(**TIGHT), SHINE(refine_steps=2)),
+    (Broyden(**TIGHT), SHINE()),
     (Picard(**TIGHT), Reversible()),
     (Picard(**TIGHT), Unroll(20)),
 ]

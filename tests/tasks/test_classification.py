@@ -1,5 +1,6 @@
 """The classification task: every image counts once, in every metric."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.config import phases_of, resolve
+from deq_flax.devices.mesh import MeshOptions, make_mesh
 from deq_flax.errors import UserError
 from deq_flax.train.evaluate import evaluate, measure
+from deq_flax.train.step import make_eval_step, split_model
 from tests.tasks.images import classification, write_labeled
 from tests.train.small import evaluation_of, make_task, solve_of
 
@@ -48,6 +52,19 @@ def test_every_image_is_scored_once(folder, task, model, measured):
     table = metrics["confusion"] * 3  # the mean over three batches
     np.testing.assert_allclose(table.sum(axis=1), [3, 3, 3], rtol=1e-6)
     np.testing.assert_allclose(np.trace(table), right.sum(), rtol=1e-6)
+
+
+def test_slots_change_no_score(folder, task, model, measured):
+    """Four images at a time through three slots: the numbers are those of whole batches, up to rounding."""
+    mesh = make_mesh(MeshOptions(data=1))
+    graphdef, params, variables = split_model(model)
+    phase = dataclasses.replace(phases_of(resolve(classification(folder))).evaluation, slots=3)
+    step = make_eval_step(task, graphdef, mesh, phase)
+    summary = evaluate(task, model, step, mesh, params, variables, "valid")
+    whole = measured[1]
+    np.testing.assert_allclose([summary[k] for k in ("loss", "accuracy")], [whole[k] for k in ("loss", "accuracy")], rtol=1e-5)
+    np.testing.assert_allclose(summary["forward_residual"], whole["forward_residual"], rtol=1e-3)
+    assert summary["forward_nfe"] == 2 * whole["forward_nfe"] == 8  # four images, none of which converges in four evaluations
 
 
 def test_the_summary_holds_numbers_with_the_loss_first(measured):
