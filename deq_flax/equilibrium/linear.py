@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two, relative_residual
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, norms, power_of_two, relative_residual
 
 
 @runtime_checkable
@@ -92,9 +92,10 @@ class GMRES:
             go = s.active & jnp.all(jnp.isfinite(p) & jnp.isfinite(q), axis=1) & jnp.any(q != 0, axis=1)
             x = jnp.where(go[:, None], s.x + alpha * p, s.x)
             r = jnp.where(go[:, None], s.r - alpha * q, s.r)
-            direction = jnp.where((norm(r) > 0.9 * norm(s.r))[:, None], q, r)
+            size, before, size_of_x = norms(lambda r, before, x: (r, before, x + r), r, s.r, x)
+            direction = jnp.where((size > 0.9 * before)[:, None], q, r)
             step = jnp.where(go, (s.k + 1).astype(b.dtype), s.step)
-            active = go & (relative_residual(norm(r), norm(x + r)) > self.tol)
+            active = go & (relative_residual(size, size_of_x) > self.tol)
             return _State(s.k + 1, x, r, step, active, direction, p, q, directions, images)
 
         zero = jnp.zeros_like(b)
@@ -112,8 +113,8 @@ class GMRES:
         )
         end = jax.lax.while_loop(lambda s: (s.k < self.max_steps) & jnp.any(s.active), body, start)
         fx = jacobian(end.x) + b
-        absolute = norm(fx - end.x)
-        relative = relative_residual(absolute, norm(fx))
+        absolute, size = norms(lambda fx, x: (fx - x, fx), fx, end.x)
+        relative = relative_residual(absolute, size)
         return end.x, SolverStats(
             nfe=end.k.astype(b.dtype) + 1,
             steps=end.step,
@@ -152,7 +153,7 @@ def _next_pair(s: _State, jacobian: FlatMap, slot: jax.Array) -> tuple[jax.Array
         h = jnp.where(used, jnp.einsum("bmn,bn->bm", images, q), 0.0)
         p = p - jnp.einsum("bm,bmn->bn", h, directions)
         q = q - jnp.einsum("bm,bmn->bn", h, images)
-    size = norm(q)
+    size, whole = norms(lambda q, image: (q, image), q, image)
     # An image inside the space already searched leaves only rounding errors: no direction.
-    scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * norm(image), 1.0 / size, 0.0)[:, None]
+    scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * whole, 1.0 / size, 0.0)[:, None]
     return scale * p, scale * q, directions, images

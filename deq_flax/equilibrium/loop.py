@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, relative_residual
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norms, relative_residual
 
 StopMode = Literal["relative", "absolute"]
 
@@ -154,7 +154,7 @@ def solve_with_state(
     def body(s: _Loop) -> _Loop:
         fz = f(s.z)
         g = fz - s.z
-        absolute, size = norm(g), norm(fz)
+        absolute, size = norms(lambda fz, z: (fz - z, fz), fz, s.z)
         relative = relative_residual(absolute, size)
         residual = relative if solver.stop == "relative" else absolute
         best_residual = s.best.relative if solver.stop == "relative" else s.best.absolute

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver
+from deq_flax.equilibrium.solution import scale_of_first
 
 
 class AndersonState(NamedTuple):
@@ -15,9 +16,11 @@ class AndersonState(NamedTuple):
     relaxed: jax.Array
     """(B, m, N): z_i + relaxation g_i."""
     residuals: jax.Array
-    """(B, m, N): g_i."""
+    """(B, m, N): g_i / scale."""
     gram: jax.Array
-    """(B, m, m): g_i . g_j; each step replaces one row and column."""
+    """(B, m, m): their inner products; each step replaces one row and column."""
+    scale: jax.Array
+    """(B, 1): a power of two near g_0."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,20 @@ class Anderson(Solver):
         batch, size = z.shape
         slots = min(self.memory, self.max_steps)
         blank = jnp.zeros((batch, slots, size), z.dtype)
-        return AndersonState(blank, blank, jnp.zeros((batch, slots, slots), z.dtype))
+        return AndersonState(blank, blank, jnp.zeros((batch, slots, slots), z.dtype), jnp.ones((batch, 1), z.dtype))
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: AndersonState) -> tuple[jax.Array, AndersonState]:
         slots = state.gram.shape[1]
         slot = k % slots
+        scale = scale_of_first(k, g, state.scale)
+        unit = g / scale
         # Both writes come before the reads: XLA then updates the buffers in place instead of copying them every step.
         relaxed = jax.lax.dynamic_update_index_in_dim(state.relaxed, z + self.relaxation * g, slot, axis=1)
-        residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, g, slot, axis=1)
-        row = jnp.einsum("bmn,bn->bm", residuals, g)
+        residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, unit, slot, axis=1)
+        row = jnp.einsum("bmn,bn->bm", residuals, unit)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
         weights = _weights(gram, jnp.arange(slots) <= k, self.ridge)
-        return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram)
+        return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scale)
 
 
 def _weights(gram: jax.Array, used: jax.Array, ridge: float) -> jax.Array:
