@@ -153,5 +153,5 @@ def _run_backward(
         )
 
     zero = jnp.zeros_like(cotangent)
-    start = _Backward(jnp.max(state.k), state.before, state.at, zero, zero, jax.tree.map(jnp.zeros_like, floating))
+    start = _Backward(jnp.max(state.k, initial=0), state.before, state.at, zero, zero, jax.tree.map(jnp.zeros_like, floating))
     return jax.lax.while_loop(lambda s: s.k > 0, body, start).gradients

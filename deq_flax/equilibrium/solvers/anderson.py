@@ -68,7 +68,7 @@ class Anderson(Solver):
         residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, unit, slot, axis=1)
         row = jnp.einsum("bmn,bn->bm", residuals, unit)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
-        weights = _weights(gram, jnp.arange(slots) <= k, self.ridge)
+        weights = _weights(gram, jnp.arange(slots, dtype=jnp.int32) <= k, self.ridge)
         return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scale)
 
 

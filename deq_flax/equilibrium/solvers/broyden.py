@@ -115,7 +115,7 @@ def _update(newest: jax.Array, length: jax.Array, g: jax.Array, state: BroydenSt
     """Add the pending step, number `newest`, scalar or (B,), to the history. Returns direction -H g, (B, N), and state."""
     slots = state.inverse.shape[1]
     slot = newest % slots
-    here = jnp.broadcast_to(jnp.arange(slots)[None] == jnp.reshape(slot, (-1, 1)), state.toward_next.shape)
+    here = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None] == jnp.reshape(slot, (-1, 1)), state.toward_next.shape)
     # The write comes before every read of the buffer: XLA then updates it in place instead of copying it every step.
     if jnp.ndim(slot) == 0:
         steps = jax.lax.dynamic_update_index_in_dim(state.steps, state.pending, slot, axis=1)
@@ -157,7 +157,7 @@ def apply_inverse_transpose(state: BroydenState, x: jax.Array) -> jax.Array:
     """
     slots = state.inverse.shape[1]
     along_x = jnp.einsum("bmn,bn->bm", state.steps, x)
-    here = jnp.arange(slots)[None] == (state.newest % slots)[:, None]
+    here = jnp.arange(slots, dtype=jnp.int32)[None] == (state.newest % slots)[:, None]
     # The step after the newest in the ring is the pending one.
     along_next = jnp.where(here, jnp.sum(state.pending * x, axis=1)[:, None], jnp.roll(along_x, -1, axis=1))
     u_x = state.toward_next * along_next + state.toward_self * along_x
@@ -175,7 +175,10 @@ def _step_with_search(z: jax.Array, g: jax.Array, state: BroydenState, search: _
     length = jnp.where(accept, 1.0, 0.5 * search.length)
     base = keep(z, search.base)
     pending = keep(direction, 0.5 * state.pending)
-    newest = jnp.arange(state.toward_next.shape[1])[None] == ((search.count - 2) % state.toward_next.shape[1])[:, None]
+    newest = (
+        jnp.arange(state.toward_next.shape[1], dtype=jnp.int32)[None]
+        == ((search.count - 2) % state.toward_next.shape[1])[:, None]
+    )
     toward_next = keep(updated.toward_next, jnp.where(newest, 2.0 * state.toward_next, state.toward_next))
     state = BroydenState(
         steps=keep(updated.steps, state.steps),
