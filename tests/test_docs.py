@@ -16,6 +16,7 @@ import pytest
 
 import deq_flax
 from deq_flax.data.images.labeled_datasets import LABELED
+from deq_flax.data.puzzles.puzzles import PUZZLES
 from deq_flax.data.text.corpus import TEXTS
 from deq_flax.equilibrium import GRADIENTS, SOLVERS
 from deq_flax.models import MODELS
@@ -76,7 +77,7 @@ def run(page, folder, monkeypatch):
 @pytest.fixture(autouse=True)
 def tables():
     """Pages add lines to the tables of names; the tests after them see the tables as they were."""
-    tables = (SOLVERS, GRADIENTS, MODELS, TASKS, TEXTS, LABELED)
+    tables = (SOLVERS, GRADIENTS, MODELS, TASKS, TEXTS, LABELED, PUZZLES)
     before = [dict(table) for table in tables]
     yield
     for table, lines in zip(tables, before, strict=True):
