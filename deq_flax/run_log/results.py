@@ -5,8 +5,11 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from deq_flax.run_log.metrics_file import MAX_LINE
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -52,8 +55,18 @@ def append_evaluation(workdir: Path, evaluation: Mapping[str, Any]) -> None:
     head = {"step": evaluation["step"], "split": "", "mode": "eval"}
     lines = [to_json(head | row) for row in [*rows, *evaluation["sweep"]]]
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "metrics.jsonl").open("ab", buffering=0) as file:
+    with (workdir / "metrics.jsonl").open("ab+", buffering=0) as file:
+        _cut_incomplete_line(file)
         file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _cut_incomplete_line(file: FileIO) -> None:
+    """Delete the end of a file after its last line break, which a process that was killed has left."""
+    end = file.seek(0, os.SEEK_END)
+    start = file.seek(max(0, end - MAX_LINE))
+    tail = file.read()
+    if not tail.endswith(b"\n"):
+        file.truncate(start + tail.rfind(b"\n") + 1)
 
 
 def _strict(value: Any) -> Any:

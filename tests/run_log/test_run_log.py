@@ -14,6 +14,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from deq_flax.errors import UserError
+from deq_flax.run_log.results import append_evaluation
 from deq_flax.run_log.run_log import RunLog, SilentRunLog
 
 
@@ -130,6 +131,21 @@ def test_the_silent_log_has_every_method_and_does_nothing(tmp_path, monkeypatch,
         log.print_progress(1, 2, {"loss": 1.0})
         assert log.flush()
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "before", [None, b"", b'{"step": 5, "spl', b'{"step": 5, "split": "train"}\n', b'{"step": 5, "split": "train"}\n{"st']
+)
+def test_an_evaluation_is_appended_after_the_last_whole_line(tmp_path, before):
+    path = tmp_path / "run" / "metrics.jsonl"
+    if before is not None:
+        path.parent.mkdir()
+        path.write_bytes(before)
+    sweep = [{"split": "test", "max_steps": 2, "loss": math.inf}]
+    append_evaluation(path.parent, {"step": 4, "metrics": {"valid": {"loss": 1 / 3}}, "sweep": sweep})
+    whole = [{"step": 5, "split": "train"}] * (b"\n" in (before or b""))
+    head = {"step": 4, "mode": "eval"}
+    assert lines(path.parent) == [*whole, head | {"split": "valid", "loss": 1 / 3}, head | sweep[0] | {"loss": None}]
 
 
 def test_on_a_terminal_training_is_one_line_that_other_output_leaves_alone(tmp_path, monkeypatch):
