@@ -1,5 +1,7 @@
 """Laws of the models of puzzles: the equation is that of the paper, injected with the puzzle, for every size."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from deq_flax import Picard, Unroll, fixed_point
 from deq_flax.models import MODELS, build_model
 from deq_flax.models.two_level_reasoner import Levels
 from deq_flax.nn.normalization import EPSILON
+from tests.reference import QUICK_COMPILE
 
 SYMBOLS = {"input_symbols": 4, "output_symbols": 3}
 SMALL = {
@@ -35,17 +38,20 @@ def rms(x):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_call_reads_the_state_that_the_solve_returns(name):
     model = make(name, halting=True)
-    f, z0 = model.equation(INPUTS)
-    output = model(INPUTS, solve=unrolled(2))
-    expected = f(f(z0))
+
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    def run():
+        f, z0 = model.equation(INPUTS)
+        output, expected = model(INPUTS, solve=unrolled(2)), f(f(z0))
+        continued, at_once = model(INPUTS, output.state, solve=unrolled(1)), f(expected)
+        return output, expected, model.read(expected), continued.logits, model.answer(at_once)[0]
+
+    output, expected, features, continued, at_once = run()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), output.state, expected)
-    features = np.asarray(model.read(expected))
-    logits = features @ np.asarray(model.head.weight_IO[...]) + np.asarray(model.head.bias_O[...])
+    logits = np.asarray(features) @ np.asarray(model.head.weight_IO[...]) + np.asarray(model.head.bias_O[...])
     np.testing.assert_allclose(output.logits, logits, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(output.halt_B, [-5.0, -5.0], atol=1e-6)  # nothing is taken for right at first
-    continued = model(INPUTS, output.state, solve=unrolled(1))
-    at_once = model(INPUTS, solve=unrolled(3))
-    np.testing.assert_allclose(continued.logits, at_once.logits, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(continued, at_once, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -53,7 +59,8 @@ def test_the_puzzle_is_injected_and_samples_do_not_meet(name):
     model = make(name)
     other = INPUTS.copy()
     other[0, 0, 0] = (other[0, 0, 0] + 1) % 4
-    one, two = (model(inputs, solve=unrolled(3)).logits for inputs in (INPUTS, other))
+    run = jax.jit(lambda inputs: model(inputs, solve=unrolled(3)).logits, compiler_options=QUICK_COMPILE)
+    one, two = run(INPUTS), run(other)
     assert np.abs(one[0] - two[0]).max() > 1e-3
     np.testing.assert_array_equal(one[1], two[1])
 
