@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.shards import AxisName, cast, settled, total, varying
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two, relative_residual
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, norms, power_of_two, relative_residual
 
 
 @runtime_checkable
@@ -100,9 +100,10 @@ class GMRES:
             go = s.active & (total(broken, axis) == 0) & (total(nonzero, axis) > 0)
             x = jnp.where(go[:, None], s.x + alpha * p, s.x)
             r = jnp.where(go[:, None], s.r - alpha * q, s.r)
-            direction = jnp.where((norm(r, axis) > 0.9 * norm(s.r, axis))[:, None], q, r)
+            size, before, size_of_x = norms(lambda r, before, x: (r, before, x + r), r, s.r, x, axis_name=axis)
+            direction = jnp.where((size > 0.9 * before)[:, None], q, r)
             step = jnp.where(go, (s.k + 1).astype(b.dtype), s.step)
-            active = go & (relative_residual(norm(r, axis), norm(x + r, axis)) > self.tol)
+            active = go & (relative_residual(size, size_of_x) > self.tol)
             return _State(s.k + 1, x, r, step, active, direction, p, q, directions, images)
 
         zero = jnp.zeros_like(b)
@@ -120,8 +121,8 @@ class GMRES:
         )
         end = jax.lax.while_loop(lambda s: (s.k < self.max_steps) & jnp.any(s.active), body, settled(body, start))
         fx = jacobian(end.x) + b
-        absolute = norm(fx - end.x, axis)
-        relative = relative_residual(absolute, norm(fx, axis))
+        absolute, size = norms(lambda fx, x: (fx - x, fx), fx, end.x, axis_name=axis)
+        relative = relative_residual(absolute, size)
         return end.x, SolverStats(
             nfe=end.k.astype(b.dtype) + 1,
             steps=end.step,
@@ -162,7 +163,7 @@ def _next_pair(
         h = jnp.where(used, total(jnp.einsum("bmn,bn->bm", images, q), axis_name), 0.0)
         p = p - jnp.einsum("bm,bmn->bn", h, directions)
         q = q - jnp.einsum("bm,bmn->bn", h, images)
-    size = norm(q, axis_name)
+    size, whole = norms(lambda q, image: (q, image), q, image, axis_name=axis_name)
     # An image inside the space already searched leaves only rounding errors: no direction.
-    scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * norm(image, axis_name), 1.0 / size, 0.0)[:, None]
+    scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * whole, 1.0 / size, 0.0)[:, None]
     return scale * p, scale * q, directions, images

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.shards import AxisName, cast, settled, varying
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, relative_residual
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, norms, relative_residual
 
 StopMode = Literal["relative", "absolute"]
 
@@ -192,7 +192,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
 
     def advance(s: _Loop, fz: jax.Array) -> _Loop:
         g = fz - s.z
-        absolute, size = norm(g, solver.axis_name), norm(fz, solver.axis_name)
+        absolute, size = norms(lambda fz, z: (fz - z, fz), fz, s.z, axis_name=solver.axis_name)
         relative = relative_residual(absolute, size)
         residual = relative if solver.stop == "relative" else absolute
         best_residual = s.best.relative if solver.stop == "relative" else s.best.absolute

@@ -23,10 +23,11 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.shards import AxisName, total
+from deq_flax.equilibrium.solution import scale_of_first
 
 
 class BroydenState(NamedTuple):
-    """History in a ring of m slots; s_j sits in slot j mod m."""
+    """History in a ring of m slots; s_j sits in slot j mod m. Steps and residuals are in units of `scale`."""
 
     steps: jax.Array
     """(B, m, N): s_j."""
@@ -40,6 +41,8 @@ class BroydenState(NamedTuple):
     """(B,) int32: j of the newest step in the ring; negative while it is empty."""
     pending: jax.Array
     """(B, N): the step that led to the current iterate; it enters the ring in the next call."""
+    scale: jax.Array
+    """(B, 1): a power of two near g_0."""
     search: "_Search | None"
 
 
@@ -95,14 +98,17 @@ class Broyden(Solver):
             toward_self=blank,
             newest=jnp.full(batch, -1, jnp.int32),
             pending=jnp.zeros_like(z),
+            scale=jnp.ones((batch, 1), z.dtype),
             search=search,
         )
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
+        state = state._replace(scale=scale_of_first(k, g, state.scale, self.axis_name))
+        g = g / state.scale
         if state.search is None:
             length = jnp.ones(z.shape[:1], z.dtype)
             direction, state = _update(k - 1, length, g, state, self.axis_name)
-            return z + direction, state._replace(pending=direction)
+            return z + state.scale * direction, state._replace(pending=direction)
         return _step_with_search(z, g, state, state.search, self.axis_name)
 
 
@@ -144,7 +150,7 @@ def _update(
     a = jnp.where(here, (length * per_square)[:, None], a)
     b = jnp.where(here, ((length - 1.0) * per_square)[:, None], b)
     newest = jnp.broadcast_to(newest, state.newest.shape)
-    return direction, BroydenState(steps, inverse, a, b, newest, state.pending, state.search)
+    return direction, BroydenState(steps, inverse, a, b, newest, state.pending, state.scale, state.search)
 
 
 def apply_inverse_transpose(state: BroydenState, x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
@@ -184,6 +190,7 @@ def _step_with_search(
         toward_self=keep(updated.toward_self, state.toward_self),
         newest=keep(updated.newest, state.newest),
         pending=pending,
+        scale=state.scale,
         search=_Search(base, keep(merit, search.merit), length, search.count + accept.astype(jnp.int32)),
     )
-    return base + pending, state
+    return base + state.scale * pending, state
