@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from deq_flax.equilibrium.loop import check_limits
 from deq_flax.equilibrium.shards import AxisName, cast, settled, total, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, norms, power_of_two, relative_residual
 
@@ -58,6 +59,7 @@ class GMRES:
     fallen (Jiranek & Rozloznik 2010), without which the method breaks down on a rotation.
 
     Raises:
+      TypeError: tol or max_steps is no number, or a traced one.
       ValueError: an option is out of range.
     """
 
@@ -71,10 +73,7 @@ class GMRES:
     """Axes of `jax.shard_map` over which x is spread, as of `Solver`; None: those of the forward solver."""
 
     def __post_init__(self):
-        if not self.tol >= 0:
-            raise ValueError(f"GMRES: tol must be at least 0, not {self.tol}")
-        if self.max_steps < 1:
-            raise ValueError(f"GMRES: max_steps must be at least 1, not {self.max_steps}")
+        check_limits("GMRES", self.tol, self.max_steps)
         if self.restart < 1:
             raise ValueError(f"GMRES: restart must be at least 1, not {self.restart}")
 
@@ -156,7 +155,7 @@ def _next_pair(
     slots = s.images.shape[1]
     directions = jax.lax.dynamic_update_index_in_dim(s.directions, s.p, (s.k - 1) % slots, axis=1)
     images = jax.lax.dynamic_update_index_in_dim(s.images, s.q, (s.k - 1) % slots, axis=1)
-    used = (jnp.arange(slots) < slot)[None]
+    used = (jnp.arange(slots, dtype=jnp.int32) < slot)[None]
     p, image = s.direction, s.direction - jacobian(s.direction)
     q = image
     for _ in range(2):  # twice is enough for orthogonality to working precision

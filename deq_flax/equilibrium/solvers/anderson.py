@@ -69,7 +69,7 @@ class Anderson(Solver):
         residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, unit, slot, axis=1)
         row = total(jnp.einsum("bmn,bn->bm", residuals, unit), self.axis_name)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
-        weights = _weights(gram, jnp.arange(slots) <= k, self.ridge)
+        weights = _weights(gram, jnp.arange(slots, dtype=jnp.int32) <= k, self.ridge)
         return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scale)
 
 

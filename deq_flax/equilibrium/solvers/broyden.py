@@ -118,7 +118,7 @@ def _update(
     """Add the pending step, number `newest`, scalar or (B,), to the history. Returns direction -H g, (B, N), and state."""
     slots = state.inverse.shape[1]
     slot = newest % slots
-    here = jnp.broadcast_to(jnp.arange(slots)[None] == jnp.reshape(slot, (-1, 1)), state.toward_next.shape)
+    here = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None] == jnp.reshape(slot, (-1, 1)), state.toward_next.shape)
     # The write comes before every read of the buffer: XLA then updates it in place instead of copying it every step.
     if jnp.ndim(slot) == 0:
         steps = jax.lax.dynamic_update_index_in_dim(state.steps, state.pending, slot, axis=1)
@@ -160,7 +160,7 @@ def apply_inverse_transpose(state: BroydenState, x: jax.Array, axis_name: AxisNa
     """
     slots = state.inverse.shape[1]
     along_x = total(jnp.einsum("bmn,bn->bm", state.steps, x), axis_name)
-    here = jnp.arange(slots)[None] == (state.newest % slots)[:, None]
+    here = jnp.arange(slots, dtype=jnp.int32)[None] == (state.newest % slots)[:, None]
     # The step after the newest in the ring is the pending one.
     pending_x = total(jnp.sum(state.pending * x, axis=1), axis_name)
     along_next = jnp.where(here, pending_x[:, None], jnp.roll(along_x, -1, axis=1))
@@ -181,7 +181,10 @@ def _step_with_search(
     length = jnp.where(accept, 1.0, 0.5 * search.length)
     base = keep(z, search.base)
     pending = keep(direction, 0.5 * state.pending)
-    newest = jnp.arange(state.toward_next.shape[1])[None] == ((search.count - 2) % state.toward_next.shape[1])[:, None]
+    newest = (
+        jnp.arange(state.toward_next.shape[1], dtype=jnp.int32)[None]
+        == ((search.count - 2) % state.toward_next.shape[1])[:, None]
+    )
     toward_next = keep(updated.toward_next, jnp.where(newest, 2.0 * state.toward_next, state.toward_next))
     state = BroydenState(
         steps=keep(updated.steps, state.steps),
