@@ -23,7 +23,12 @@ class SolverStats:
     steps: jax.Array
     """(B,): step number of the returned iterate; 0 is the initial guess. Indexes the traces."""
     relative_residual: jax.Array
-    """(B,): ||r(z)|| / ||f(z)|| of the returned iterate."""
+    """(B,): ||r(z)|| / max(||f(z)||, eps ||f(z_0)||) of the returned iterate, eps the rounding unit of the dtype.
+
+    Near a solution of zero, ||r(z)|| / ||f(z)|| need not fall, however small z becomes. So f(z) counts as no smaller than the
+    rounding errors of where the solve started: a floor without units, and so low that a start a million times too large leads
+    to no false convergence, as a fixed number or a larger share of ||f(z_0)|| does.
+    """
     absolute_residual: jax.Array
     """(B,): ||r(z)|| of the returned iterate."""
     converged: jax.Array
