@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.shards import AxisName, cast, settled, varying
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, norms, relative_residual
+from deq_flax.equilibrium.shards import AxisName, axes_of, cast, settled, varying
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norms, relative_residual
 
 StopMode = Literal["relative", "absolute"]
 
@@ -227,13 +227,16 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
         tied = jnp.isinf(rank) & jnp.isinf(s.best.rank) & (absolute < s.best.absolute)
         running = s.active & (s.k < limit)
         better = running & ((rank < s.best.rank) | tied | (residual <= solver.tol) | (s.k == 0))
-        coupled = s.coupled | jnp.any(s.alive & ~running & (absolute != s.best.absolute))
+        # By more than rounding, which on some devices changes from one evaluation to the next.
+        moved = jnp.abs(absolute - s.best.absolute) > 1e-3 * s.best.absolute + 8 * jnp.finfo(fz.dtype).eps * size
+        coupled = s.coupled | jnp.any(s.alive & ~running & moved)
+        measured = better | (coupled & ~running)
         best = _Best(
             z=jnp.where(better[:, None], s.z, s.best.z),
             # A stopped sample is evaluated at its best iterate again, and if samples are coupled with another result.
-            rank=jnp.where(better | ~running, rank, s.best.rank),
-            relative=jnp.where(better | ~running, relative, s.best.relative),
-            absolute=jnp.where(better | ~running, absolute, s.best.absolute),
+            rank=jnp.where(measured, rank, s.best.rank),
+            relative=jnp.where(measured, relative, s.best.relative),
+            absolute=jnp.where(measured, absolute, s.best.absolute),
             step=jnp.where(better, s.k.astype(fz.dtype), s.best.step),
         )
         traces = s.traces and (
@@ -245,7 +248,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
             trajectory = jnp.where((trajectory_steps == s.k)[:, None, None], s.z[None], trajectory)
         alive = s.alive & jnp.isfinite(absolute) & jnp.isfinite(size)
         going = alive & running
-        active = alive & (residual > solver.tol)
+        active = alive & (running | coupled) & (residual > solver.tol)
         z, state = solver.step(s.k, s.z, g, s.solver)
         state = freeze(going, state, s.solver)
         z = jnp.where((active & (s.k + 1 < limit))[:, None], z, best.z)
@@ -256,7 +259,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
         infinite = jnp.full(batch, jnp.inf, z0.dtype)
         blank = jnp.zeros((*batch, solver.max_steps), z0.dtype)
         return _Loop(
-            k=cast(jnp.zeros((), jnp.int32), varying(norm(z0, solver.axis_name))),  # shards that stop apart count apart
+            k=cast(jnp.zeros((), jnp.int32), varying(z0) - axes_of(solver.axis_name)),  # shards that stop apart count apart
             z=z0,
             active=jnp.ones(batch, bool),
             alive=jnp.ones(batch, bool),
