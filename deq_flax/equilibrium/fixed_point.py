@@ -82,8 +82,9 @@ def fixed_point(
     """
     solver = Broyden() if solver is None else solver
     gradient = Implicit() if gradient is None else gradient
-    check_arguments(solver, gradient, on_failure)
-    check_max_steps(max_steps, math.inf if isinstance(gradient, Unroll) else solver.max_steps)
+    check_solver(solver)
+    check_gradient(gradient, on_failure)
+    _check_max_steps(max_steps, math.inf if isinstance(gradient, Unroll) else solver.max_steps)
     if probe is not None and jnp.shape(probe) != backward_probe().shape:
         raise ValueError(f"probe must be the array of backward_probe(), of shape (3,), not {jnp.shape(probe)}")
     z0 = jax.tree.map(jnp.asarray, z0)
@@ -197,16 +198,15 @@ def check_solver(solver: Any) -> None:
     raise TypeError(f"solver must be a Solver such as Broyden(), not {solver!r}")
 
 
-def check_arguments(solver: Any, gradient: Any, on_failure: Any) -> None:
+def check_gradient(gradient: Any, on_failure: Any) -> None:
     """Raise TypeError or ValueError, as `fixed_point` does, unless these can be its arguments."""
-    check_solver(solver)
     if isinstance(gradient, type) or not callable(gradient):
         raise TypeError(f"gradient must be an object such as Implicit(), not {gradient!r}")
     if on_failure not in ON_FAILURE:
         raise ValueError(f"unknown on_failure {on_failure!r}; known: {', '.join(ON_FAILURE)}")
 
 
-def check_max_steps(max_steps: Any, limit: float) -> None:
+def _check_max_steps(max_steps: Any, limit: float) -> None:
     """Raise TypeError or ValueError unless a limit for one call is None, traced, or a whole number from 1 to `limit`."""
     if max_steps is None or isinstance(max_steps, Tracer):
         return

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deq_flax.equilibrium.fixed_point import OnFailure, check_arguments, fixed_point
+from deq_flax.equilibrium.fixed_point import OnFailure, check_gradient, check_solver, fixed_point
 from deq_flax.equilibrium.gradients import Gradient, Implicit
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.solution import Solution
@@ -50,7 +50,8 @@ class Equilibrium(nnx.Module):
         self.cell = cell
         self.solver = Broyden() if solver is None else solver
         self.gradient = Implicit() if gradient is None else gradient
-        check_arguments(self.solver, self.gradient, on_failure)
+        check_solver(self.solver)
+        check_gradient(self.gradient, on_failure)
         self.on_failure: OnFailure = on_failure
         self.batched = batched
         self.has_aux = has_aux

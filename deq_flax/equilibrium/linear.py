@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import check_limits
-from deq_flax.equilibrium.shards import AxisName, axes_of, cast, settled, total, varying
+from deq_flax.equilibrium.shards import AxisName, cast, settled, total, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, norms, power_of_two, relative_residual
 
 
@@ -107,7 +107,7 @@ class GMRES:
 
         zero = jnp.zeros_like(b)
         start = _State(
-            k=cast(jnp.zeros((), jnp.int32), varying(b) - axes_of(axis)),
+            k=cast(jnp.zeros((), jnp.int32), varying(norm(b, axis))),
             x=zero,
             r=b,
             step=jnp.zeros(b.shape[:1], b.dtype),

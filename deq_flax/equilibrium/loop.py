@@ -40,7 +40,8 @@ class Solver:
     max_steps: int = 50
     """Limit on the evaluations of f."""
     stop: StopMode = "relative"
-    """Residual that is compared with the tolerance: 'relative', ||f(z) - z|| / ||f(z)||, or 'absolute', ||f(z) - z||."""
+    """Residual that is compared with the tolerance: 'relative', ||f(z) - z|| / ||f(z)||, or 'absolute', ||f(z) - z||.
+    Near a solution of zero the former has a floor, see `SolverStats`; the latter suits where the scale of z is known."""
     trace: bool = field(default=False, kw_only=True)
     """Record the residual of every iterate."""
     trajectory_steps: tuple[int, ...] = field(default=(), kw_only=True)
@@ -118,9 +119,10 @@ def check_limits(name: str, tol: Any, max_steps: Any) -> None:
 
 
 class _Best(NamedTuple):
-    """Iterate (B, N) of lowest residual so far, its residuals (B,) and its step (B,)."""
+    """The best iterate (B, N) so far, its rank, its residuals and its step, all (B,)."""
 
     z: jax.Array
+    rank: jax.Array
     relative: jax.Array
     absolute: jax.Array
     step: jax.Array
@@ -134,6 +136,8 @@ class _Loop(NamedTuple):
     """(B,): every evaluation was finite."""
     coupled: jax.Array
     """The residual of a sample that had stopped has changed: samples see each other."""
+    first: jax.Array
+    """(B,): ||f(z_0)||, the size from which the solve starts."""
     best: _Best
     solver: Any
     traces: tuple[jax.Array, jax.Array] | None
@@ -155,8 +159,9 @@ def solve(f: FlatMap, z0: jax.Array, solver: Solver, max_steps: jax.Array | int 
         remains the upper bound.
 
     Returns:
-      The iterate of lowest residual, (B, N), and statistics. A sample whose first evaluation is not finite returns its z0,
-      with a non-finite residual and `converged` 0.
+      The best iterate, (B, N), and statistics. It is the one within the tolerance, else that of the lowest residual, which as
+      the solver stops is absolute or relative to the larger of ||f(z)|| and ||f(z0)||. A sample whose first evaluation is not
+      finite returns its z0, with a non-finite residual and `converged` 0.
     """
     z, stats, _ = solve_with_state(f, z0, solver, max_steps, freeze=never_frozen)
     return z, stats
@@ -213,13 +218,15 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
     def advance(s: _Loop, fz: jax.Array) -> _Loop:
         g = fz - s.z
         absolute, size = norms(lambda fz, z: (fz - z, fz), fz, s.z, axis_name=solver.axis_name)
-        relative = relative_residual(absolute, size)
+        first = jnp.where(s.k == 0, size, s.first)
+        relative = relative_residual(absolute, jnp.maximum(size, first * jnp.finfo(first.dtype).eps))
         residual = relative if solver.stop == "relative" else absolute
-        best_residual = s.best.relative if solver.stop == "relative" else s.best.absolute
-        # Where f is zero the relative residual is infinite at every other state: compare absolute ones there.
-        tied = jnp.isinf(residual) & jnp.isinf(best_residual) & (absolute < s.best.absolute)
+        # On the way to zero the relative residual does not fall, so iterates below the first size are ranked by the absolute
+        # one. Where f is zero from the start, the rank is infinite at every other state: compare absolute ones there too.
+        rank = relative_residual(absolute, jnp.maximum(size, first)) if solver.stop == "relative" else absolute
+        tied = jnp.isinf(rank) & jnp.isinf(s.best.rank) & (absolute < s.best.absolute)
         running = s.active & (s.k < limit)
-        better = running & ((residual < best_residual) | tied | (s.k == 0))
+        better = running & ((rank < s.best.rank) | tied | (residual <= solver.tol) | (s.k == 0))
         # By more than rounding, which on some devices changes from one evaluation to the next.
         moved = jnp.abs(absolute - s.best.absolute) > 1e-3 * s.best.absolute + 8 * jnp.finfo(fz.dtype).eps * size
         coupled = s.coupled | jnp.any(s.alive & ~running & moved)
@@ -227,6 +234,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
         best = _Best(
             z=jnp.where(better[:, None], s.z, s.best.z),
             # A stopped sample is evaluated at its best iterate again, and if samples are coupled with another result.
+            rank=jnp.where(measured, rank, s.best.rank),
             relative=jnp.where(measured, relative, s.best.relative),
             absolute=jnp.where(measured, absolute, s.best.absolute),
             step=jnp.where(better, s.k.astype(fz.dtype), s.best.step),
@@ -244,7 +252,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
         z, state = solver.step(s.k, s.z, g, s.solver)
         state = freeze(going, state, s.solver)
         z = jnp.where((active & (s.k + 1 < limit))[:, None], z, best.z)
-        return _Loop(s.k + 1, z, active, alive, coupled, best, state, traces, trajectory)
+        return _Loop(s.k + 1, z, active, alive, coupled, first, best, state, traces, trajectory)
 
     def start(z0: jax.Array) -> _Loop:
         batch = z0.shape[:1]
@@ -256,7 +264,8 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
             active=jnp.ones(batch, bool),
             alive=jnp.ones(batch, bool),
             coupled=jnp.zeros((), bool),
-            best=_Best(z0, infinite, infinite, jnp.zeros(batch, z0.dtype)),
+            first=infinite,
+            best=_Best(z0, infinite, infinite, infinite, jnp.zeros(batch, z0.dtype)),
             solver=solver.init(z0),
             traces=(blank, blank) if solver.trace else None,
             trajectory=jnp.zeros((len(solver.trajectory_steps), *z0.shape), z0.dtype) if solver.trajectory_steps else None,

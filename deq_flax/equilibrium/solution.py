@@ -23,7 +23,12 @@ class SolverStats:
     steps: jax.Array
     """(B,): step number of the returned iterate; 0 is the initial guess. Indexes the traces."""
     relative_residual: jax.Array
-    """(B,): ||r(z)|| / ||f(z)|| of the returned iterate."""
+    """(B,): ||r(z)|| / max(||f(z)||, eps ||f(z_0)||) of the returned iterate, eps the rounding unit of the dtype.
+
+    Near a solution of zero, ||r(z)|| / ||f(z)|| need not fall, however small z becomes. So f(z) counts as no smaller than the
+    rounding errors of where the solve started: a floor without units, and so low that a start a million times too large leads
+    to no false convergence, as a fixed number or a larger share of ||f(z_0)|| does.
+    """
     absolute_residual: jax.Array
     """(B,): ||r(z)|| of the returned iterate."""
     converged: jax.Array
@@ -62,31 +67,35 @@ solved in parts of the batch.
 
 
 def norm(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
-    """Return the Euclidean norm over the last axis: (B, N) -> (B,), one norm per sample; see `norms`."""
+    """Return the Euclidean norm over the last axis, and over the shards of `axis_name`: (B, N) -> (B,), one per sample."""
     return norms(lambda x: (x,), x, axis_name=axis_name)[0]
 
 
 def norms(
     arrays: Callable[..., tuple[jax.Array, ...]], *operands: jax.Array, axis_name: AxisName | None = None
 ) -> tuple[jax.Array, ...]:
-    """Return the Euclidean norms over the last axis, and over the shards of `axis_name`, of the arrays(*operands).
+    """Return the norms, (B, N) -> (B,), of arrays(*operands), as `norm` does, right at any scale.
 
-    (B, N) -> (B,), right at any scale.
-
-    In float32 the squares of numbers below 1e-19 are zero and those above 1e19 infinite. So where a sum of squares is outside
-    the range in which it can be trusted, all are summed again, scaled; else that takes no time. `arrays` is evaluated again
-    then, so that the compiler need not store what it gives just for that case.
+    In float32 the squares of numbers below 1e-19 are zero and those above 1e19 infinite. So where the sum of squares of a
+    sample is outside the range in which it can be trusted, it is summed again, scaled; else that takes no time. `arrays` is
+    evaluated again then, so that the compiler need not store what it gives just for that case.
     """
     squares = [total(jnp.sum(x * x, axis=-1), axis_name) for x in arrays(*operands)]
     limits = jnp.finfo(squares[0].dtype)
     # Elements whose squares are lost, below `tiny`, are then less than eps of the sum for up to 1/eps elements.
     trusted = [(s >= limits.tiny / limits.eps**2) & (s <= limits.max) for s in squares]
 
-    def scaled(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        pairs = [(x, power_of_two(x, axis_name)) for x in arrays(*operands)]
-        return tuple(s[..., 0] * jnp.sqrt(total(jnp.sum(jnp.square(x / s), axis=-1), axis_name)) for x, s in pairs)
+    def plain(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jnp.sqrt(s) for s in squares)
 
-    return jax.lax.cond(jnp.all(jnp.stack(trusted)), lambda *_: tuple(jnp.sqrt(s) for s in squares), scaled, *operands)
+    def scaled(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        again = []
+        for x in arrays(*operands):
+            scale = power_of_two(x, axis_name)
+            again.append(scale[..., 0] * jnp.sqrt(total(jnp.sum(jnp.square(x / scale), axis=-1), axis_name)))
+        return tuple(jnp.where(ok, a, b) for ok, a, b in zip(trusted, plain(), again, strict=True))
+
+    return jax.lax.cond(jnp.all(jnp.stack(trusted)), plain, scaled, *operands)
 
 
 def power_of_two(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
@@ -109,7 +118,7 @@ def scale_of_first(k: jax.Array, g: jax.Array, scale: jax.Array, axis_name: Axis
     A solver divides residuals by it before it takes inner products, which in float32 range from 1e-38 to 1e38. The sum of
     squares is the one that the loop has taken; where it is 0 or infinite, a guess is good enough.
     """
-    square = total(jnp.sum(g * g, axis=-1, keepdims=True), axis_name)
+    square = total(jnp.sum(g * g, axis=-1), axis_name)[:, None]
     far = 2.0 ** (0.625 * jnp.finfo(g.dtype).maxexp)
     near = jnp.where(square == 0, 1.0 / far, jnp.minimum(jnp.sqrt(square), far))
     return jnp.where(k == 0, power_of_two(near), scale)

@@ -58,3 +58,12 @@ def test_samples_that_do_not_see_each_other_take_no_further_evaluation():
     stats = jax.jit(lambda z: fixed_point(alone, z, solver=Picard(max_steps=8)).stats)(jnp.zeros((4, 2)))
     jax.effects_barrier()
     assert 0 < stats.converged.sum() < 4 and stats.nfe == 8 == len(calls)
+
+
+def test_rounding_is_no_coupling():
+    """A change of 1e-12, as of sums whose order differs between evaluations, wakes no sample and takes no evaluation."""
+    with jax.enable_x64(True):
+        f = lambda z: jnp.linspace(0.1, 0.9, 4)[:, None] * z + 1 + 1e-12 * jnp.sum(z)  # noqa: E731
+        run = jax.jit(lambda z: fixed_point(f, z, solver=Picard(max_steps=8)).stats)
+        stats = jax.device_get(run(jnp.zeros((4, 2))))
+    assert 0 < stats.converged.sum() < 4 and stats.nfe == 8
