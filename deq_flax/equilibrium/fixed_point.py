@@ -84,7 +84,7 @@ def fixed_point(
     gradient = Implicit() if gradient is None else gradient
     check_solver(solver)
     check_gradient(gradient, on_failure)
-    _check_max_steps(max_steps, math.inf if isinstance(gradient, Unroll) else solver.max_steps)
+    check_max_steps(max_steps, math.inf if isinstance(gradient, Unroll) else solver.max_steps)
     if probe is not None and jnp.shape(probe) != backward_probe().shape:
         raise ValueError(f"probe must be the array of backward_probe(), of shape (3,), not {jnp.shape(probe)}")
     z0 = jax.tree.map(jnp.asarray, z0)
@@ -206,7 +206,7 @@ def check_gradient(gradient: Any, on_failure: Any) -> None:
         raise ValueError(f"unknown on_failure {on_failure!r}; known: {', '.join(ON_FAILURE)}")
 
 
-def _check_max_steps(max_steps: Any, limit: float) -> None:
+def check_max_steps(max_steps: Any, limit: float) -> None:
     """Raise TypeError or ValueError unless a limit for one call is None, traced, or a whole number from 1 to `limit`."""
     if max_steps is None or isinstance(max_steps, Tracer):
         return
