@@ -17,7 +17,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, NoReturn
 
 from absl import flags
@@ -88,7 +87,6 @@ def run(
     logging.basicConfig(format="%(levelname)s: %(message)s")
     for library in ("absl", "asyncio"):  # Orbax writes tracebacks of errors that reach us anyway
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.excepthook = _without_late_callbacks
     argv = list(sys.argv if argv is None else argv)
     as_json, argv = _without_json(argv)
     try:
@@ -123,12 +121,6 @@ _OUTSIDE = {
     getattr(errno, name) for name in ["EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ENOMEM", "EAGAIN"]
 }
 """Errors that are neither the user's nor ours: limits of the machine, and full or failing disks."""
-
-
-def _without_late_callbacks(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught exception, but for those of TensorStore's callbacks after a failed save has been reported."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
 
 
 def _replace_closed_streams() -> None:
