@@ -95,7 +95,18 @@ def norms(
             again.append(scale[..., 0] * jnp.sqrt(total(jnp.sum(jnp.square(x / scale), axis=-1), axis_name)))
         return tuple(jnp.where(ok, a, b) for ok, a, b in zip(trusted, plain(), again, strict=True))
 
-    return jax.lax.cond(jnp.all(jnp.stack(trusted)), plain, scaled, *operands)
+    return jax.lax.cond(_all(jnp.stack(trusted)), plain, scaled, *operands)
+
+
+@jax.custom_batching.custom_vmap
+def _all(x: jax.Array) -> jax.Array:
+    return jnp.all(x)
+
+
+@_all.def_vmap
+def _all_of_the_batch(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    """One answer for a whole vmap: `lax.cond` then still takes one branch, where with an answer for each it takes both."""
+    return _all(x), False
 
 
 def power_of_two(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
