@@ -49,8 +49,8 @@ class _Search(NamedTuple):
 
     base: jax.Array
     """(B, N): the iterate the step starts from."""
-    merit: jax.Array
-    """(B,): |g|^2 there."""
+    merits: jax.Array
+    """(B, 5): |g|^2 of the last accepted iterates; -inf for those before the first."""
     length: jax.Array
     """(B,): l, the step length under trial."""
 
@@ -76,7 +76,9 @@ class Broyden(Solver):
     memory: int | None = None
     """Copies of z that are kept, at least 2; None: as many as there are steps."""
     line_search: bool = False
-    """Halve a step until ||f(z) - z||^2 falls (Armijo), up to 6 times. Trial steps count as evaluations."""
+    """Halve a step, up to 6 times, while ||f(z) - z|| is above twice the largest of the last 5 accepted iterates (after Grippo,
+    Lampariello & Lucidi 1986). Trial steps count as evaluations. A test for descent in every step would halve many steps that
+    lead to the solution, and solves less than no search."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,7 +100,7 @@ class Broyden(Solver):
             gram=jnp.zeros((batch, slots, slots), z.dtype) if self._bounded else None,
             pending=jnp.zeros_like(z),
             slot=jnp.full(batch, -1, jnp.int32),
-            search=_Search(z, jnp.inf * ones, ones) if self.line_search else None,
+            search=_Search(z, jnp.full((batch, 5), -jnp.inf, z.dtype), ones) if self.line_search else None,
         )
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
@@ -119,9 +121,7 @@ def _kept(slots: int) -> int:
     return max(1, 2 * slots // 3)
 
 
-def _update(
-    slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenState, axis_name: AxisName | None
-) -> BroydenState:
+def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenState, axis_name: AxisName | None) -> BroydenState:
     """Learn from the residual g after a step of `length` (B,) along the pending direction, which takes row `slot`, () or (B,).
 
     The new pending direction is -H g.
@@ -240,10 +240,12 @@ def _step_with_search(
 ) -> tuple[jax.Array, BroydenState]:
     """Accept the current iterate and go on from it, or try half the step, for each sample."""
     merit = total(jnp.sum(g * g, axis=1), axis_name)
-    accept = (merit <= (1.0 - 2e-4 * search.length) * search.merit) | (search.length < 2.0**-5.5)
+    highest = jnp.max(search.merits, axis=1)
+    accept = (merit <= 4.0 * highest) | (search.length < 2.0**-5.5) | jnp.isinf(highest)
     updated = _update(state.slot, search.length, g, state, axis_name)
     # A direction is kept at its full length and in its own row: a rejected trial leaves the history as it is.
     length = jnp.where(accept, 1.0, 0.5 * search.length)
-    updated = updated._replace(search=_Search(z, merit, length))
+    merits = jnp.concatenate([search.merits[:, 1:], merit[:, None]], axis=1)
+    updated = updated._replace(search=_Search(z, merits, length))
     state = _select(accept, updated, state._replace(search=search._replace(length=length)))
     return state.search.base + length[:, None] * state.pending, state
