@@ -36,15 +36,16 @@ Solve = Callable[[Problem, float], np.ndarray]
 
 
 class Counter:
-    """Counts evaluations of f that miss the tolerance."""
+    """Counts the z at which f has been evaluated and missed the tolerance; a compiler merges two evaluations at the same z."""
 
     def __init__(self):
-        self.missed = 0
+        self.missed: set[bytes] = set()
 
     def see(self, z: Any, fz: Any) -> None:
         with np.errstate(all="ignore"):
             z, fz = np.asarray(z), np.asarray(fz)
-            self.missed += not np.linalg.norm(fz - z) <= TOL * np.linalg.norm(fz)
+            if not np.linalg.norm(fz - z) <= TOL * np.linalg.norm(fz):
+                self.missed.add(z.tobytes())
 
 
 COUNTER = Counter()
@@ -216,10 +217,10 @@ def count(solve: Solve, problems: list[Problem], sizes: list[float]) -> list[int
     """Evaluations by problem, None where it is not solved."""
     found: list[int | None] = []
     for p, size in zip(problems, sizes, strict=True):
-        COUNTER.missed = 0
+        COUNTER.missed.clear()
         z = solve(p, 0.9 * TOL * size)
-        solved = np.isfinite(z).all() and residual(p, z) <= TOL and COUNTER.missed < LIMIT
-        found.append(COUNTER.missed + 1 if solved else None)
+        solved = np.isfinite(z).all() and residual(p, z) <= TOL and len(COUNTER.missed) < LIMIT
+        found.append(len(COUNTER.missed) + 1 if solved else None)
     return found
 
 

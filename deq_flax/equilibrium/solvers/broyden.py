@@ -1,8 +1,8 @@
 """Broyden's good method, on one buffer of steps.
 
-Let g(z) = f(z) - z, d_j = -H_j g_j the direction from iterate j, s_j = l_j d_j the step of length l_j along it (1 without a line
-search), and y_j = g_{j+1} - g_j. The Sherman-Morrison form of the update of the inverse Jacobian estimate H (Broyden 1965; Bai
-et al. 2019, eq. 9) is
+Let g(z) = f(z) - z, d_j = -H_j g_j the direction from iterate j, s_j = l_j d_j the step of length l_j along it (1 without a
+line search), and y_j = g_{j+1} - g_j. The Sherman-Morrison form of the update of the inverse Jacobian estimate H (Broyden 1965;
+Bai et al. 2019, eq. 9) is
 
     H_{j+1} = H_j + u_j s_j^T H_j,    u_j = (s_j - H_j y_j) / (s_j . H_j y_j).
 
@@ -61,8 +61,8 @@ class Broyden(Solver):
 
     By default all steps are kept: max_steps - 1 copies of z, 49 for the default limit. With a bounded `memory` the estimate is
     reduced whenever it is full: what it adds to H_0 is projected onto the span of its leading left singular vectors, two thirds
-    as many as the memory (after van de Rotten & Verduyn Lunel 2005, who drop one singular value in each step and store two vectors
-    for each). H_0 is then -c I with c = |z_1 - z_0| / |g_1 - g_0|, between 0.05 and 1, because a reduced estimate cannot afford
+    as many as the memory (after van de Rotten & Verduyn Lunel 2005, who drop one singular value in each step and store two
+    vectors for each). H_0 is then -c I with c = |z_1 - z_0| / |g_1 - g_0|, between 0.05 and 1: a reduced estimate cannot afford
     to correct the size of most directions.
 
     Of 400 problems of 32 elements (benchmarks/battery.py), 100 evaluations solve 396 with all steps kept, 394 with `memory=20`,
