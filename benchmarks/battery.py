@@ -67,6 +67,7 @@ def ours() -> dict[str, Any]:
         "Anderson(memory=6)": Anderson(**exact),
         "Anderson(memory=6, restart=False)": Anderson(**exact, restart=False),
         "Picard()": Picard(**exact),
+        "Picard(adaptive=True)": Picard(**exact, adaptive=True),
         "Picard(relaxation=0.5)": Picard(**exact, relaxation=0.5),
     }
 
@@ -288,6 +289,7 @@ def model_table() -> str:
         "Anderson(memory=10)": Anderson(**limits, memory=10),
         "Anderson(memory=10, restart=False)": Anderson(**limits, memory=10, restart=False),
         "Picard()": Picard(**limits),
+        "Picard(adaptive=True)": Picard(**limits, adaptive=True),
         "Picard(relaxation=0.5)": Picard(**limits, relaxation=0.5),
     }
     columns, cells = [], {name: [] for name in solvers}

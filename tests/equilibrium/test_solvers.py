@@ -180,6 +180,13 @@ def test_bounded_broyden_solves_what_takes_many_times_its_memory(low, high):
     assert share_solved(Broyden(tol=1e-8, max_steps=100, memory=8), low, high) == 1.0
 
 
+def test_adaptive_relaxation_is_right_for_each_sample():
+    """Eigenvalues from -8: plain iteration diverges, and relaxation 0.05, which a fixed one would need, is too slow."""
+    options = {"tol": 1e-8, "max_steps": 100}
+    solvers = [Picard(adaptive=True, **options), Picard(**options), Picard(relaxation=0.1, **options)]
+    assert [share_solved(solver, -8.0, 0.0) for solver in solvers] == [1.0, 0.0, 0.0]
+
+
 def test_the_window_of_anderson_is_a_third_after_a_restart():
     windows = [int(Anderson(memory=6)._window(jnp.asarray(k), 6)) for k in range(12)]
     assert windows == [1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 3, 4]
