@@ -29,10 +29,13 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.hostile import Case, SilentlyWrongError
 
+ROOT = Path(__file__).parent.parent
 ROOMS = ("weights", "images", "datasets", "checkpoints", "workdirs", "commands")
 SECONDS = 10
 PATIENCE = 20
 """Seconds after which a process is ended, whether or not it uses its processor."""
+SLOW = 400
+"""The same for whole commands."""
 BYTES = 1 << 30
 CEILING = 4 << 30
 """Bytes after which an allocation fails, so that the attack does not take the whole machine."""
@@ -165,52 +168,56 @@ def attack(room: str, numbers: list[int], seed: int, folder: Path) -> Iterator[d
     while left:
         here = folder / f"{room}-{left[0]}"
         command = [sys.executable, "-m", "benchmarks.attack", "--worker", room, "--numbers", ",".join(map(str, left))]
-        worker = subprocess.Popen(
-            [*command, "--seed", str(seed), "--folder", str(here)],
-            stdout=subprocess.PIPE,
-            stderr=(folder / "stderr").open("w"),
-            stdin=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        case: dict[str, Any] = {}
-        hung = False
-
-        def end(process: subprocess.Popen = worker) -> None:
-            nonlocal hung
-            hung = True
-            os.killpg(process.pid, signal.SIGKILL)
-
-        timer = None
-        assert worker.stdout is not None
-        for line in worker.stdout:
-            message = json.loads(line)
-            if "kind" in message:
-                case = message
-            elif "made" in message:
-                timer = threading.Timer(PATIENCE if room != "commands" else 400, end)
-                timer.start()
-            else:
-                timer.cancel() if timer else None
-                left.remove(case["number"])
-                yield case | message
-                case = {}
-        timer.cancel() if timer else None
-        code = worker.wait()
+        with (folder / "stderr").open("w") as errors:
+            worker = subprocess.Popen(
+                [*command, "--seed", str(seed), "--folder", str(here)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+        before = len(left)
+        for result in _results(worker, PATIENCE if room != "commands" else SLOW, folder / "stderr"):
+            left.remove(result["number"])
+            yield result
         shutil.rmtree(here, ignore_errors=True)
-        if code == BROKEN:
+        if worker.returncode == BROKEN or len(left) == before:
             raise SystemExit((folder / "stderr").read_text(errors="replace"))
-        if case:
-            left.remove(case["number"])
-            tail = (folder / "stderr").read_text(errors="replace").strip()[-300:]
-            yield case | {
-                "outcome": "hang" if hung else "crash",
-                "said": f"exit code {code}: {tail}",
-                "seconds": PATIENCE,
-                "megabytes": 0,
-            }
-        elif code and left:
-            raise SystemExit((folder / "stderr").read_text(errors="replace"))
+
+
+def _results(worker: subprocess.Popen, patience: int, errors: Path) -> Iterator[dict[str, Any]]:
+    """The results that a worker reports, and that of the case in which it ended."""
+    case: dict[str, Any] = {}
+    timer, hung = threading.Timer(0, lambda: None), threading.Event()
+
+    def end() -> None:
+        hung.set()
+        os.killpg(worker.pid, signal.SIGKILL)
+
+    assert worker.stdout is not None
+    with worker:
+        try:
+            for line in worker.stdout:
+                message = json.loads(line)
+                if "kind" in message:
+                    case = message
+                elif "made" in message:
+                    timer = threading.Timer(patience, end)
+                    timer.start()
+                else:
+                    timer.cancel()
+                    yield case | message
+                    case = {}
+        finally:
+            timer.cancel()
+            if worker.poll() is None and case:
+                os.killpg(worker.pid, signal.SIGKILL)
+    if case and worker.returncode != BROKEN:
+        outcome, tail = "hang" if hung.is_set() else "crash", errors.read_text(errors="replace").strip()[-300:]
+        said = f"exit code {worker.returncode}: {tail}"
+        yield case | {"outcome": outcome, "said": said, "seconds": patience, "megabytes": 0}
 
 
 def main() -> None:

@@ -264,3 +264,33 @@ def test_a_real_command(tmp_path, config):
         done.stderr
         == f"error: --config.train has no key 'step'; did you mean 'steps'? To list the keys: --config {config} --help\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "words"),
+    [
+        ("> /dev/full", 2, "error: the machine refused something that this needs: No space left on device"),
+        (">&- 2>&- <&-", 0, ""),
+    ],
+)
+def test_standard_streams_that_are_full_or_closed(tmp_path, config, redirect, code, words):
+    (tmp_path / "greet.py").write_text(SCRIPT)
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "greet.py"), "--name=you", "--config", config]
+    shell = ["/bin/sh", "-c", f'("$@" {redirect}); echo "code $?" >&2', "sh", *command]
+    done = subprocess.run(shell, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=False)
+    assert done.stderr.splitlines() == [*([words] if words else []), f"code {code}"]
+
+
+@pytest.mark.parametrize("number", [24, 27, 28, 122])
+def test_limits_of_the_machine_are_one_line_and_other_errors_keep_their_traceback(capsys, config, number):
+    def body():
+        raise OSError(number, "refused", "somewhere")
+
+    assert Command(body)("--config", config) == 2
+    assert the_error(capsys).endswith("needs: refused (somewhere)\n")
+
+    def bug():
+        raise FileNotFoundError(2, "missing")
+
+    with pytest.raises(FileNotFoundError):
+        Command(bug)("--config", config)

@@ -16,6 +16,7 @@ import pytest
 
 import deq_flax
 from deq_flax.data.images.labeled_datasets import LABELED
+from deq_flax.data.puzzles.puzzles import PUZZLES
 from deq_flax.data.text.corpus import TEXTS
 from deq_flax.equilibrium import GRADIENTS, SOLVERS
 from deq_flax.models import MODELS
@@ -76,7 +77,7 @@ def run(page, folder, monkeypatch):
 @pytest.fixture(autouse=True)
 def tables():
     """Pages add lines to the tables of names; the tests after them see the tables as they were."""
-    tables = (SOLVERS, GRADIENTS, MODELS, TASKS, TEXTS, LABELED)
+    tables = (SOLVERS, GRADIENTS, MODELS, TASKS, TEXTS, LABELED, PUZZLES)
     before = [dict(table) for table in tables]
     yield
     for table, lines in zip(tables, before, strict=True):
@@ -101,3 +102,22 @@ def test_the_reference_has_every_public_name():
     text = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     named = set(re.findall(r"^::: deq_flax[\w.]*\.(\w+)$", text, re.MULTILINE))
     assert set(deq_flax.__all__) - {"__version__"} <= named
+
+
+SECTIONS = "data|model|deq|loss|optimizer|train|eval|mesh|checkpoint"
+
+
+def test_every_key_of_a_config_that_a_page_names_exists():
+    reference = (DOCS / "configuration.md").read_text()
+    parts = re.split(rf"^## ({SECTIONS})\b.*$", reference, flags=re.MULTILINE)[1:]
+    known = {
+        f"{section}.{key}"
+        for section, text in zip(parts[::2], parts[1::2], strict=True)
+        for key in re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
+    }
+    assert len(known) > 100
+    for page in sorted(DOCS.rglob("*.md")):
+        code = " ".join(re.findall(r"`[^`\n]+`|^[^`\n]*--config[^`\n]*$", page.read_text(), re.MULTILINE))
+        named = re.findall(rf"(?:(?<=`)|(?<=--config\.))((?:{SECTIONS})\.\w+)(?=[=` .,])", code)
+        files = {f"{name}.{end}" for name in SECTIONS.split("|") for end in ("py", "json", "jsonl")}
+        assert set(named) - known - files <= {"train.loop", "train.phases"}, page.name

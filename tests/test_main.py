@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 
 from deq_flax.config import flattened, to_dict
-from deq_flax.main import MAY_CHANGE, _table
+from deq_flax.main import MAY_CHANGE, _keep, _table
+from deq_flax.run_log.results import write_evaluation
 from tests.commands import ROOT, command, commands
 from tests.test_configs import resolved
 from tests.test_configs_vision import get
@@ -74,6 +75,13 @@ def test_eval_takes_the_config_of_the_run_and_leaves_results_for_programs(traine
         head | row for row in found["sweep"]
     ]
     assert text.startswith(before) and f"{found['metrics']['test']['loss']:.4g}" in first.stdout
+
+
+def test_a_disk_that_refuses_an_evaluation_costs_a_warning_and_no_result(tmp_path, caplog):
+    (tmp_path / "eval.json").mkdir()
+    _keep({"step": 1, "metrics": {}, "sweep": []}, tmp_path, write_evaluation)
+    assert caplog.text.count("cannot write the evaluation") == 1 and "Is a directory" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
 
 
 def test_a_workdir_of_another_config_is_not_changed(trained):

@@ -40,7 +40,7 @@ def read(path: Path) -> None:
         key = model_of(file.tensors), head_of(file.tensors)
         for name in list(file.tensors)[:200]:
             file.read(name)
-    config = training.resolved(f"configs/{AUTO_CONFIGS[key]}")
+    config = training.resolved(f"configs/{AUTO_CONFIGS[key]}.py")
     convert(path, path.parent / "out", config, auto=True, given={"downsample"})
 
 

@@ -6,10 +6,12 @@ that finds the lock watches it for a few beats, so that the clocks of two machin
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -175,8 +177,13 @@ class WorkdirLock:
 
 
 def _read(path: Path) -> _Seen | None:
-    """The lock file; None if there is none. It is opened anew each time, which makes network disks look at the server."""
+    """The lock file; None if there is none. It is opened anew each time, which makes network disks look at the server.
+
+    OSError: it cannot be read, or is a link, a pipe or a folder.
+    """
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.EINVAL, f"{path.name} is not an ordinary file")
         with path.open(encoding="utf-8", errors="replace") as file:
             return _Seen(file.read(4096), os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:

@@ -1,14 +1,16 @@
 """`fixed_point`: the library in one function. States are flattened here, once: solvers and gradients work on (B, N)."""
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from deq_flax.equilibrium.gradients import Gradient, Implicit
+from deq_flax.equilibrium.gradients import Gradient, Implicit, Unroll, backward_probe
 from deq_flax.equilibrium.gradients.base import attach
 from deq_flax.equilibrium.linear import LinearSolver
 from deq_flax.equilibrium.loop import Solver
@@ -53,7 +55,8 @@ def fixed_point(
       *args: pytrees, passed to f unchanged.
       solver: forward solver; default `Broyden()`.
       gradient: how the solution is differentiated; default `Implicit()`.
-      max_steps: lower limit on evaluations for this call; may be traced, so that it can change without recompiling.
+      max_steps: lower limit on evaluations for this call; may be traced, so that it can change without recompiling. A traced
+        one is clipped to the range from 1 to the solver's limit, or to the steps of `Unroll`.
       probe: `backward_probe()`, to get statistics of the adjoint solve.
       on_failure: gradient of a sample that did not converge. 'return': the gradient at its best iterate. 'nan': NaN, which
         makes the failure visible. 'zero_gradient': its cotangent becomes zero, so that it contributes nothing to the
@@ -73,14 +76,16 @@ def fixed_point(
       (the inexact gradient of Bai et al. 2022, for the correction loss: `fixed_point_correction_loss`).
 
     Raises:
-      TypeError: solver is not a `Solver`.
+      TypeError: solver is not a `Solver`, or gradient no gradient, or max_steps no whole number.
       ValueError: z0 is not such a pytree, f returns something unlike z or communicates over an axis that the solver does not
-        name, or on_failure is unknown. No solve has run then.
+        name, on_failure is unknown, the probe has another shape, or max_steps is out of range. No solve has run then.
     """
     solver = Broyden() if solver is None else solver
-    check_solver(solver)
-    if on_failure not in ON_FAILURE:
-        raise ValueError(f"unknown on_failure {on_failure!r}; known: {', '.join(ON_FAILURE)}")
+    gradient = Implicit() if gradient is None else gradient
+    check_arguments(solver, gradient, on_failure)
+    check_max_steps(max_steps, math.inf if isinstance(gradient, Unroll) else solver.max_steps)
+    if probe is not None and jnp.shape(probe) != backward_probe().shape:
+        raise ValueError(f"probe must be the array of backward_probe(), of shape (3,), not {jnp.shape(probe)}")
     z0 = jax.tree.map(jnp.asarray, z0)
     if not batched:
         z0 = jax.tree.map(lambda leaf: leaf[None], z0)
@@ -100,7 +105,6 @@ def fixed_point(
     def flat_f(x: jax.Array) -> jax.Array:
         return cast(flatten(evaluate(unflatten(x))[0]), axes)
 
-    gradient = Implicit() if gradient is None else gradient
     x0 = cast(jax.lax.stop_gradient(flatten(z0)), axes)
     x, stats = gradient(flat_f, x0, solver, max_steps, probe)
     stats = jax.lax.stop_gradient(stats)
@@ -128,10 +132,10 @@ def flattener(z: Any) -> tuple[Callable[[Any], jax.Array], Callable[[jax.Array],
     shapes = [leaf.shape for leaf in leaves]
     dtypes = [leaf.dtype for leaf in leaves]
     sizes = [math.prod(shape[1:]) for shape in shapes]
-    dtype = jnp.result_type(jnp.float32, *dtypes)
+    dtype = jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
     def flatten(tree: Any) -> jax.Array:
-        parts = [jnp.reshape(leaf, (leaf.shape[0], -1)).astype(dtype) for leaf in jax.tree.leaves(tree)]
+        parts = [jnp.reshape(leaf, (len(leaf), math.prod(leaf.shape[1:]))).astype(dtype) for leaf in jax.tree.leaves(tree)]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
     def unflatten(flat: jax.Array) -> Any:
@@ -191,6 +195,27 @@ def check_solver(solver: Any) -> None:
         name = type(solver).__name__
         raise TypeError(f"{name} solves linear equations only: use it for the adjoint, gradient=Implicit(solver={name}(...))")
     raise TypeError(f"solver must be a Solver such as Broyden(), not {solver!r}")
+
+
+def check_arguments(solver: Any, gradient: Any, on_failure: Any) -> None:
+    """Raise TypeError or ValueError, as `fixed_point` does, unless these can be its arguments."""
+    check_solver(solver)
+    if isinstance(gradient, type) or not callable(gradient):
+        raise TypeError(f"gradient must be an object such as Implicit(), not {gradient!r}")
+    if on_failure not in ON_FAILURE:
+        raise ValueError(f"unknown on_failure {on_failure!r}; known: {', '.join(ON_FAILURE)}")
+
+
+def check_max_steps(max_steps: Any, limit: float) -> None:
+    """Raise TypeError or ValueError unless a limit for one call is None, traced, or a whole number from 1 to `limit`."""
+    if max_steps is None or isinstance(max_steps, Tracer):
+        return
+    try:
+        steps = operator.index(max_steps)
+    except TypeError:
+        raise TypeError(f"max_steps must be a whole number, not {max_steps!r}") from None
+    if not 1 <= steps <= limit:
+        raise ValueError(f"max_steps must be from 1 to the solver's own limit, {limit}, not {steps}: that is a limit it lowers")
 
 
 def _one_step_gradient(f: FlatMap, trajectory: jax.Array) -> jax.Array:

@@ -1,11 +1,12 @@
 """`Equilibrium`: the fixed point of a cell, as an NNX module."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from deq_flax.equilibrium.fixed_point import OnFailure, fixed_point
+from deq_flax.equilibrium.fixed_point import OnFailure, check_arguments, fixed_point
 from deq_flax.equilibrium.gradients import Gradient, Implicit
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.solution import Solution
@@ -29,8 +30,11 @@ class Equilibrium(nnx.Module):
     updated: keep such layers outside the cell.
 
     Args:
-      cell: called as cell(z, *inputs); returns a pytree like z, or a pair (z, aux) with `has_aux`.
+      cell: called as cell(z, *inputs, **named); returns a pytree like z, or a pair (z, aux) with `has_aux`.
       solver, gradient, on_failure, batched, has_aux: as for `fixed_point`.
+
+    Raises:
+      TypeError, ValueError: solver, gradient or on_failure is not what `fixed_point` takes.
     """
 
     def __init__(
@@ -44,26 +48,29 @@ class Equilibrium(nnx.Module):
         has_aux: bool = False,
     ):
         self.cell = cell
-        self.solver = solver or Broyden()
-        self.gradient = gradient or Implicit()
+        self.solver = Broyden() if solver is None else solver
+        self.gradient = Implicit() if gradient is None else gradient
+        check_arguments(self.solver, self.gradient, on_failure)
         self.on_failure: OnFailure = on_failure
         self.batched = batched
         self.has_aux = has_aux
 
     def __call__(
-        self, z0: Any, *inputs: Any, max_steps: jax.Array | int | None = None, probe: jax.Array | None = None
+        self, z0: Any, *inputs: Any, max_steps: jax.Array | int | None = None, probe: jax.Array | None = None, **named: Any
     ) -> Solution:
-        """Solve from z0, a pytree with leading batch axes unless `batched` is False; see `fixed_point`."""
+        """Solve from z0, a pytree with leading batch axes unless `batched` is False; see `fixed_point`.
+
+        The cell gets `inputs` and `named` as they are, arrays or not; all that is traced in them is differentiated.
+        """
         graphdef, streams, state = nnx.split(self.cell, nnx.RngState, ...)
 
-        def f(z: Any, *inputs: Any) -> Any:
+        def f(z: Any) -> Any:
             # A copy, because the streams may not be advanced from inside the loop's own trace.
-            return nnx.merge(graphdef, streams, state, copy=True)(z, *inputs)
+            return nnx.merge(graphdef, streams, state, copy=True)(z, *inputs, **named)
 
         solution = fixed_point(
             f,
             z0,
-            *inputs,
             solver=self.solver,
             gradient=self.gradient,
             max_steps=max_steps,
@@ -73,17 +80,17 @@ class Equilibrium(nnx.Module):
             has_aux=self.has_aux,
         )
         if jax.tree.leaves(streams):
-            nnx.update(self.cell, _advanced(graphdef, streams, state, z0, inputs))
+            nnx.update(self.cell, _advanced(graphdef, streams, state, lambda cell: cell(z0, *inputs, **named)))
         return solution
 
 
-def _advanced(graphdef: Any, streams: Any, state: Any, z0: Any, inputs: Any) -> Any:
+def _advanced(graphdef: Any, streams: Any, state: Any, evaluate: Callable[[Any], Any]) -> Any:
     """Return the random streams after one evaluation of the cell. Under jit the evaluation itself is dead code."""
 
     @jax.jit
-    def run(streams: Any, state: Any, z0: Any, inputs: Any) -> Any:
+    def run(streams: Any, state: Any) -> Any:
         cell = nnx.merge(graphdef, streams, state, copy=True)
-        cell(z0, *inputs)
+        evaluate(cell)
         return nnx.state(cell, nnx.RngState)
 
-    return run(streams, state, z0, inputs)
+    return run(streams, state)

@@ -15,8 +15,9 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.shards import AxisName, cast, settled, total, varying
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two, relative_residual
+from deq_flax.equilibrium.loop import check_limits
+from deq_flax.equilibrium.shards import AxisName, axes_of, cast, settled, total, varying
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, norms, power_of_two, relative_residual
 
 
 @runtime_checkable
@@ -58,6 +59,7 @@ class GMRES:
     fallen (Jiranek & Rozloznik 2010), without which the method breaks down on a rotation.
 
     Raises:
+      TypeError: tol or max_steps is no number, or a traced one.
       ValueError: an option is out of range.
     """
 
@@ -71,10 +73,7 @@ class GMRES:
     """Axes of `jax.shard_map` over which x is spread, as of `Solver`; None: those of the forward solver."""
 
     def __post_init__(self):
-        if not self.tol >= 0:
-            raise ValueError(f"GMRES: tol must be at least 0, not {self.tol}")
-        if self.max_steps < 1:
-            raise ValueError(f"GMRES: max_steps must be at least 1, not {self.max_steps}")
+        check_limits("GMRES", self.tol, self.max_steps)
         if self.restart < 1:
             raise ValueError(f"GMRES: restart must be at least 1, not {self.restart}")
 
@@ -100,14 +99,15 @@ class GMRES:
             go = s.active & (total(broken, axis) == 0) & (total(nonzero, axis) > 0)
             x = jnp.where(go[:, None], s.x + alpha * p, s.x)
             r = jnp.where(go[:, None], s.r - alpha * q, s.r)
-            direction = jnp.where((norm(r, axis) > 0.9 * norm(s.r, axis))[:, None], q, r)
+            size, before, size_of_x = norms(lambda r, before, x: (r, before, x + r), r, s.r, x, axis_name=axis)
+            direction = jnp.where((size > 0.9 * before)[:, None], q, r)
             step = jnp.where(go, (s.k + 1).astype(b.dtype), s.step)
-            active = go & (relative_residual(norm(r, axis), norm(x + r, axis)) > self.tol)
+            active = go & (relative_residual(size, size_of_x) > self.tol)
             return _State(s.k + 1, x, r, step, active, direction, p, q, directions, images)
 
         zero = jnp.zeros_like(b)
         start = _State(
-            k=cast(jnp.zeros((), jnp.int32), varying(norm(b, axis))),
+            k=cast(jnp.zeros((), jnp.int32), varying(b) - axes_of(axis)),
             x=zero,
             r=b,
             step=jnp.zeros(b.shape[:1], b.dtype),
@@ -120,8 +120,8 @@ class GMRES:
         )
         end = jax.lax.while_loop(lambda s: (s.k < self.max_steps) & jnp.any(s.active), body, settled(body, start))
         fx = jacobian(end.x) + b
-        absolute = norm(fx - end.x, axis)
-        relative = relative_residual(absolute, norm(fx, axis))
+        absolute, size = norms(lambda fx, x: (fx - x, fx), fx, end.x, axis_name=axis)
+        relative = relative_residual(absolute, size)
         return end.x, SolverStats(
             nfe=end.k.astype(b.dtype) + 1,
             steps=end.step,
@@ -155,14 +155,14 @@ def _next_pair(
     slots = s.images.shape[1]
     directions = jax.lax.dynamic_update_index_in_dim(s.directions, s.p, (s.k - 1) % slots, axis=1)
     images = jax.lax.dynamic_update_index_in_dim(s.images, s.q, (s.k - 1) % slots, axis=1)
-    used = (jnp.arange(slots) < slot)[None]
+    used = (jnp.arange(slots, dtype=jnp.int32) < slot)[None]
     p, image = s.direction, s.direction - jacobian(s.direction)
     q = image
     for _ in range(2):  # twice is enough for orthogonality to working precision
         h = jnp.where(used, total(jnp.einsum("bmn,bn->bm", images, q), axis_name), 0.0)
         p = p - jnp.einsum("bm,bmn->bn", h, directions)
         q = q - jnp.einsum("bm,bmn->bn", h, images)
-    size = norm(q, axis_name)
+    size, whole = norms(lambda q, image: (q, image), q, image, axis_name=axis_name)
     # An image inside the space already searched leaves only rounding errors: no direction.
-    scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * norm(image, axis_name), 1.0 / size, 0.0)[:, None]
+    scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * whole, 1.0 / size, 0.0)[:, None]
     return scale * p, scale * q, directions, images

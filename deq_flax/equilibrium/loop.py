@@ -8,6 +8,8 @@ That holds for an f that treats each sample by itself. Where f couples samples, 
 others move: it is evaluated with them anyway, and then goes on. What is reported is measured at what is returned.
 """
 
+import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Self
@@ -15,8 +17,8 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.shards import AxisName, cast, settled, varying
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, relative_residual
+from deq_flax.equilibrium.shards import AxisName, axes_of, cast, settled, varying
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norms, relative_residual
 
 StopMode = Literal["relative", "absolute"]
 
@@ -29,6 +31,7 @@ class Solver:
     flat states (B, N), each sample by itself. A subclass adds options as fields and defines `init` and `step`.
 
     Raises:
+      TypeError: tol or max_steps is no number, or a traced one.
       ValueError: an option is out of range.
     """
 
@@ -50,10 +53,7 @@ class Solver:
         name, steps = type(self).__name__, self.trajectory_steps
         if self.stop not in ("relative", "absolute"):
             raise ValueError(f"{name}: stop must be 'relative' or 'absolute', not {self.stop!r}")
-        if not self.tol >= 0:
-            raise ValueError(f"{name}: tol must be at least 0, not {self.tol}")
-        if self.max_steps < 1:
-            raise ValueError(f"{name}: max_steps must be at least 1, not {self.max_steps}")
+        check_limits(name, self.tol, self.max_steps)
         if not isinstance(steps, tuple) or list(steps) != sorted({k for k in steps if 0 <= k < self.max_steps}):
             raise ValueError(
                 f"{name}: trajectory_steps must be a tuple of increasing steps below {self.max_steps}, not {steps!r}"
@@ -95,6 +95,26 @@ class Solver:
         if self.stop == "absolute":
             raise ValueError(f"{type(self).__name__}: linear equations are solved to a relative residual: use for_linear()")
         return solve(lambda x: jacobian(x) + b, b, self)
+
+
+def check_limits(name: str, tol: Any, max_steps: Any) -> None:
+    """Check the limits of the solver or gradient `name`; None is not checked.
+
+    Raises:
+      TypeError: tol is no number, or max_steps no whole number. Traced values are neither: options are fixed in a program.
+      ValueError: tol is negative or not finite, or max_steps is less than 1.
+    """
+    for option, value, kind, noun in [
+        ("tol", tol, numbers.Real, "a number"),
+        ("max_steps", max_steps, numbers.Integral, "a whole number"),
+    ]:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            shown = "an array or a traced value" if isinstance(value, jax.Array) else repr(value)
+            raise TypeError(f"{name}: {option} must be {noun} of Python, not {shown}")
+    if tol is not None and not 0 <= tol < math.inf:
+        raise ValueError(f"{name}: tol must be at least 0 and finite, not {tol}")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"{name}: max_steps must be at least 1, not {max_steps}")
 
 
 class _Best(NamedTuple):
@@ -192,7 +212,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
 
     def advance(s: _Loop, fz: jax.Array) -> _Loop:
         g = fz - s.z
-        absolute, size = norm(g, solver.axis_name), norm(fz, solver.axis_name)
+        absolute, size = norms(lambda fz, z: (fz - z, fz), fz, s.z, axis_name=solver.axis_name)
         relative = relative_residual(absolute, size)
         residual = relative if solver.stop == "relative" else absolute
         best_residual = s.best.relative if solver.stop == "relative" else s.best.absolute
@@ -200,12 +220,15 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
         tied = jnp.isinf(residual) & jnp.isinf(best_residual) & (absolute < s.best.absolute)
         running = s.active & (s.k < limit)
         better = running & ((residual < best_residual) | tied | (s.k == 0))
-        coupled = s.coupled | jnp.any(s.alive & ~running & (absolute != s.best.absolute))
+        # By more than rounding, which on some devices changes from one evaluation to the next.
+        moved = jnp.abs(absolute - s.best.absolute) > 1e-3 * s.best.absolute + 8 * jnp.finfo(fz.dtype).eps * size
+        coupled = s.coupled | jnp.any(s.alive & ~running & moved)
+        measured = better | (coupled & ~running)
         best = _Best(
             z=jnp.where(better[:, None], s.z, s.best.z),
             # A stopped sample is evaluated at its best iterate again, and if samples are coupled with another result.
-            relative=jnp.where(better | ~running, relative, s.best.relative),
-            absolute=jnp.where(better | ~running, absolute, s.best.absolute),
+            relative=jnp.where(measured, relative, s.best.relative),
+            absolute=jnp.where(measured, absolute, s.best.absolute),
             step=jnp.where(better, s.k.astype(fz.dtype), s.best.step),
         )
         traces = s.traces and (
@@ -217,7 +240,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
             trajectory = jnp.where((trajectory_steps == s.k)[:, None, None], s.z[None], trajectory)
         alive = s.alive & jnp.isfinite(absolute) & jnp.isfinite(size)
         going = alive & running
-        active = alive & (residual > solver.tol)
+        active = alive & (running | coupled) & (residual > solver.tol)
         z, state = solver.step(s.k, s.z, g, s.solver)
         state = freeze(going, state, s.solver)
         z = jnp.where((active & (s.k + 1 < limit))[:, None], z, best.z)
@@ -228,7 +251,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
         infinite = jnp.full(batch, jnp.inf, z0.dtype)
         blank = jnp.zeros((*batch, solver.max_steps), z0.dtype)
         return _Loop(
-            k=cast(jnp.zeros((), jnp.int32), varying(norm(z0, solver.axis_name))),  # shards that stop apart count apart
+            k=cast(jnp.zeros((), jnp.int32), varying(z0) - axes_of(solver.axis_name)),  # shards that stop apart count apart
             z=z0,
             active=jnp.ones(batch, bool),
             alive=jnp.ones(batch, bool),
@@ -248,12 +271,12 @@ def statistics(end: _Loop, solver: Solver) -> SolverStats:
     residual = best.relative if solver.stop == "relative" else best.absolute
     relative_trace = absolute_trace = None
     if end.traces is not None:
-        never_run = (jnp.arange(solver.max_steps) >= end.k)[None]
+        never_run = (jnp.arange(solver.max_steps, dtype=jnp.int32) >= end.k)[None]
         relative_trace = jnp.where(never_run, best.relative[:, None], end.traces[0])
         absolute_trace = jnp.where(never_run, best.absolute[:, None], end.traces[1])
     trajectory = None
     if end.trajectory is not None:
-        reached = jnp.asarray(solver.trajectory_steps) < end.k
+        reached = jnp.asarray(solver.trajectory_steps, jnp.int32) < end.k
         trajectory = jnp.where(reached[:, None, None], end.trajectory, best.z[None])
     return SolverStats(
         nfe=end.k.astype(best.z.dtype),

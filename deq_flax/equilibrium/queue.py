@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.fixed_point import check_map, check_solver, flattener
+from deq_flax.equilibrium.fixed_point import check_map, check_max_steps, check_solver, flattener
 from deq_flax.equilibrium.loop import Solver, iteration, never_frozen, statistics
 from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import Solution, SolverStats
@@ -54,6 +54,7 @@ def fixed_point_queue(
     """
     solver = Broyden() if solver is None else solver
     check_solver(solver)
+    check_max_steps(max_steps, solver.max_steps)
     if slots < 1 or solver.trajectory_steps:
         raise ValueError(f"fixed_point_queue needs slots of at least 1, not {slots}, and a solver without trajectory_steps")
     z0, inputs = jax.tree.map(jnp.asarray, (z0, inputs))

@@ -62,8 +62,31 @@ solved in parts of the batch.
 
 
 def norm(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
-    """Return the Euclidean norm over the last axis, and over the shards of `axis_name`: (B, N) -> (B,), one per sample."""
-    return jnp.sqrt(total(jnp.sum(x * x, axis=-1), axis_name))
+    """Return the Euclidean norm over the last axis: (B, N) -> (B,), one norm per sample; see `norms`."""
+    return norms(lambda x: (x,), x, axis_name=axis_name)[0]
+
+
+def norms(
+    arrays: Callable[..., tuple[jax.Array, ...]], *operands: jax.Array, axis_name: AxisName | None = None
+) -> tuple[jax.Array, ...]:
+    """Return the Euclidean norms over the last axis, and over the shards of `axis_name`, of the arrays(*operands).
+
+    (B, N) -> (B,), right at any scale.
+
+    In float32 the squares of numbers below 1e-19 are zero and those above 1e19 infinite. So where a sum of squares is outside
+    the range in which it can be trusted, all are summed again, scaled; else that takes no time. `arrays` is evaluated again
+    then, so that the compiler need not store what it gives just for that case.
+    """
+    squares = [total(jnp.sum(x * x, axis=-1), axis_name) for x in arrays(*operands)]
+    limits = jnp.finfo(squares[0].dtype)
+    # Elements whose squares are lost, below `tiny`, are then less than eps of the sum for up to 1/eps elements.
+    trusted = [(s >= limits.tiny / limits.eps**2) & (s <= limits.max) for s in squares]
+
+    def scaled(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        pairs = [(x, power_of_two(x, axis_name)) for x in arrays(*operands)]
+        return tuple(s[..., 0] * jnp.sqrt(total(jnp.sum(jnp.square(x / s), axis=-1), axis_name)) for x, s in pairs)
+
+    return jax.lax.cond(jnp.all(jnp.stack(trusted)), lambda *_: tuple(jnp.sqrt(s) for s in squares), scaled, *operands)
 
 
 def power_of_two(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
@@ -78,6 +101,18 @@ def power_of_two(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
     # Its inverse must be a normal number too.
     largest = jnp.where(sound, jnp.clip(largest, 4 * limits.tiny, limits.max / 8), 1.0)
     return largest / jnp.frexp(largest)[0]
+
+
+def scale_of_first(k: jax.Array, g: jax.Array, scale: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Return a power of two near the norm of g, (B, 1), in step k = 0, and the given one, which is that, in later steps.
+
+    A solver divides residuals by it before it takes inner products, which in float32 range from 1e-38 to 1e38. The sum of
+    squares is the one that the loop has taken; where it is 0 or infinite, a guess is good enough.
+    """
+    square = total(jnp.sum(g * g, axis=-1, keepdims=True), axis_name)
+    far = 2.0 ** (0.625 * jnp.finfo(g.dtype).maxexp)
+    near = jnp.where(square == 0, 1.0 / far, jnp.minimum(jnp.sqrt(square), far))
+    return jnp.where(k == 0, power_of_two(near), scale)
 
 
 def relative_residual(absolute: jax.Array, size: jax.Array) -> jax.Array:

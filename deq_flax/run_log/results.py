@@ -1,5 +1,6 @@
 """Results for programs to read: strict JSON, files that are written whole, `eval.json`."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,13 +15,18 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment it has the old content or the new."""
+    """Write a file so that at any moment it has the old content or the new. OSError: the disk refused."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
 
 
 def write_evaluation(workdir: Path, evaluation: Mapping[str, Any]) -> None:

@@ -146,3 +146,16 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to the workdir .*file/run: Not a directory"):
         WorkdirLock(tmp_path / "file" / "run").__enter__()
+
+
+def test_a_lock_that_is_no_file_is_one_line(tmp_path):
+    path = tmp_path / "run.lock"
+    for make, remove in (
+        (path.mkdir, path.rmdir),
+        (lambda: path.symlink_to("gone"), path.unlink),
+        (lambda: os.mkfifo(path), path.unlink),
+    ):
+        make()
+        with pytest.raises(UserError, match=r"cannot write to the workdir .*: run\.lock is not an ordinary file"):
+            WorkdirLock(tmp_path).__enter__()
+        remove()

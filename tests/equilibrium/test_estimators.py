@@ -136,7 +136,7 @@ def test_transposed_inverse_is_that_of_the_step_taken(solver):
             _, stats, state = solve_with_state(f, jnp.zeros_like(x), solver)
             columns = [apply_inverse_transpose(state, jnp.broadcast_to(e, x.shape)) for e in jnp.eye(6)]
             z = stats.trajectory[0]
-            return state.pending, -jnp.einsum("ebn,bn->be", jnp.stack(columns), f(z) - z)
+            return state.scale * state.pending, -jnp.einsum("ebn,bn->be", jnp.stack(columns), f(z) - z)
 
         pending, by_transpose = both(w, x)
         np.testing.assert_allclose(by_transpose, pending, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Scales: gradients do not depend on that of the loss."""
+"""Scales: neither solvers nor gradients depend on those of the state and the loss, from 1e-30 to 1e30 in float32."""
 
 import functools
 
@@ -13,7 +13,6 @@ from deq_flax import (
     Anderson,
     Broyden,
     Implicit,
-    JacobianFree,
     Neumann,
     PhantomGradient,
     Picard,
@@ -21,18 +20,16 @@ from deq_flax import (
     Unroll,
     fixed_point,
 )
+from deq_flax.equilibrium.solution import norm
 from tests.equilibrium.dense import adjoint, cell, loss, problem
 
 GRADIENTS = [
     Implicit(),
     Implicit(Picard()),
     Implicit(Anderson(max_steps=80)),
-    Implicit(Broyden(memory=8)),
     Implicit(Broyden(line_search=True)),
     Implicit(GMRES(restart=4)),
-    Implicit(GMRES()),
     Neumann(),
-    JacobianFree(),
     PhantomGradient(),
     SHINE(),
     SHINE(refine_steps=9),
@@ -65,3 +62,60 @@ def test_gradient_is_invariant_to_the_scale_of_the_loss(gradient):
     if isinstance(gradient, Implicit):
         exact = adjoint(w, x, z[0], lambda j, v: np.linalg.solve(np.eye(6) - j.T, v))[1]
         np.testing.assert_allclose(dx / SCALES[:, None, None], np.broadcast_to(exact, dx.shape), rtol=2e-3, atol=1e-4)
+
+
+SOLVERS = [
+    Picard(relaxation=0.7),
+    Anderson(),
+    Broyden(),
+    Broyden(line_search=True),
+]
+
+
+@functools.partial(jax.jit, static_argnames="solver")
+def scaled(w, x, scales, solver):
+    """Solve the problem in units of each scale, and differentiate with respect to x."""
+
+    def solve(x):
+        f = lambda z: scales[:, None] * cell(z / scales[:, None], w, x)  # noqa: E731
+        sol = fixed_point(f, jnp.zeros_like(x), solver=solver)
+        return jnp.sum(sol.value), sol
+
+    return jax.grad(solve, has_aux=True)(x)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_a_state_of_any_scale_is_solved_alike(solver):
+    """The batch holds one problem in several units. Units are powers of two, so that nothing at all may differ."""
+    scales = np.float32(2.0) ** np.float32([0, -100, -60, 60, 100])
+    w, x, _ = problem(batch=1)
+    slope, sol = jax.device_get(scaled(w, np.repeat(x, len(scales), axis=0), scales, solver))
+    assert sol.stats.converged.all()
+    for array in (sol.stats.steps, sol.stats.relative_residual, sol.stats.absolute_residual / scales):
+        np.testing.assert_array_equal(array, np.full_like(array, array[0]))
+    for array in (sol.value / scales[:, None], slope / scales[:, None]):
+        np.testing.assert_array_equal(array, np.broadcast_to(array[0], array.shape))
+
+
+@pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
+def test_away_from_the_scale_of_the_start_nothing_is_claimed_falsely(solver):
+    """From 1e-30, next to the unstable solution 0 of z = tanh(2 z), and from 1e30, where tanh is flat."""
+    start = np.repeat(np.float32([[1e-30], [1e30], [-1e-25]]), 4, axis=1) * np.float32([1, 2, 3, 4])
+    sol = jax.device_get(jax.jit(lambda z: fixed_point(lambda z: jnp.tanh(2 * z), z, solver=solver))(start))
+    z = sol.value.astype(float)
+    fz = np.tanh(2 * z)
+    residual = np.linalg.norm(fz - z, axis=1) / np.maximum(np.linalg.norm(fz, axis=1), 1e-300)
+    np.testing.assert_allclose(sol.stats.relative_residual, residual, rtol=1e-2, atol=5e-7)
+    np.testing.assert_array_equal(sol.stats.converged == 1, sol.stats.relative_residual <= solver.tol)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_gmres_alone_and_norms_are_right_at_any_scale(scale):
+    rng = np.random.default_rng(0)
+    j, b = (0.6 * rng.normal(size=(2, 6, 6)) / 6**0.5).astype(np.float32), rng.normal(size=(2, 6)).astype(np.float32)
+    run = jax.jit(lambda b: GMRES().solve_linear(lambda x: jnp.einsum("bij,bj->bi", j, x), b))
+    (x, stats), (y, expected) = jax.device_get((run(np.float32(scale) * b), run(b)))
+    assert expected.converged.all()
+    np.testing.assert_array_equal(stats.steps, expected.steps)
+    np.testing.assert_allclose(x / np.float32(scale), y, rtol=1e-5)
+    np.testing.assert_allclose(norm(jnp.asarray(scale * b, jnp.float32)), scale * np.linalg.norm(b, axis=1), rtol=1e-6)

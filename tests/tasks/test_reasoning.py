@@ -12,7 +12,7 @@ from deq_flax.models.model import PuzzleOutput
 from deq_flax.tasks.reasoning import Slots
 from deq_flax.train.evaluate import evaluate
 from tests.train.commands import metrics
-from tests.train.small import arrays, evaluation_of, make_run, make_task, run, solve_of
+from tests.train.small import arrays, evaluation_of, make_task, run, solve_of
 
 
 def config(**overrides):
@@ -139,18 +139,18 @@ def test_slots_are_freed_one_by_one(working):
 def test_the_halting_head_frees_slots_but_exploration_keeps_some():
     task = make_task(segmented(segments=4))
     many = jnp.full(4000, 5.0)
-    done = lambda halt, count, seed=0: np.asarray(task._done(halt, jnp.full(4000, count), jax.random.key(seed)))  # noqa: E731
+    done = jax.jit(lambda halt, count: task._done(halt, jnp.full(4000, count), jax.random.key(0)))
     assert not done(-many, 3).any() and done(-many, 4).all()
     shares = [done(many, count).mean() for count in (1, 2, 3, 4)]
     np.testing.assert_allclose(shares, [0.5, 0.5 + 0.5 / 3, 0.5 + 1 / 3, 1.0], atol=0.03)
 
 
 def test_the_halting_loss_is_the_cross_entropy_of_being_right(measured):
-    task, model = make_task(segmented()), None
+    task = make_task(segmented())
     batch = {"inputs": jnp.zeros((4, 6), int), "targets": jnp.zeros((4, 6), int), "mask": jnp.ones(4)}
     logits = jnp.tile(jnp.array([1.0, -1.0]), (4, 6, 1)).at[2, 0].set(jnp.array([-1.0, 1.0]))  # the third is wrong
     halt = jnp.array([2.0, -1.0, 0.5, 3.0])
-    value, output = task._scored(batch, PuzzleOutput(logits, model, halt, None, None), ())
+    value, output = jax.jit(lambda halt: task._scored(batch, PuzzleOutput(logits, None, halt, None, None), ()))(halt)
     p = 1 / (1 + np.exp(-np.asarray(halt)))
     nll = -np.log([p[0], p[1], 1 - p[2], p[3]])
     found = {name: float(m.total / m.count) for name, m in output.metrics.items()}
@@ -174,8 +174,10 @@ def test_evaluation_works_through_all_segments():
     jax.tree.map(np.testing.assert_array_equal, output.carry, carry)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_slots_equals_an_uninterrupted_one(tmp_path):
-    base = segmented() | {"optimizer": dict(schedule="constant")}
+    """On two devices, each with half of the slots."""
+    base = segmented() | {"optimizer": dict(schedule="constant"), "mesh": dict(data=2, fsdp=1, tensor=1)}
     base["data"] |= {"test_sizes": ()}
     steps = lambda count: base | {"train": base["train"] | {"steps": count}}  # noqa: E731
     run(steps(3), tmp_path / "resumed")
@@ -185,18 +187,6 @@ def test_a_resumed_run_with_slots_equals_an_uninterrupted_one(tmp_path):
     assert whole.step == 5 and set(whole.metrics) == {"valid", "test"}
     train = [line for line in metrics(tmp_path / "whole") if line["split"] == "train"]
     assert len(train) == 5 and all(np.isfinite(line["loss"]) for line in train)
-
-
-def test_training_lowers_the_loss():
-    c = config(train=dict(steps=40), data=dict(train_examples=40, batch_size=20))
-    it = make_run(c)
-    batches_of = it.task.train_batches(0)
-    losses = []
-    for number in range(40):
-        batch, phase, scalars = next(batches_of), it.phases.phase(number), it.phases.scalars(number)
-        it.state, found = it.train_step(it.state, batch, scalars, np.int32(number), phase=phase)
-        losses.append(float(found["loss"].total / found["loss"].count))
-    assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:5])
 
 
 def test_the_answer_of_the_lowest_residual_or_of_most_starts_counts(measured):
@@ -239,7 +229,7 @@ def test_votes_decide_where_starts_differ():
     batch = {"inputs": jnp.zeros((1, 6), int), "targets": jnp.ones((1, 6), int)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "map", lambda f, keys: next(outputs))
-        best, extra = task._from_many_starts(None, batch, None)
+        best, extra = jax.jit(lambda: task._from_many_starts(None, batch, None))()
     assert extra["exact_match_vote"].tolist() == [True] and extra["agreement"].tolist() == [False]
     assert best.logits[0].argmax(-1).tolist() == [0] * 6 and best.stats.nfe == 3
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.linear import LinearSolver, solve_scaled
-from deq_flax.equilibrium.loop import Solver, solve
+from deq_flax.equilibrium.loop import Solver, check_limits, solve
 from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
@@ -25,8 +25,8 @@ class Implicit:
     accuracy of the gradient does not depend on the scale of the loss.
 
     Raises:
-      TypeError: solver solves no linear equations.
-      ValueError: solver stops by the absolute residual.
+      TypeError: solver solves no linear equations, or tol or max_steps is no number, or a traced one.
+      ValueError: solver stops by the absolute residual, or tol or max_steps is out of range.
     """
 
     solver: LinearSolver | None = None
@@ -40,6 +40,7 @@ class Implicit:
     def __post_init__(self):
         if self.solver is not None and (isinstance(self.solver, type) or not isinstance(self.solver, LinearSolver)):
             raise TypeError(f"Implicit: solver must be None, a Solver such as Broyden(), or GMRES(), not {self.solver!r}")
+        check_limits("Implicit", self.tol, self.max_steps)
         if isinstance(self.solver, Solver) and self.solver.stop == "absolute":
             raise ValueError(
                 "Implicit: the adjoint equation is solved to a relative residual: set stop='relative' in its solver"
@@ -99,7 +100,7 @@ def backward_probe() -> jax.Array:
 
 
 def _report(stats: SolverStats, dtype: Any) -> jax.Array:
-    return jnp.stack([stats.nfe, jnp.max(stats.relative_residual), jnp.ones_like(stats.nfe)]).astype(dtype)
+    return jnp.stack([stats.nfe, jnp.max(stats.relative_residual, initial=0.0), jnp.ones_like(stats.nfe)]).astype(dtype)
 
 
 def _tie(b: jax.Array, p: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

@@ -154,7 +154,7 @@ def _run_backward(
             jax.tree.map(jnp.add, s.gradients, to_floating),
         )
 
-    zero, steps = jnp.zeros_like(cotangent), jnp.max(state.k)
+    zero, steps = jnp.zeros_like(cotangent), jnp.max(state.k, initial=0)
     # The gradient of what is the same on several shards is their sum, in every step: they take as many steps as each other.
     together = {axis for leaf in floating for axis in varying(zero) - varying(leaf)} & varying(steps)
     if together:

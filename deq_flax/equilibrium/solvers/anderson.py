@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.shards import total
+from deq_flax.equilibrium.solution import scale_of_first
 
 
 class AndersonState(NamedTuple):
@@ -16,9 +17,11 @@ class AndersonState(NamedTuple):
     relaxed: jax.Array
     """(B, m, N): z_i + relaxation g_i."""
     residuals: jax.Array
-    """(B, m, N): g_i."""
+    """(B, m, N): g_i / scale."""
     gram: jax.Array
-    """(B, m, m): g_i . g_j; each step replaces one row and column."""
+    """(B, m, m): their inner products; each step replaces one row and column."""
+    scale: jax.Array
+    """(B, 1): a power of two near g_0."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,21 @@ class Anderson(Solver):
         batch, size = z.shape
         slots = min(self.memory, self.max_steps)
         blank = jnp.zeros((batch, slots, size), z.dtype)
-        return AndersonState(blank, blank, jnp.zeros((batch, slots, slots), z.dtype))
+        return AndersonState(blank, blank, jnp.zeros((batch, slots, slots), z.dtype), jnp.ones((batch, 1), z.dtype))
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: AndersonState) -> tuple[jax.Array, AndersonState]:
         slots = state.gram.shape[1]
         slot = k % slots
+        scale = scale_of_first(k, g, state.scale, self.axis_name)
+        unit = g / scale
         # Both writes come before the reads: XLA then updates the buffers in place instead of copying them every step.
         relaxed = jax.lax.dynamic_update_index_in_dim(state.relaxed, z + self.relaxation * g, slot, axis=1)
-        residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, g, slot, axis=1)
-        row = total(jnp.einsum("bmn,bn->bm", residuals, g), self.axis_name)
+        residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, unit, slot, axis=1)
+        row = total(jnp.einsum("bmn,bn->bm", residuals, unit), self.axis_name)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
-        age = (slot - jnp.arange(slots)) % slots
+        age = (slot - jnp.arange(slots, dtype=jnp.int32)) % slots
         weights = _weights(gram, age < self._window(k, slots), self.ridge)
-        return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram)
+        return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scale)
 
     def _window(self, k: jax.Array, slots: int) -> jax.Array:
         """Return the number of newest iterates that are combined in step k."""

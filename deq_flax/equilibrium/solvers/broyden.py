@@ -23,11 +23,11 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.shards import AxisName, total
-from deq_flax.equilibrium.solution import norm
+from deq_flax.equilibrium.solution import norm, scale_of_first
 
 
 class BroydenState(NamedTuple):
-    """The estimate H = -c I + D^T M D of the inverse Jacobian of f(z) - z."""
+    """The estimate H = -c I + D^T M D of the inverse Jacobian of f(z) - z. Steps and residuals are in units of `scale`."""
 
     directions: jax.Array
     """(B, m, N): D."""
@@ -41,6 +41,8 @@ class BroydenState(NamedTuple):
     """(B, N): the direction that led to the current iterate; it enters D in the next call."""
     slot: jax.Array
     """(B,) int32: the row of D that it will take; M already has its row. -1 before the first step."""
+    scale: jax.Array
+    """(B, 1): a power of two near g_0."""
     search: "_Search | None"
 
 
@@ -100,10 +102,13 @@ class Broyden(Solver):
             gram=jnp.zeros((batch, slots, slots), z.dtype) if self._bounded else None,
             pending=jnp.zeros_like(z),
             slot=jnp.full(batch, -1, jnp.int32),
+            scale=jnp.ones((batch, 1), z.dtype),
             search=_Search(z, jnp.full((batch, 5), -jnp.inf, z.dtype), ones) if self.line_search else None,
         )
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
+        state = state._replace(scale=scale_of_first(k, g, state.scale, self.axis_name))
+        g = g / state.scale
         if state.search is not None:
             return _step_with_search(z, g, state, state.search, self.axis_name)
         slots = state.directions.shape[1]
@@ -113,7 +118,7 @@ class Broyden(Solver):
             kept = _kept(slots)
             slot = jnp.where(k <= slots, k - 1, kept + (k - 1 - slots) % (slots - kept))
         state = _update(slot, jnp.ones(z.shape[:1], z.dtype), g, state, self.axis_name)
-        return z + state.pending, state
+        return z + state.scale * state.pending, state
 
 
 def _kept(slots: int) -> int:
@@ -135,14 +140,16 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
     if jnp.ndim(slot) == 0:
         directions = jax.lax.dynamic_update_index_in_dim(state.directions, pending, slot, axis=1)
     else:
-        here = jnp.arange(slots)[None] == slot[:, None]
+        here = jnp.arange(slots, dtype=jnp.int32)[None] == slot[:, None]
         directions = jnp.where(here[:, :, None], pending[:, None, :], state.directions)
     along_g = total(jnp.einsum("bmn,bn->bm", directions, g), axis_name)
     along_d = total(jnp.einsum("bmn,bn->bm", directions, pending), axis_name)
     weights = jnp.einsum("bij,bj->bi", state.core[:, :slots], along_g)
     h_g = jnp.einsum("bm,bmn->bn", weights, directions) - multiple[:, None] * g
 
-    row_of = jnp.arange(slots + 1)[None] - jnp.reshape(slot, (-1, 1))  # 0: the pending direction, 1: the one that follows it
+    row_of = jnp.arange(slots + 1, dtype=jnp.int32)[None] - jnp.reshape(
+        slot, (-1, 1)
+    )  # 0: the pending direction, 1: the one that follows it
     square = jnp.sum(jnp.where(row_of[:, :-1] == 0, along_d, 0.0), axis=1)
     along_h_g = total(jnp.sum(pending * h_g, axis=1), axis_name)
     # No step yet, or a singular update: H stays as it is.
@@ -231,7 +238,7 @@ def apply_inverse_transpose(state: BroydenState, x: jax.Array, axis_name: AxisNa
     """Return H^T x, (B, N), for x (B, N) and the inverse Jacobian estimate H of g(z) = f(z) - z in a state."""
     slots = state.directions.shape[1]
     along_x = jnp.pad(total(jnp.einsum("bmn,bn->bm", state.directions, x), axis_name), ((0, 0), (0, 1)))
-    here = jnp.arange(slots + 1)[None] == state.slot[:, None]
+    here = jnp.arange(slots + 1, dtype=jnp.int32)[None] == state.slot[:, None]
     along_x = jnp.where(here, total(jnp.sum(state.pending * x, axis=1), axis_name)[:, None], along_x)
     weights = jnp.einsum("bij,bi->bj", state.core, along_x)
     return jnp.einsum("bm,bmn->bn", weights, state.directions) - state.multiple[:, None] * x
@@ -251,4 +258,4 @@ def _step_with_search(
     updated = updated._replace(search=_Search(z, merits, length))
     state = _select(accept, updated, state._replace(search=search._replace(length=length)))
     base = jnp.where(accept[:, None], z, search.base)
-    return base + length[:, None] * state.pending, state
+    return base + state.scale * length[:, None] * state.pending, state

@@ -1,4 +1,4 @@
-"""Draw the figures of the documentation: `python docs/figures.py`, about a minute on two CPU cores.
+"""Draw the figures of the documentation: `python docs/figures/draw.py`, a minute and a half of one core.
 
 residuals.svg: relative residuals against evaluations of f, for three kinds of f. gradients.svg: the error of gradients against
 what they cost. Everything in float64, medians over 64 problems of 64 elements.
