@@ -14,6 +14,7 @@ RECORDED = (0, 3, 20)
 OPTIONS = {"max_steps": STEPS, "trace": True, "trajectory_steps": RECORDED}
 SOLVERS = [
     Picard(relaxation=0.5, **OPTIONS),
+    Picard(adaptive=True, **OPTIONS),
     Anderson(**OPTIONS),
     Anderson(relaxation=0.7, memory=3, **OPTIONS),
     Broyden(**OPTIONS),

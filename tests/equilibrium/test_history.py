@@ -35,7 +35,7 @@ def iterates(solver, memory):
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_iterates_do_not_depend_on_slots_that_are_still_empty(solver):
     """With room for many iterates or just for those there are: the same, as long as none had to be dropped."""
-    wide, _ = iterates(solver, 8)
+    wide, _ = iterates(solver, 7)
     for memory in (2, 4):
         exact, _ = iterates(solver, memory)
         np.testing.assert_allclose(exact[: memory + 1], wide[: memory + 1], rtol=1e-12)

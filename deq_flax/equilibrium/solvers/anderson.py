@@ -41,6 +41,9 @@ class Anderson(Solver):
     """Iterates that are combined. Memory: 2 x as many copies of z."""
     relaxation: float = 1.0
     """Weight of f(z) against z in the combined iterates, in (0, 1]; 1 combines values of f alone."""
+    restart: bool = True
+    """When `memory` iterates are held, go on from the newest third and the next one instead of dropping the oldest in each
+    step. False is the published algorithm."""
     ridge: float = 1e-4
     """Tikhonov regularization of the combination's weights, relative to the squared residuals."""
 
@@ -69,8 +72,16 @@ class Anderson(Solver):
         residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, unit, slot, axis=1)
         row = total(jnp.einsum("bmn,bn->bm", residuals, unit), self.axis_name)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
-        weights = _weights(gram, jnp.arange(slots, dtype=jnp.int32) <= k, self.ridge)
+        age = (slot - jnp.arange(slots, dtype=jnp.int32)) % slots
+        weights = _weights(gram, age < self._window(k, slots), self.ridge)
         return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scale)
+
+    def _window(self, k: jax.Array, slots: int) -> jax.Array:
+        """Return the number of newest iterates that are combined in step k."""
+        if not self.restart:
+            return jnp.minimum(k + 1, slots)
+        kept = min(slots, max(2, 1 + slots // 3))
+        return jnp.where(k < slots, k + 1, kept + (k - slots) % (slots + 1 - kept))
 
 
 def _weights(gram: jax.Array, used: jax.Array, ridge: float) -> jax.Array:
