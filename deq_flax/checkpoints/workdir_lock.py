@@ -7,6 +7,7 @@ that finds the lock watches it for a few beats, so that the clocks of two machin
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -76,8 +77,8 @@ class WorkdirLock:
             self._make_folder()
             while not self._create():
                 seen = _read(self._path)
-                if seen is not None and self._is_stale(seen):
-                    self._remove(seen)
+                if seen is not None and self._is_stale(seen) and self._take_over(seen):
+                    break
         except OSError as error:
             self._remove_made()
             raise UserError(f"cannot write to the workdir {self._workdir}: {error.strerror or error}") from error
@@ -153,18 +154,31 @@ class WorkdirLock:
     def _in_use(self, seen: _Seen) -> UserError:
         return UserError(f"{self._workdir} is in use by {seen}: wait for it, stop it, or choose another --workdir")
 
-    def _remove(self, stale: _Seen) -> None:
-        """Delete a stale lock, unless another process has just replaced it by its own."""
-        aside = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}")
+    def _take_over(self, stale: _Seen) -> bool:
+        """Replace a stale lock by this one. False: look again, another process has been faster.
+
+        Of several that find the same stale lock, one creates the mark of it, and nobody else replaces that lock then.
+        """
+        name = self._path.name
+        mark = self._path.with_name(f".{name}.{hashlib.sha256(stale.text.encode()).hexdigest()[:16]}")
         try:
-            self._path.rename(aside)
-        except FileNotFoundError:
-            return
-        moved = _read(aside)
-        if moved is not None and moved.text != stale.text:
-            with contextlib.suppress(OSError):
-                os.link(aside, self._path)
-        aside.unlink(missing_ok=True)
+            os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        except FileExistsError:
+            end = time.monotonic() + PATIENCE
+            while mark.exists() and time.monotonic() < end:
+                time.sleep(min(0.05, PATIENCE / 10))
+            mark.unlink(missing_ok=True)  # of a process that died in between
+            return False
+        try:
+            seen = _read(self._path)
+            if seen is None or seen.text != stale.text:
+                return False
+            own = self._path.with_name(f".{name}.{uuid.uuid4().hex}")
+            own.write_text(self._text)
+            own.replace(self._path)
+            return True
+        finally:
+            mark.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
