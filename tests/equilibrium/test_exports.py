@@ -2,8 +2,6 @@
 
 import dataclasses
 import inspect
-import pathlib
-import tomllib
 
 import jax
 import pytest
@@ -52,8 +50,3 @@ def test_lists_of_exports_are_complete():
     for package in (deq_flax, equilibrium):
         public = {name for name, value in vars(package).items() if not name.startswith("_") and not inspect.ismodule(value)}
         assert set(package.__all__) - {"__version__"} == public
-
-
-def test_the_version_is_that_of_the_distribution():
-    project = tomllib.loads((pathlib.Path(deq_flax.__file__).parent.parent / "pyproject.toml").read_text())
-    assert deq_flax.__version__ == project["project"]["version"]

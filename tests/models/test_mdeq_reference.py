@@ -25,7 +25,7 @@ def predict(model, images, solver, gradient, train):
     if model.head.__class__.__name__ == "ClassificationHead":
         out = model(images, solve=solving(solver=solver, gradient=gradient), train=train)
         return out.logits, out.branches
-    f, z0 = model.equation(images, train=train)
+    f, z0, *_ = model.equation(images, train=train)
     z = fixed_point(f, z0, solver=solver, gradient=gradient).value
     return model.head(z, train), z
 
@@ -48,7 +48,7 @@ def run_evaluation(graphdef, solver, params, variables, images, z_rand):
     """(injection, f(z_rand), logits, branches, variables after)."""
     model = nnx.merge(graphdef, params, variables, copy=True)
     logits, z = predict(model, images, solver, None, train=False)
-    f, _ = model.equation(images)
+    f, *_ = model.equation(images)
     return model.stem(images, False), f(z_rand), logits, z, nnx.split(model, nnx.Param, ...)[2]
 
 
