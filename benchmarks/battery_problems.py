@@ -40,9 +40,9 @@ def evaluate(xp: Any, p: dict, z: Any) -> Any:
     return p["scale"] * out
 
 
-def battery() -> dict[str, list[Problem]]:
-    """The problems by family; always the same."""
-    return {name: list(make(np.random.default_rng(seed))) for seed, (name, make) in enumerate(FAMILIES.items())}
+def battery(seed: int) -> dict[str, list[Problem]]:
+    """The problems by family. The options of our solvers were chosen on those of seed 0, which so flatter them."""
+    return {name: list(make(np.random.default_rng(1000 * seed + i))) for i, (name, make) in enumerate(FAMILIES.items())}
 
 
 def residual(p: Problem, z: np.ndarray) -> float:
