@@ -107,6 +107,8 @@ def work(room: str, numbers: list[int], seed: int, folder: Path) -> None:
     from deq_flax.errors import UserError
 
     os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "MPLCONFIGDIR": str(folder / "matplotlib")}
+    if room == "workdirs":
+        import matplotlib.font_manager  # noqa: F401  its first import starts programs to list the fonts
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     faulthandler.enable()
