@@ -271,12 +271,9 @@ def _upgraded(mapping: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
         phantom["relaxation"] = deq.pop("phantom_damping", 0.5)
         if deq.get("gradient") == "phantom":
             deq["gradient_options"] = phantom
-        for solver in ("solver", "backward_solver"):
-            options = {"memory": memory} if memory and deq.get(solver) in ("anderson", "broyden") else {}
-            if deq.get(solver) == "anderson":
-                options["restart"] = False  # the window slid then
-            if options:
-                deq[f"{solver}_options"] = options
+        for solver in ("solver", "backward_solver") if memory else ():
+            if deq[solver] in ("anderson", "broyden"):
+                deq[f"{solver}_options"] = {"memory": memory}
     if config["model"].get("vocab_size") == 0 and vocab_size:
         config["model"]["vocab_size"] = vocab_size
     return config

@@ -194,7 +194,7 @@ def test_adaptive_relaxation_is_right_for_each_sample():
 
 
 def test_the_window_of_anderson_is_a_third_after_a_restart():
-    windows = [int(Anderson(memory=6)._window(jnp.asarray(k), 6)) for k in range(12)]
+    windows = [int(Anderson(memory=6, restart=True)._window(jnp.asarray(k), 6)) for k in range(12)]
     assert windows == [1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 3, 4]
 
 
