@@ -16,6 +16,7 @@ import inspect
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -85,8 +86,7 @@ def run(
     """
     _replace_closed_streams()
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    for library in ("absl", "asyncio"):  # Orbax writes tracebacks of errors that reach us anyway
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    _silence_failed_writes()
     argv = list(sys.argv if argv is None else argv)
     as_json, argv = _without_json(argv)
     try:
@@ -121,6 +121,20 @@ _OUTSIDE = {
     getattr(errno, name) for name in ["EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ENOMEM", "EAGAIN"]
 }
 """Errors that are neither the user's nor ours: limits of the machine, and full or failing disks."""
+
+
+def _silence_failed_writes() -> None:
+    """Print no tracebacks of failed writes in the background: they are raised where the run waits for the write."""
+    for library in ("absl", "asyncio"):  # Orbax's
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # of a write that Orbax gave up
+    sys.unraisablehook = _report_unraisable
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Print an uncatchable exception, unless a thread of TensorStore raised it because Orbax has closed its event loop."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _replace_closed_streams() -> None:

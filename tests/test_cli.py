@@ -281,6 +281,18 @@ def test_standard_streams_that_are_full_or_closed(tmp_path, config, redirect, co
     assert done.stderr.splitlines() == [*([words] if words else []), f"code {code}"]
 
 
+@pytest.mark.parametrize(("reason", "printed"), [("Event loop is closed", False), ("lost", True)])
+def test_uncatchable_exceptions_are_silent_only_after_failed_writes(capsys, config, monkeypatch, reason, printed):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored afterwards
+
+    class Writer:
+        def __del__(self):
+            raise RuntimeError(reason)
+
+    assert Command(lambda: Writer() and None)("--config", config) == 0
+    assert (reason in capsys.readouterr().err) is printed
+
+
 @pytest.mark.parametrize("number", [24, 27, 28, 122])
 def test_limits_of_the_machine_are_one_line_and_other_errors_keep_their_traceback(capsys, config, number):
     def body():
