@@ -172,9 +172,12 @@ def never_frozen(going: jax.Array, new: Any, old: Any) -> Any:
     return new
 
 
-def freeze_stopped(going: jax.Array, new: Any, old: Any) -> Any:
-    """Keep every leaf, (B, ...), of the samples that have stopped: a `Freeze` that reads and writes the whole state."""
-    return jax.tree.map(lambda n, o: jnp.where(jnp.reshape(going, (-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
+def select_samples(which: jax.Array, new: Any, old: Any) -> Any:
+    """Return `new` for the samples in `which` (B,) and `old` for the others, in every leaf (B, ...).
+
+    As a `Freeze` it reads and writes the solver's whole state in each iteration.
+    """
+    return jax.tree.map(lambda n, o: jnp.where(jnp.reshape(which, (-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
 
 
 def solve_with_state(
@@ -183,7 +186,7 @@ def solve_with_state(
     solver: Solver,
     max_steps: jax.Array | int | None = None,
     *,
-    freeze: Freeze = freeze_stopped,
+    freeze: Freeze = select_samples,
 ) -> tuple[jax.Array, SolverStats, Any]:
     """Run `solve` and also return the solver's own state after the last finite evaluation of each sample."""
     loop = iteration(solver, max_steps, freeze=freeze)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.fixed_point import check_map, check_max_steps, check_solver, flattener
-from deq_flax.equilibrium.loop import Solver, iteration, never_frozen, statistics
+from deq_flax.equilibrium.loop import Solver, iteration, never_frozen, select_samples, statistics
 from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import Solution, SolverStats
 from deq_flax.equilibrium.solvers.broyden import Broyden
@@ -86,7 +86,7 @@ def fixed_point_queue(
         answers = jax.tree.map(lambda all_, new: all_.at[place].set(new, mode="drop"), s.answers, results)
         problem = jnp.where(done, jnp.minimum(s.next + jnp.cumsum(done, dtype=jnp.int32) - 1, problems), s.problem)
         new = begin(jnp.minimum(problem, problems - 1))
-        loops, at = jax.tree.map(lambda n, o: jnp.where(_over(done, n), n, o), new, (s.loops, s.inputs))
+        loops, at = select_samples(done, new, (s.loops, s.inputs))
         return s._replace(
             next=s.next + jnp.sum(done, dtype=jnp.int32), problem=problem, loops=loops, inputs=at, answers=answers
         )
@@ -133,7 +133,3 @@ def _result(end: Any, solver: Solver) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the iterate (N,) and the statistics of a loop of one sample."""
     stats = vars(statistics(end, solver))
     return end.best.z[0], {name: x[0] for name, x in stats.items() if x is not None and name != "nfe"}
-
-
-def _over(mask: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.reshape(mask, (-1,) + (1,) * (like.ndim - 1))

@@ -23,7 +23,7 @@ from flax import nnx
 from deq_flax.data.loading import EvalBatches, iterate, train_dataset
 from deq_flax.data.puzzles.puzzles import PuzzleOptions, load_puzzles
 from deq_flax.equilibrium import Unroll, fixed_point
-from deq_flax.equilibrium.loop import freeze_stopped
+from deq_flax.equilibrium.loop import select_samples
 from deq_flax.equilibrium.solution import Solve, SolverStats
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model, build_model
@@ -312,7 +312,7 @@ def _refilled(slots: Slots, batch: Batch, state: Any) -> Slots:
     """The slots with the batch's puzzles in those that are free, to be started from `state`."""
     puzzle = {name: batch[name] for name in slots.puzzle}
     fresh = Slots(state, puzzle, jnp.zeros_like(slots.segments_B), slots.free_B)
-    return freeze_stopped(slots.free_B, fresh, slots)
+    return select_samples(slots.free_B, fresh, slots)
 
 
 def _with_symbols(model: Any, inputs: int, outputs: int) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.gradients.base import closed_over
-from deq_flax.equilibrium.loop import Solver, freeze_stopped, solve_with_state
+from deq_flax.equilibrium.loop import Solver, select_samples, solve_with_state
 from deq_flax.equilibrium.shards import settled, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
@@ -114,7 +114,7 @@ class _TwoStep(Solver):
 
 def _freeze(going: jax.Array, new: _State, old: _State) -> _State:
     """Keep the pair of a stopped sample. Later checkpoints are written for it too, but it is not run backward from them."""
-    return _State(*freeze_stopped(going, new[:3], old[:3]), new.kept)
+    return _State(*select_samples(going, new[:3], old[:3]), new.kept)
 
 
 class _Backward(NamedTuple):

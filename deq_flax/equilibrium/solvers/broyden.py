@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.loop import Solver
+from deq_flax.equilibrium.loop import Solver, select_samples
 from deq_flax.equilibrium.shards import AxisName, total
 from deq_flax.equilibrium.solution import norm, scale_of_first
 
@@ -190,14 +190,9 @@ def _reduced_where(
 
     def reduce(state: BroydenState) -> BroydenState:
         reduced = _reduced(state, along_g, g, axis_name)
-        return reduced if full.ndim == 0 else _select(full, reduced, state)
+        return reduced if full.ndim == 0 else select_samples(full, reduced, state)
 
     return jax.lax.cond(jnp.any(full), reduce, lambda state: state, state)
-
-
-def _select(which: jax.Array, new: BroydenState, old: BroydenState) -> BroydenState:
-    """Return the new state of the samples in `which` (B,), and the old one of the others."""
-    return jax.tree.map(lambda n, o: jnp.where(jnp.reshape(which, (-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
 
 
 def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: AxisName | None) -> BroydenState:
@@ -256,6 +251,6 @@ def _step_with_search(
     length = jnp.where(accept, 1.0, 0.5 * search.length)
     merits = jnp.concatenate([search.merits[:, 1:], merit[:, None]], axis=1)
     updated = updated._replace(search=_Search(z, merits, length))
-    state = _select(accept, updated, state._replace(search=search._replace(length=length)))
+    state = select_samples(accept, updated, state._replace(search=search._replace(length=length)))
     base = jnp.where(accept[:, None], z, search.base)
     return base + state.scale * length[:, None] * state.pending, state
