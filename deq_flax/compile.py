@@ -32,11 +32,11 @@ def main() -> dict[str, Any]:
     config = without_data(cli.resolved(_FLAGS))
     chip, devices = chips.topology_devices(_TOPOLOGY.value) if _TOPOLOGY.value else (None, jax.devices())
     result: dict[str, Any] = {"topology": _TOPOLOGY.value or jax.default_backend(), "devices": len(devices), "steps": {}}
-    for name in _STEPS.value or ():
-        print(f"compiling the {name} step", file=sys.stderr, flush=True)
-        (step,) = compile_steps(config, devices, names=[name], jacobian_loss=_JACOBIAN.value)
-        result["steps"][name] = report(step, chip, config.deq)
-        for line in as_lines(name, result["steps"][name]):
+    names = _STEPS.value or ()
+    print(f"compiling: {', '.join(names)}", file=sys.stderr, flush=True)
+    for step in compile_steps(config, devices, names=names, jacobian_loss=_JACOBIAN.value):
+        result["steps"][step.name] = report(step, chip, config.deq)
+        for line in as_lines(step.name, result["steps"][step.name]):
             print(line, flush=True)
     return result
 

@@ -1,7 +1,7 @@
 """The compiled steps of a run, from shapes alone: no array of the model, its optimizer or its data is made."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from deq_flax.config import Config, make_task, phases_of
 from deq_flax.devices.mesh import TENSOR, by_batch, check_batch, make_mesh
-from deq_flax.devices.sharding import gathered_specs, named_shardings, param_specs
+from deq_flax.devices.sharding import bytes_on_device, gathered_shardings
 from deq_flax.task import Task
 from deq_flax.train.optimizer import make_optimizer
 from deq_flax.train.step import TrainState, make_eval_step, make_train_step, split_model, state_shardings
@@ -38,8 +38,8 @@ class CompiledStep:
 
 def compile_steps(
     config: Config, devices: Sequence[Any], *, names: Sequence[str] = ("train", "eval"), jacobian_loss: bool = False
-) -> list[CompiledStep]:
-    """Compile steps of a config for given devices.
+) -> Iterator[CompiledStep]:
+    """Yield each step of a config, compiled for given devices.
 
     Args:
       config: with a data set that needs no files; see `stand_in.without_data`.
@@ -68,7 +68,6 @@ def compile_steps(
     state = TrainState(*(_sharded(tree, sharding) for tree, sharding in zip(state, shardings, strict=True)))
     number = options.steps - 1
     scalars = jax.tree.map(_shape, phases.scalars(number))
-    found = []
     for name in names:
         start = time.perf_counter()
         if name == "train":
@@ -86,24 +85,23 @@ def compile_steps(
             )
             batch = _batch(next(task.train_batches(0)), mesh)
             traced = step.trace(state, batch, scalars, _shape(np.int32(0)), phase=phase)
-            kept = {"parameters": _bytes(state.params) + _bytes(state.variables) + _bytes(state.ema)}
-            kept |= {"optimizer": _bytes(state.opt_state), "carry": _bytes(state.carry)}
+            kept = {"parameters": bytes_on_device((state.params, state.variables, state.ema))}
+            kept |= {"optimizer": bytes_on_device(state.opt_state), "carry": bytes_on_device(state.carry)}
         else:
             traced, kept = _trace_eval(task, graphdef, mesh, phases.evaluation, model, state, scalars)
         compiled = traced.lower().compile()
         seconds = time.perf_counter() - start
-        found.append(CompiledStep(name, compiled, seconds, kept, traced.jaxpr.jaxpr, mesh.shape[TENSOR]))
-    return found
+        yield CompiledStep(name, compiled, seconds, kept, traced.jaxpr.jaxpr, mesh.shape[TENSOR])
 
 
 def _trace_eval(
     task: Task, graphdef: Any, mesh: Mesh, phase: Any, model: Any, state: TrainState, scalars: Any
 ) -> tuple[jax.stages.Traced, dict[str, int]]:
     """Trace the evaluation step, for which parameters are whole but for what `tensor` splits."""
-    params = _sharded(state.params, named_shardings(gathered_specs(param_specs(model, mesh)), mesh))
+    params = _sharded(state.params, gathered_shardings(model, mesh))
     carry = _sharded(jax.eval_shape(lambda: task.fresh_carry(model, task.eval_batch_size)), by_batch(mesh))
     batch = _batch(task.eval_batches("valid")[0], mesh)
-    kept = {"parameters": _bytes(params) + _bytes(state.variables), "optimizer": 0, "carry": _bytes(carry)}
+    kept = {"parameters": bytes_on_device((params, state.variables)), "optimizer": 0, "carry": bytes_on_device(carry)}
     step: Any = make_eval_step(task, graphdef, mesh, phase)
     return step.trace(params, state.variables, batch, carry, scalars), kept
 
@@ -121,9 +119,3 @@ def _sharded(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of the leaves on one device."""
-    shapes = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
-    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes)

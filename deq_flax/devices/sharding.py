@@ -9,6 +9,7 @@ Over `tensor`, a parameter is split where its Param's metadata `out_sharding` ha
 collectives: one of ours within a solver's loop would deadlock as soon as two devices of a group disagreed on stopping.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -52,6 +53,16 @@ def param_specs(params: nnx.Module | nnx.State, mesh: Mesh) -> Specs:
 def named_shardings(specs: Specs, mesh: Mesh) -> Any:
     """The specs as shardings on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def gathered_shardings(model: nnx.Module, mesh: Mesh) -> Any:
+    """Shardings of a model's parameters as evaluation wants them: gathered over `fsdp`, split over `tensor` alone."""
+    return named_shardings(gathered_specs(param_specs(model, mesh)), mesh)
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes of the leaves, arrays or shapes with shardings, on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def opt_shardings(optimizer: optax.GradientTransformation, params: Any, param_shardings: Any, mesh: Mesh) -> Any:

@@ -11,6 +11,8 @@ import jax
 from clu import parameter_overview
 from jax.sharding import Mesh
 
+from deq_flax.devices.sharding import bytes_on_device
+
 _FIELDS = (
     ("loss {}", ("loss", "{:.3f}")),
     ("ppl {}", ("ppl", "{:.4g}")),
@@ -104,14 +106,13 @@ def device_summary(mesh: Mesh, state: Any) -> str:
 
     What a step needs besides, activations and the solver's history, is not known before it runs.
     """
-    devices, arrays = mesh.devices.flatten(), jax.tree.leaves(state)
+    devices = mesh.devices.flatten()
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    on_each = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
-    whole = sum(x.nbytes for x in arrays)
+    whole = sum(x.nbytes for x in jax.tree.leaves(state))
     return (
         f"devices: {len(devices)} x {devices[0].device_kind}{processes}; mesh: {axes}\n"
-        f"training state: {_short(whole)}B, {_short(on_each)}B on each device"
+        f"training state: {_short(whole)}B, {_short(bytes_on_device(state))}B on each device"
     )
 
 

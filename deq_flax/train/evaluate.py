@@ -17,7 +17,7 @@ from tqdm import tqdm
 from deq_flax.checkpoints.loading import load_params
 from deq_flax.devices.mesh import FSDP, MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
 from deq_flax.devices.processes import is_first
-from deq_flax.devices.sharding import gathered_specs, named_shardings, param_specs
+from deq_flax.devices.sharding import gathered_shardings
 from deq_flax.equilibrium import Solver, fixed_point, spectral_radius
 from deq_flax.errors import UserError
 from deq_flax.task import HasEquation, HasRestarts, Metrics, Task
@@ -89,7 +89,7 @@ def load(task: Task, path: Path, mesh: Mesh, *, seed: int = 0) -> Loaded:
     model = task.build_model(nnx.Rngs(seed))
     graphdef, params, variables = split_model(model)
     restored = load_params(path, params, variables)
-    params = place(restored.eval_params, named_shardings(gathered_specs(param_specs(model, mesh)), mesh))
+    params = place(restored.eval_params, gathered_shardings(model, mesh))
     return Loaded(model, graphdef, (params, place(restored.variables, replicated(mesh))), restored.step)
 
 
@@ -198,7 +198,7 @@ def _gathered(model: nnx.Module, params: Any, mesh: Mesh) -> Any:
     """Parameters whole on every device, but for what `tensor` splits: once, not for every batch."""
     if mesh.shape[FSDP] == 1:
         return params
-    return jax.device_put(params, named_shardings(gathered_specs(param_specs(model, mesh)), mesh))
+    return jax.device_put(params, gathered_shardings(model, mesh))
 
 
 def summarize(task: Task, split: str, metrics: Mapping[str, Any]) -> dict[str, float]:
