@@ -152,7 +152,7 @@ def _vocabulary_of_text(data: TextOptions) -> Vocabulary | Tokenizer:
     try:
         corpus = load_text(data)
         if corpus.tokenizer_json is not None:
-            return Tokenizer.load(Path(data.path) / TOKENIZER_FILE)
+            return Tokenizer.from_json(corpus.tokenizer_json, Path(data.path) / TOKENIZER_FILE)
         vocabulary, reason = corpus.vocabulary, "its text is token ids alone"
     except UserError as error:
         vocabulary, reason = None, str(error)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from deq_flax import cli
 from deq_flax.data.loading import SPLITS
-from deq_flax.data.text.cache import QUIET_BYTES, write_header
+from deq_flax.data.text.cache import QUIET_BYTES, write_tokens
 from deq_flax.data.text.corpus import CORPUS_FILE
 from deq_flax.data.text.documents import Documents
 from deq_flax.data.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -138,21 +138,22 @@ def encode(tokenizer: Tokenizer, text: Text, file: Path, split: str) -> dict[str
     Raises:
       UserError: there is no text, or only one token.
     """
-    dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<i4")
-    n_tokens = n_bytes = 0
-    with open(file, "wb") as out, _progress(f"encoding {split}", text.size()) as update:
-        write_header(out, n_tokens, dtype.str)
-        pieces = text.pieces()
+    n_bytes = 0
+    end_of_document = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int32)
+
+    def ids_of(pieces: Iterator[Piece]) -> Iterator[np.ndarray]:
+        nonlocal n_bytes
         while batch := list(islice(pieces, BATCH)):
             for (piece, ends), ids in zip(batch, tokenizer.encode_many([piece for piece, _ in batch]), strict=True):
-                out.write(ids.astype(dtype).tobytes())
-                n_tokens, n_bytes = n_tokens + len(ids), n_bytes + len(piece.encode())
-                update(len(piece.encode()))
-                if ends and tokenizer.end_of_text is not None:
-                    out.write(np.array(tokenizer.end_of_text, dtype).tobytes())
-                    n_tokens += 1
-        out.seek(0)
-        write_header(out, n_tokens, dtype.str)
+                yield ids
+                if ends:
+                    yield end_of_document
+                size = len(piece.encode())
+                n_bytes += size
+                update(size)
+
+    with open(file, "wb") as out, _progress(f"encoding {split}", text.size()) as update:
+        n_tokens = write_tokens(out, ids_of(text.pieces()), np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
     if n_tokens < 2:
         raise UserError(f"the {split} split has {n_tokens} tokens: give more text, or raise --held_out, or give --{split}")
     return {"tokens": n_tokens, "bytes": n_bytes}

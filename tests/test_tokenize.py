@@ -48,6 +48,9 @@ def test_the_corpus_is_read_with_its_sizes(encoded, tmp_path):
     assert corpus.vocab_size == 400 and corpus.bytes_per_token("test") == meta["bytes"]["test"] / meta["tokens"]["test"]
     for file in out.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"the tokenizer .* is not UTF-8"):
+        load_text(TextOptions(name="tokens", path=str(tmp_path)))
     np.save(tmp_path / "valid.npy", np.zeros(7, np.uint16))
     with pytest.raises(UserError, match=r"valid\.npy of \d+ tokens, which has 7"):
         load_text(TextOptions(name="tokens", path=str(tmp_path)))

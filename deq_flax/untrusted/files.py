@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from deq_flax.errors import UserError
+
 MAX_JSON_BYTES = 1 << 23
 """Size of a JSON file; the record of a checkpoint has 100 bytes an array."""
 MAX_DEPTH = 32
@@ -43,6 +45,16 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     if len(content) > limit:
         raise OSError(f"it is larger than {limit} bytes")
     return content
+
+
+def read_text(path: str | Path, limit: int, what: str) -> str:
+    """The content of an ordinary file of UTF-8, at most `limit` bytes. UserError: it cannot be read; `what` names the file."""
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text") from error
 
 
 def read_json(path: str | Path) -> Any:

@@ -6,11 +6,12 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from deq_flax.data.loading import SPLITS
@@ -98,34 +99,37 @@ def _encode(
         lengths = {}
         for split, text in texts.items():
             with open(folder / f"{split}.npy", "wb") as out:
-                lengths[split] = _write_tokens(out, text, vocabulary, bar.update)
+                lengths[split] = write_tokens(out, _ids_of(text, vocabulary, bar.update), np.int32)
     vocabulary.save(folder / "vocabulary.txt")
     meta = {"format": FORMAT, "lower_case": lower_case, "vocab_size": len(vocabulary), "tokens": lengths}
     meta["sources"] = {split: str(text) for split, text in texts.items()}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _write_tokens(out: BinaryIO, text: TextFile, vocabulary: Vocabulary, progress: Callable[[int], object]) -> int:
-    """Write an array of tokens piece by piece and return its length; the header is rewritten once the length is known."""
-    n_tokens = 0
-    write_header(out, n_tokens)
-    start = out.tell()
+def _ids_of(text: TextFile, vocabulary: Vocabulary, progress: Callable[[int], object]) -> Iterator[np.ndarray]:
     for piece in text.pieces(progress):
         try:
-            ids = vocabulary.encode(piece)
+            yield vocabulary.encode(piece)
         except UserError as error:
             raise UserError(f"{text}: {error}") from error
-        out.write(ids.astype("<i4", copy=False).data)
+
+
+def write_tokens(out: BinaryIO, pieces: Iterable[np.ndarray], dtype: DTypeLike) -> int:
+    """Write pieces of ids as one .npy file and return its length. The header is rewritten once the length is known."""
+    little_endian = np.dtype(dtype).newbyteorder("<")
+
+    def write_header(n_tokens: int) -> int:
+        header = {"descr": little_endian.str, "fortran_order": False, "shape": (n_tokens,)}
+        np.lib.format.write_array_header_1_0(out, header)
+        return out.tell()
+
+    n_tokens, start = 0, write_header(0)
+    for ids in pieces:
+        out.write(ids.astype(little_endian, copy=False).data)
         n_tokens += len(ids)
     out.seek(0)
-    write_header(out, n_tokens)
-    assert out.tell() == start, "numpy pads the header for any length"
+    assert write_header(n_tokens) == start, "numpy pads the header for any length"
     return n_tokens
-
-
-def write_header(out: BinaryIO, n_tokens: int, dtype: str = "<i4") -> None:
-    """Write the header of an .npy file of (n_tokens,); its size does not depend on n_tokens."""
-    np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": (n_tokens,)})
 
 
 def _publish(scratch: Path, folder: Path) -> Encoded:

@@ -19,7 +19,7 @@ from deq_flax.data.text.pydoc import pydoc_corpus
 from deq_flax.data.text.tokenizer import TOKENIZER_FILE
 from deq_flax.data.text.vocabulary import MAX_BYTES, VOCABULARY_FILE, Vocabulary
 from deq_flax.errors import UserError
-from deq_flax.untrusted.files import read_bytes, read_json, shown
+from deq_flax.untrusted.files import read_json, read_text, shown
 
 CORPUS_FILE = "corpus.json"
 """File beside token arrays: `vocab_size`, and `tokens` and `bytes` by split."""
@@ -141,7 +141,7 @@ def _load_tokens(options: TextOptions, vocab_size: int) -> Corpus:
     meta = _corpus_file(folder / CORPUS_FILE, splits)
     tokenizer = folder / TOKENIZER_FILE
     with readable(tokenizer):
-        tokenizer_json = read_bytes(tokenizer, MAX_BYTES).decode("utf-8") if meta and tokenizer.exists() else None
+        tokenizer_json = read_text(tokenizer, MAX_BYTES, "the tokenizer") if meta and tokenizer.exists() else None
     vocab_size = vocab_size or meta.get("vocab_size", 0)
     limit = vocab_size or MAX_IDS
     largest = 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from deq_flax.data.text.vocabulary import MAX_BYTES
 from deq_flax.errors import UserError
-from deq_flax.untrusted.files import read_bytes
+from deq_flax.untrusted.files import read_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -41,13 +41,12 @@ class Tokenizer:
         Raises:
             UserError: the file cannot be read or is no tokenizer, or the library is not installed.
         """
+        return cls.from_json(read_text(path, MAX_BYTES, "the tokenizer"), path)
+
+    @classmethod
+    def from_json(cls, text: str, path: str | Path) -> "Tokenizer":
+        """Make a tokenizer of the content of a `tokenizer.json`. UserError as for `load`, with `path` as the file's name."""
         library = _library()
-        try:
-            text = read_bytes(path, MAX_BYTES).decode("utf-8")
-        except OSError as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"the tokenizer {path} is not UTF-8 text") from error
         try:
             return cls(library.Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exceptions

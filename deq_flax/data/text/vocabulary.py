@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from deq_flax.errors import UserError
-from deq_flax.untrusted.files import read_bytes, shown
+from deq_flax.untrusted.files import read_text, shown
 
 VOCABULARY_FILE = "vocabulary.txt"
 EOS = "<eos>"
@@ -140,12 +140,7 @@ class Vocabulary:
         Raises:
             UserError: the file cannot be read, is empty, or contains a word twice.
         """
-        try:
-            text = read_bytes(path, MAX_BYTES).decode("utf-8")
-        except OSError as error:
-            raise UserError(f"cannot read the vocabulary {path}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"the vocabulary {path} is not UTF-8 text") from error
+        text = read_text(path, MAX_BYTES, "the vocabulary")
         words = text.removesuffix("\n").split("\n") if text else []
         if not words or not all(words) or len(set(words)) != len(words):
             raise UserError(f"{path} is not a vocabulary: it must hold one word a line, each once")
