@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deq_flax.errors import UserError
+from deq_flax.untrusted.files import parse_json
 
 BEAT = 15.0
 """Seconds between two signs of life of a holder."""
@@ -40,8 +41,8 @@ class _Seen(NamedTuple):
     @property
     def holder(self) -> dict[str, Any]:
         """What the holder has written of itself; empty while it is being written, or if its disk was full."""
-        with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(self.text)
+        with contextlib.suppress(ValueError):
+            found = parse_json(self.text)
             if isinstance(found, dict):
                 return found
         return {}
