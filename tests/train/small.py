@@ -3,12 +3,18 @@
 Also the helpers of all tests of runs: tasks and runs from a nested mapping, changed batches, arrays to compare.
 """
 
+import contextlib
+import dataclasses
+from unittest import mock
+
 import numpy as np
 
+from deq_flax.checkpoints.checkpoints import CheckpointOptions
 from deq_flax.checkpoints.stored_step import read_record
 from deq_flax.config import Config, phases_of, resolve, to_dict
 from deq_flax.config import make_task as task_of
 from deq_flax.devices.mesh import MeshOptions, make_mesh
+from deq_flax.train import loop
 from deq_flax.train.loop import Run, train
 from deq_flax.train.step import make_eval_step, split_model
 
@@ -76,19 +82,44 @@ def evaluation_of(config, task, model):
     return task, model, step, mesh, params, variables
 
 
-def run(config, workdir, wrap=lambda task: task):
-    """Train as the command does; `wrap` may replace the task that the trainer sees."""
+def run(config, workdir, wrap=lambda task: task, *, own_steps=False):
+    """Train as the command does; `wrap` may replace the task that the trainer sees.
+
+    Runs of configs that differ only in when they log, evaluate and save share their steps: to trace one takes longer than to
+    train with it. `own_steps`: make them anew, as a process does that resumes a run.
+    """
     c = config if isinstance(config, Config) else resolve(config)
-    return train(
-        wrap(task_of(c)),
-        workdir=workdir,
-        config=to_dict(c),
-        phases=phases_of(c),
-        optimizer=c.optimizer,
-        train=c.train,
-        mesh=c.mesh,
-        checkpoint=c.checkpoint,
-    )
+    with contextlib.nullcontext() if own_steps else shared_steps(c):
+        return train(
+            wrap(task_of(c)),
+            workdir=workdir,
+            config=to_dict(c),
+            phases=phases_of(c),
+            optimizer=c.optimizer,
+            train=c.train,
+            mesh=c.mesh,
+            checkpoint=c.checkpoint,
+        )
+
+
+_STEPS = {}
+
+
+def shared_steps(c):
+    """Let the trainer take the steps of an earlier run in this process, if all that they depend on was the same."""
+    train_options = {f"{name}_every": 1 for name in ("log", "eval", "checkpoint")}
+    alike = dataclasses.replace(c, train=dataclasses.replace(c.train, **train_options), checkpoint=CheckpointOptions())
+
+    def once(make):
+        def made(*arguments, **options):
+            key = make.__name__, repr(alike)
+            if key not in _STEPS:
+                _STEPS[key] = make(*arguments, **options)
+            return _STEPS[key]
+
+        return made
+
+    return mock.patch.multiple(loop, make_train_step=once(loop.make_train_step), make_eval_step=once(loop.make_eval_step))
 
 
 def explicit(config):

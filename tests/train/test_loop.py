@@ -48,7 +48,7 @@ def test_a_run_crashed_twice_is_bit_identical_to_one_never_stopped(folder, unint
     for steps in ((3,), (7,)):
         with pytest.raises(RuntimeError, match="crash"):
             run(config(folder), tmp_path, crash_at(*steps))
-    run(config(folder), tmp_path)
+    run(config(folder), tmp_path, own_steps=True)
     assert metrics(tmp_path) == metrics(uninterrupted)
     assert arrays(tmp_path, 8) == arrays(uninterrupted, 8)
 
@@ -232,7 +232,7 @@ def test_the_host_reads_a_step_only_after_sending_the_next(folder, tmp_path, mon
     monkeypatch.setattr(loop, "make_train_step", recording)
     monkeypatch.setattr(loop.Log, "flush", read)
     c = config(folder, deq={"pretrain_steps": 0, "jacobian_weight": 0.0}, train={"eval_every": 0, "checkpoint_every": 8})
-    run(c, tmp_path)
+    run(c, tmp_path, own_steps=True)
     for step in range(2, 8):
         assert events.index(("read", step)) > events.index(("sent", step + 1))
 
@@ -244,7 +244,7 @@ def test_a_run_compiles_once_for_each_phase_and_once_to_evaluate(folder, tmp_pat
     assert len(phases) == 3 and "unrolled pretraining" in map(str, phases)
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        run(c, tmp_path)
+        run(c, tmp_path, own_steps=True)
     compiled = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Finished XLA compilation")]
     steps = [message for message in compiled if re.search(r"jit\(step\)", message)]
     assert len(steps) == len(phases) + 1, steps
