@@ -44,6 +44,7 @@ def test_a_table_replaces_the_one_before_and_nothing_else(tmp_path):
     assert file.read_text() == text.replace("new\n", "newer\n")
 
 
+@pytest.mark.slow
 def test_a_run_of_made_up_text_evaluates_as_often_as_it_is_told(tmp_path):
     it = training.Training(training.resolved("configs/wt103.py", training.timing_text(str(tmp_path), 3)))
     _, metrics = it.run.train_step(it.run.state, *it.arguments, phase=it.phases.phase(0))
@@ -51,6 +52,7 @@ def test_a_run_of_made_up_text_evaluates_as_often_as_it_is_told(tmp_path):
     assert_loops_keep_the_state(it)
 
 
+@pytest.mark.slow
 def test_the_timed_loops_are_those_of_the_model(tmp_path):
     changes = {"data.batch_size": 2, "data.eval_batch_size": 2} | training.images(str(tmp_path), 8) | training.exactly(3)
     assert_loops_keep_the_state(training.Training(training.resolved("configs/cifar10.py:tiny", changes)))

@@ -30,6 +30,7 @@ def test_digits():
     assert example("digits_nnx").main(steps=80) > 0.8
 
 
+@pytest.mark.slow
 def test_inverse_problem():
     k, a = example("inverse_problem").main()
     assert abs(k - 10) < 0.1 and abs(a - 20) < 0.1  # noise of 1e-3 moves them by 0.04
@@ -46,6 +47,7 @@ def test_scan():
     assert abs(module.main(steps=30) - 5) < 1  # from 2
 
 
+@pytest.mark.slow
 def test_sharded():
     loss, evaluations = example("sharded").main(steps=60)
     assert loss < 0.1 and len(evaluations) == 4

@@ -66,6 +66,10 @@ def counting(options, vocab_size):
     return Corpus(**splits, vocab_size=vocab_size or 10)
 
 
+ONE_PHASE = {"deq": {"pretrain_steps": 0, "jacobian_weight": 0.0}}
+SELDOM = {"log_every": 10, "eval_every": 0, "checkpoint_every": 40, "ema_decay": 0.0}
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "tokens").mkdir()
@@ -81,7 +85,7 @@ def test_a_solver_and_a_gradient(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(SOLVERS, "heavy_ball", HeavyBall)
     monkeypatch.setitem(GRADIENTS, "scaled", ScaledOneStep)
     deq = {"solver": "heavy_ball", "solver_options": {"momentum": 0.1}, "gradient": "scaled", "gradient_options": {"factor": 2}}
-    c = config(folder, deq=deq | {"pretrain_steps": 0, "jacobian_weight": 0.0}, train={"steps": 2})
+    c = config(folder, deq=deq | ONE_PHASE["deq"], train={"steps": 2})
     phase = make_phases(resolve(c).deq).phase(0)
     assert phase.solver == HeavyBall(tol=1e-3, max_steps=8, momentum=0.1) and phase.gradient == ScaledOneStep(factor=2.0)
     found = lines(c, tmp_path / "run")
@@ -90,7 +94,7 @@ def test_a_solver_and_a_gradient(folder, tmp_path, monkeypatch):
 
 def test_a_model(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "bag", Bag)
-    c = config(folder, model={"name": "bag", "mem_len": 0}, train={"steps": 30, "log_every": 10, "eval_every": 0})
+    c = config(folder, **ONE_PHASE, model={"name": "bag", "mem_len": 0}, train={"steps": 30} | SELDOM)
     found = lines(c, tmp_path / "run")
     assert found[-1]["loss"] < found[0]["loss"] and found[-1]["forward_residual"] < 1e-2
 
@@ -98,6 +102,6 @@ def test_a_model(folder, tmp_path, monkeypatch):
 def test_a_text(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(TEXTS, "counting", counting)
     data, model = {"name": "counting"}, {"vocab_size": 0, "cutoffs": ()}
-    c = config(folder, data=data, model=model, train={"steps": 40, "log_every": 20, "eval_every": 0, "checkpoint_every": 40})
+    c = config(folder, **ONE_PHASE, data=data, model=model, train={"steps": 40} | SELDOM)
     found = lines(c, tmp_path / "run")
     assert found[-1]["loss"] < found[0]["loss"]

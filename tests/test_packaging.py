@@ -66,6 +66,7 @@ def test_every_command_has_a_name():
     assert {entry.module for entry in COMMANDS.values()} == {*MODULES}
 
 
+@pytest.mark.slow
 def test_names_of_commands_reach_the_commands():
     help_text = command("__main__").stdout
     assert all(f"\n  {name} " in help_text for name in COMMANDS)

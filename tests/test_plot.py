@@ -34,6 +34,7 @@ def write_run(folder, lines=LINES):
     return folder
 
 
+@pytest.mark.slow
 def test_the_metrics_of_a_run_on_text_are_drawn(tmp_path):
     result = command("plot", "--workdir", str(write_run(tmp_path / "run")))
     assert result.returncode == 0, result.stderr

@@ -49,6 +49,7 @@ def test_iterates_are_chosen_at_growing_distances():
     assert sorted(np.diff(many).tolist()) == np.diff(many).tolist()
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_puzzles(tmp_path):
     """The command in a process of its own: a larger maze than those trained on, and its pictures."""
     run(MAZE, tmp_path / "run")

@@ -59,6 +59,7 @@ def test_the_corpus_is_read_with_its_sizes(encoded, tmp_path):
         load_text(TextOptions(name="tokens", path=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_run_on_subwords_reports_bits_per_byte_and_generates(encoded, tmp_path):
     _, out, _ = encoded
     sizes = {"d_model": 16, "d_embed": 16, "n_head": 2, "d_head": 8, "d_inner": 16, "mem_len": 8, "cutoffs": "", "div_value": 1}

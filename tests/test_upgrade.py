@@ -66,6 +66,7 @@ def test_an_earlier_checkpoint_loads_as_its_model(stored, name):
         assert loaded.config.model.vocab_size == 39  # the largest id plus one, as in its arrays
 
 
+@pytest.mark.slow
 def test_an_earlier_run_continues(stored):
     """The state of the optimizer, the memory and the position in the data are restored."""
     workdir = stored("language")

@@ -54,6 +54,7 @@ def test_zeros_stand_in_for_the_data(config, shape):
     assert not any(np.any(array) for name, array in batch.items() if name in ("inputs", "images", "labels"))
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_that_of_a_run():
     config = small(MeshOptions(data=2, fsdp=4))
     (step,) = compile_steps(config, jax.devices(), names=["train"])

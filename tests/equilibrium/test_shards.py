@@ -51,13 +51,18 @@ EVERY = [
     (Picard(**TIGHT), Implicit()),
     (Anderson(**TIGHT, trace=True), Implicit(solver=GMRES(**TIGHT))),
     (Broyden(**TIGHT, trajectory_steps=(2,)), Implicit()),
-    (Broyden(**TIGHT, line_search=True), Neumann(5)),
-    (Picard(**TIGHT), JacobianFree()),
-    (Picard(**TIGHT), PhantomGradient(3)),
     (Broyden(**TIGHT), SHINE()),
-    (Picard(**TIGHT), Reversible()),
-    (Picard(**TIGHT), Unroll(20)),
-    (Picard(**TIGHT), Unroll(20, last=3)),
+    *(
+        pytest.param(solver, gradient, marks=pytest.mark.slow)
+        for solver, gradient in [
+            (Broyden(**TIGHT, line_search=True), Neumann(5)),
+            (Picard(**TIGHT), JacobianFree()),
+            (Picard(**TIGHT), PhantomGradient(3)),
+            (Picard(**TIGHT), Reversible()),
+            (Picard(**TIGHT), Unroll(20)),
+            (Picard(**TIGHT), Unroll(20, last=3)),
+        ]
+    ),
 ]
 
 

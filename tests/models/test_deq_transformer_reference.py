@@ -18,7 +18,11 @@ from deq_flax.nn.transformer import Masks, Memory
 from tests import reference
 from tests.reference import solving
 
-AUTHORS = ["lm_deq_postln", "lm_deq_preln", "lm_deq_local", "lm_deq_div1", "lm_deq_nocut"]
+AUTHORS = [
+    "lm_deq_postln",
+    "lm_deq_preln",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("lm_deq_local", "lm_deq_div1", "lm_deq_nocut")),
+]
 FIXTURES = [*AUTHORS, "lm_tdeq_postln"]
 TIGHT = Broyden(tol=1e-12, max_steps=120)
 jit = partial(jax.jit, compiler_options=reference.QUICK_COMPILE)

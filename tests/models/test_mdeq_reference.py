@@ -116,7 +116,7 @@ def test_training_step(name):
         np.testing.assert_allclose(statistics[path], x, rtol=1e-8, atol=1e-8, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["mdeq_deq_cls2", "mdeq_deq_seg3", "mdeq_deq_cls2_nownorm_bigk"])
+@pytest.mark.parametrize("name", reference.FIXTURES[:1] + reference.FIXTURES[2:4])
 def test_unrolled_pretraining(name):
     arrays, table, ((loss, (logits, _, _)), gradient) = trained(name, Unroll(3))
     close(loss, arrays["unroll3_train/loss"], 1e-10)

@@ -28,6 +28,11 @@ def tokens(length=12):
     return jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, length)), jnp.int32)
 
 
+@nnx.jit
+def call(model, tokens_BL, memory):
+    return model(tokens_BL, memory)
+
+
 def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
@@ -36,17 +41,17 @@ def close(a, b):
 def test_segments_with_enough_memory_equal_the_whole(options):
     """Each layer's memory holds the inputs of that layer, so cutting a text loses nothing."""
     model = build(mem_len=12, **options)
-    whole = model(tokens(), model.fresh_memory(2)).hidden_BLD
+    whole = call(model, tokens(), model.fresh_memory(2)).hidden_BLD
     memory, parts = model.fresh_memory(2), []
     for start, end in ((0, 5), (5, 6), (6, 12)):
-        output = model(tokens()[:, start:end], memory)
+        output = call(model, tokens()[:, start:end], memory)
         memory = output.memory
         parts.append(output.hidden_BLD)
     close(jnp.concatenate(parts, axis=1), whole)
     assert memory.states_BNMD.shape == (2, 3, 12, 16) and memory.length_B.tolist() == [12, 12]
     forgetful = build(mem_len=2, **options)
-    memory = forgetful(tokens()[:, :6], forgetful.fresh_memory(2)).memory
-    assert np.abs(forgetful(tokens()[:, 6:], memory).hidden_BLD - whole[:, 6:]).max() > 1e-3
+    memory = call(forgetful, tokens()[:, :6], forgetful.fresh_memory(2)).memory
+    assert np.abs(call(forgetful, tokens()[:, 6:], memory).hidden_BLD - whole[:, 6:]).max() > 1e-3
 
 
 def test_layers_are_the_cells_of_a_deq_transformer_in_sequence():
@@ -61,7 +66,7 @@ def test_layers_are_the_cells_of_a_deq_transformer_in_sequence():
 
 def test_later_tokens_do_not_affect_earlier_states():
     model = build(mem_len=4)
-    a, b = (model(x, model.fresh_memory(2)).hidden_BLD for x in (tokens(), tokens().at[:, 7].set(tokens()[:, 7] ^ 1)))
+    a, b = (call(model, x, model.fresh_memory(2)).hidden_BLD for x in (tokens(), tokens().at[:, 7].set(tokens()[:, 7] ^ 1)))
     close(a[:, :7], b[:, :7])
     assert np.abs(a[:, 7:] - b[:, 7:]).min() > 0
 

@@ -65,7 +65,7 @@ def written_out(cell, z_BLD, injection_BLJ, memory, positions_KD):
 
 def test_the_affine_block_is_its_formulas():
     block, given = cell(), inputs()
-    np.testing.assert_allclose(block(*given), written_out(block, *given), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(nnx.jit(block)(*given), written_out(block, *given), rtol=2e-4, atol=2e-4)
 
 
 def test_a_stack_is_its_blocks_in_sequence():

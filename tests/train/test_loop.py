@@ -63,6 +63,7 @@ def test_intervals_may_change_when_a_run_is_resumed(folder, uninterrupted, tmp_p
     assert [line["step"] for line in metrics(tmp_path) if line["split"] == "train"] == [1, 2, 3, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_explicit_layers_train_and_resume_too(folder, tmp_path):
     c = explicit(config(folder, train={"steps": 12}))
     with pytest.raises(RuntimeError, match="crash"):
@@ -196,8 +197,8 @@ def reference_losses(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     "change",
     [
-        {"train": {"accumulate": 2}},
-        {"mesh": {"data": 4}},
+        pytest.param({"train": {"accumulate": 2}}, marks=pytest.mark.slow),
+        pytest.param({"mesh": {"data": 4}}, marks=pytest.mark.slow),
         {"train": {"accumulate": 2}, "mesh": {"data": 1, "fsdp": 2, "tensor": 2}},
     ],
 )
