@@ -51,6 +51,7 @@ def chosen(room, kind):
     return [i for i, case in enumerate(all_cases(room, 0)) if case.kind == kind]
 
 
+@pytest.mark.slow
 def test_programs_in_place_of_images_are_skipped_in_a_watched_process(tmp_path):
     numbers = chosen("images", "images: programs")
     results = list(attack("images", numbers, 0, tmp_path))

@@ -150,7 +150,7 @@ METHODS = [
 ]
 
 
-@checks
+@mostly_checked
 @pytest.mark.parametrize("place", SPREAD, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("solver,gradient", METHODS, ids=lambda x: type(x).__name__)
 def test_a_problem_spread_over_shards_is_solved_as_on_one_device(solver, gradient, place, check_vma):

@@ -195,6 +195,7 @@ def test_position_encoding():
         close(position_encoding(32, 32, jnp.float64), arrays["seg1/pos_emb"][0].T, 1e-10)
 
 
+@pytest.mark.slow
 def test_training_with_adam():
     arrays = reference.load("train_deq_postln")
     with jax.enable_x64(True):
@@ -228,6 +229,7 @@ def test_float32(name):
         close(nll, arrays[f"seg{s}/nll"].T, 1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32():
     arrays = reference.load("lm_deq_postln")
     model = reference.build("lm_deq_postln", wide=False, dtype="bfloat16")

@@ -145,6 +145,7 @@ def test_float32(name):
     close(theirs(logits), arrays["eval/logits"], 1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32():
     """With running statistics: with those of a batch of two images, rounded weights would change the gradients by a seventh."""
     arrays, solver, results = load("mdeq_tdeq_cls2"), Broyden(tol=3e-3, max_steps=40), {}

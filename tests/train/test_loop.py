@@ -197,11 +197,12 @@ def reference_losses(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({"train": {"accumulate": 2}}, marks=pytest.mark.slow),
-        pytest.param({"mesh": {"data": 4}}, marks=pytest.mark.slow),
+        {"train": {"accumulate": 2}},
+        {"mesh": {"data": 4}},
         {"train": {"accumulate": 2}, "mesh": {"data": 1, "fsdp": 2, "tensor": 2}},
     ],
 )
+@pytest.mark.slow
 def test_devices_and_micro_batches_do_not_change_the_result(folder, tmp_path, reference_losses, change):
     c = plain(folder)
     c = {name: section | change.get(name, {}) if name in change else section for name, section in c.items()}
