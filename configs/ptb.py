@@ -9,6 +9,7 @@
 | reversible | a reversible iteration instead of solver and adjoint | not trained here |
 | deq_lm | three blocks in f, 12 evaluations unrolled, no solve | not trained here |
 | explicit | no equilibrium: a Transformer-XL of 8 such blocks | not trained here |
+| proposal | 7 explicit blocks propose, the equilibrium of an 8th refines; otherwise as `explicit` | not trained here |
 | short | 600 steps of a model of 1.6M, on two CPU cores | measured: see docs/recipes.md |
 
 For comparison: DEQ-TrellisNet with 24M parameters 57.1, a heavily regularized Transformer-XL with 24M 54.5.
@@ -98,6 +99,16 @@ VARIANTS = {
         "model.blocks": 8,
         "model.pre_norm": True,
         "model.affine_norm": True,
+    },
+    "proposal": {
+        "model.name": "proposal_deq",
+        "model.d_inner": 1_285,
+        "model.proposal_blocks": 7,
+        "model.pre_norm": True,
+        "model.affine_norm": True,
+        "deq.jacobian_weight": 0.0,
+        "deq.max_steps_jitter": 0,
+        "deq.pretrain_steps": 0,
     },
     "short": {
         "data.batch_size": 16,

@@ -11,6 +11,7 @@
 | ift_jr | ift with Jacobian regularization | 23.67 (150), 23.16 (480) | see docs/recipes.md |
 | deq_lm | three blocks in f, 12 evaluations unrolled, no solve | 22.34 (150), 21.85 (480) | not trained here |
 | explicit | no equilibrium: a Transformer-XL of 12 such blocks and as many parameters | none | not trained here |
+| proposal | 11 explicit blocks propose, the equilibrium of a 12th refines; otherwise as `explicit` | none | not trained here |
 | tiny | 4 heads of 24 on English that comes with Python, no download | none | see docs/recipes.md |
 
 Cost: 300,000 steps of 56 x 150 tokens; the originals took 2.8 to 3.1 times a Transformer-XL's training time (1.5 with
@@ -97,6 +98,15 @@ VARIANTS = {
         "model.blocks": 12,
         "model.pre_norm": True,
         "model.affine_norm": True,
+    },
+    "proposal": {
+        "model.name": "proposal_deq",
+        "model.d_inner": 2_478,
+        "model.proposal_blocks": 11,
+        "model.pre_norm": True,
+        "model.affine_norm": True,
+        "deq.max_steps": 16,
+        "deq.pretrain_steps": 0,
     },
     "tiny": {
         "data.name": "pydoc",

@@ -8,12 +8,14 @@ from deq_flax.models.conv_reasoner import ConvReasoner
 from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.models.mdeq import MDEQ
 from deq_flax.models.model import Model, ModelOptions
+from deq_flax.models.proposal_deq import ProposalDEQ
 from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.models.two_level_reasoner import TwoLevelReasoner
 
 MODELS: dict[str, type[Model]] = {
     "deq_transformer": DEQTransformer,
     "transformer_xl": TransformerXL,
+    "proposal_deq": ProposalDEQ,
     "mdeq": MDEQ,
     "conv_reasoner": ConvReasoner,
     "attention_reasoner": AttentionReasoner,

@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from deq_flax.equilibrium import fixed_point
-from deq_flax.equilibrium.solution import Solve
-from deq_flax.models.language_model import TransformerLanguageModel, TransformerOptions
-from deq_flax.models.model import LanguageOutput
+from deq_flax.models.language_model import EquilibriumTransformer, TransformerOptions
+from deq_flax.models.layers import push
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.transformer import Memory, TransformerCell, TransformerStack
@@ -32,14 +30,12 @@ class Equation(NamedTuple):
     injection_BLJ: jax.Array
 
 
-class DEQTransformer(TransformerLanguageModel):
+class DEQTransformer(EquilibriumTransformer):
     """Adaptive embedding, the equilibrium of a `TransformerCell` or `TransformerStack`, and adaptive softmax.
 
     Raises:
       ValueError: an option is out of range.
     """
-
-    has_equilibrium = True
 
     def __init__(self, options: TransformerOptions, *, rngs: nnx.Rngs):
         super().__init__(options, rngs=rngs)
@@ -60,7 +56,6 @@ class DEQTransformer(TransformerLanguageModel):
         )
 
     def equation(self, tokens_BL: jax.Array, memory: Memory, key: jax.Array | None = None) -> Equation:
-        """The equation of a segment; given a key, with dropout masks that are the same in every evaluation."""
         embed_key, cell_key = (None, None) if key is None else jax.random.split(key)
         injection_BLJ = self.injection(self.embed(tokens_BL, embed_key), self.dtype)
         (batch_size, length), n_memory = tokens_BL.shape, memory.states_BMD.shape[1]
@@ -70,24 +65,11 @@ class DEQTransformer(TransformerLanguageModel):
         z0_BLD = jnp.zeros((batch_size, length, self.options.d_model), injection_BLJ.dtype)
         return Equation(lambda z_BLD: self.cell.evaluate(z_BLD, context), z0_BLD, injection_BLJ)
 
-    def __call__(
-        self, tokens_BL: jax.Array, memory: Memory, *, solve: Solve | None = None, key: jax.Array | None = None
-    ) -> LanguageOutput:
-        equation_key, output_key = (None, None) if key is None else jax.random.split(key)
-        f, z0_BLD, injection_BLJ = self.equation(tokens_BL, memory, equation_key)
-        solution, jacobian_loss = (fixed_point(f, z0_BLD), None) if solve is None else solve(f, z0_BLD)
-        return LanguageOutput(
-            hidden_BLD=self.drop_output(solution.value, output_key),
-            memory=next_memory(memory, solution.value, injection_BLJ),
-            stats=solution.stats,
-            jacobian_loss=jacobian_loss,
+    def next_memory(self, memory: Memory, equation: Equation, z_BLD: jax.Array, count: jax.Array | None = None) -> Memory:
+        added, size = z_BLD.shape[1] if count is None else count, memory.states_BMD.shape[1]
+        following = Memory(
+            states_BMD=push(memory.states_BMD, z_BLD, axis=1, count=count),
+            injections_BMJ=push(memory.injections_BMJ, equation.injection_BLJ, axis=1, count=count),
+            length_B=jnp.minimum(memory.length_B + added, size),
         )
-
-
-def next_memory(memory: Memory, z_BLD: jax.Array, injection_BLJ: jax.Array) -> Memory:
-    """The memory after a segment: the last M of the old and new entries, without gradient."""
-    length = z_BLD.shape[1]
-    states = jnp.concatenate([memory.states_BMD, z_BLD], axis=1)[:, length:]
-    injections = jnp.concatenate([memory.injections_BMJ, injection_BLJ], axis=1)[:, length:]
-    valid_B = jnp.minimum(memory.length_B + length, memory.states_BMD.shape[1])
-    return lax.stop_gradient(Memory(states, injections, valid_B))
+        return lax.stop_gradient(following)

@@ -1,4 +1,4 @@
-"""Generation with a DEQ-Transformer, one token at a time.
+"""Generation with a Transformer language model that has an equilibrium, one token at a time.
 
 Every token is a segment of its own: its state is the equilibrium given the earlier states, which stay in the memory and are not
 solved for again.
@@ -18,7 +18,8 @@ from flax import nnx
 from jax import lax
 
 from deq_flax.equilibrium import Solver, fixed_point
-from deq_flax.models.deq_transformer import DEQTransformer
+from deq_flax.models.language_model import EquilibriumTransformer
+from deq_flax.models.layers import LayerMemory
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.transformer import Memory
 
@@ -61,7 +62,7 @@ class Sampling:
 class State(NamedTuple):
     """The state of a text that is being generated."""
 
-    memory: Memory
+    memory: Memory | LayerMemory
     token_1: jax.Array
     """The next word, which the memory does not hold yet, (1,) int32."""
     position: jax.Array
@@ -71,7 +72,7 @@ class State(NamedTuple):
 
 
 class Generator:
-    """Generation of texts with a DEQ-Transformer, which is left unchanged.
+    """Generation of texts with a language model that has an equilibrium, and that is left unchanged.
 
     Args:
       model: on the default device.
@@ -79,7 +80,8 @@ class Generator:
       sampling: the choice of the next word.
       memory: number of tokens to remember, at least 1.
       words: choose among the first `words` of the model's words only; None: among all.
-      warm_start: start each token's solve at the state of the remembered token whose injection is nearest, instead of at zero.
+      warm_start: start each token's solve of a DEQ-Transformer at the state of the remembered token whose injection is nearest,
+        instead of at zero. A `ProposalDEQ` starts at its proposal.
 
     Raises:
       ValueError: memory is less than 1.
@@ -87,7 +89,7 @@ class Generator:
 
     def __init__(
         self,
-        model: DEQTransformer,
+        model: EquilibriumTransformer,
         *,
         solver: Solver,
         sampling: Sampling,
@@ -129,7 +131,7 @@ class Generator:
 
 
 def _extend(
-    graphdef: nnx.GraphDef[DEQTransformer],
+    graphdef: nnx.GraphDef[EquilibriumTransformer],
     solver: Solver,
     sampling: Sampling,
     words: int | None,
@@ -143,9 +145,11 @@ def _extend(
     """Read the first `count` of `tokens_1L`, at least one, and choose the word that follows."""
     model = nnx.merge(graphdef, params)
     equation = model.equation(tokens_1L, state.memory)
-    z0_1LD = nearest_states(state.memory, equation.injection_BLJ) if warm_start else equation.z0_BLD
+    z0_1LD = equation.z0_BLD
+    if warm_start and isinstance(state.memory, Memory):
+        z0_1LD = nearest_states(state.memory, equation.injection_BLJ)
     solution = fixed_point(equation.f, z0_1LD, solver=solver)
-    memory = _remember(state.memory, solution.value, equation.injection_BLJ, count)
+    memory = model.next_memory(state.memory, equation, solution.value, count)
     last_11D = lax.dynamic_slice_in_dim(solution.value, count - 1, 1, axis=1)
     position = state.position + count
     key = jax.random.fold_in(jax.random.key(seed), position)
@@ -166,18 +170,6 @@ def nearest_states(memory: Memory, injection_BLJ: jax.Array) -> jax.Array:
     latest_BL1 = n_memory - 1 - jnp.argmin(distance_BLM[..., ::-1], axis=-1, keepdims=True)
     states_BLD = jnp.take_along_axis(memory.states_BMD, latest_BL1, axis=1)
     return jnp.where(memory.length_B[:, None, None] > 0, states_BLD, 0)
-
-
-def _remember(memory: Memory, z_BLD: jax.Array, injection_BLJ: jax.Array, count: jax.Array) -> Memory:
-    """The memory after the first `count` tokens of a segment."""
-    n_memory = memory.states_BMD.shape[1]
-    states = jnp.concatenate([memory.states_BMD, z_BLD], axis=1)
-    injections = jnp.concatenate([memory.injections_BMJ, injection_BLJ], axis=1)
-    return Memory(
-        states_BMD=lax.dynamic_slice_in_dim(states, count, n_memory, axis=1),
-        injections_BMJ=lax.dynamic_slice_in_dim(injections, count, n_memory, axis=1),
-        length_B=jnp.minimum(memory.length_B + count, n_memory),
-    )
 
 
 def _fold_weight_norm(model: nnx.Module) -> None:

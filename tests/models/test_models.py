@@ -34,6 +34,7 @@ SMALL_TRANSFORMER = dict(
 SMALL = {
     "deq_transformer": SMALL_TRANSFORMER,
     "transformer_xl": SMALL_TRANSFORMER,
+    "proposal_deq": SMALL_TRANSFORMER | dict(proposal_blocks=1),
     "mdeq": dict(num_classes=10, channels=(4, 8), head_channels=(2, 2), final_channels=6, expansion=2, groups=2),
     "conv_reasoner": dict(input_symbols=6, output_symbols=3, width=4, halting=True),
     "attention_reasoner": dict(input_symbols=6, output_symbols=3, width=4, halting=True),
@@ -146,6 +147,7 @@ PLAIN_SPLIT = {
         ("deq_transformer", {"weight_norm": False}, ["cell"], PLAIN_SPLIT),
         ("deq_transformer", {"blocks": 2}, ["cell/blocks/0", "cell/blocks/1"], TRANSFORMER_SPLIT),
         ("transformer_xl", {"blocks": 2}, ["cells/0", "cells/1"], TRANSFORMER_SPLIT),
+        ("proposal_deq", {}, ["cells/0", "cells/1"], TRANSFORMER_SPLIT),
         ("mdeq", {}, [], {}),
     ],
 )

@@ -1,0 +1,153 @@
+"""Laws of the model that refines a proposal; its explicit part and its limits are those of the Transformer-XL."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deq_flax.equilibrium import Implicit, Picard, Unroll
+from deq_flax.models import generation
+from deq_flax.models.generation import Generator, Sampling
+from deq_flax.models.language_model import TransformerOptions
+from deq_flax.models.proposal_deq import ProposalDEQ, ProposalOptions
+from deq_flax.models.transformer_xl import TransformerXL
+from tests.reference import QUICK_COMPILE, solving
+
+SIZES = dict(vocab_size=50, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=24, cutoffs=(20,), div_value=2)
+BLOCK = dict(pre_norm=True, affine_norm=True, weight_norm=False)
+TIGHT = Picard(tol=1e-7, max_steps=100)
+jit = partial(jax.jit, compiler_options=QUICK_COMPILE)
+
+
+def randomized(model):
+    """The model with kernels large enough for every layer to matter, and small enough for f to contract."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + jnp.asarray(random.normal(scale=0.3, size=x.shape), x.dtype), params)
+    return nnx.merge(graphdef, params, rest)
+
+
+def build(scale_D=0.4, **options):
+    options = SIZES | BLOCK | dict(mem_len=0, proposal_blocks=2) | options
+    model = randomized(ProposalDEQ(ProposalOptions(**options), rngs=nnx.Rngs(0)))
+    model.scale_D[...] = jnp.full((16,), scale_D)
+    return model
+
+
+def explicit(blocks, model, **options):
+    """The Transformer-XL of the first `blocks` layers of a model."""
+    other = TransformerXL(TransformerOptions(**SIZES | BLOCK | dict(mem_len=0, blocks=blocks) | options), rngs=nnx.Rngs(0))
+    other.cells = nnx.List(list(model.cells)[:blocks])
+    other.embedding, other.softmax = model.embedding, model.softmax
+    return other
+
+
+def tokens(length=12):
+    return jnp.asarray(np.random.default_rng(1).integers(0, 50, (2, length)), jnp.int32)
+
+
+@partial(jit, static_argnums=(0, 4, 5))
+def run(graphdef, state, tokens_BL, memory, solver=TIGHT, gradient=None):
+    return nnx.merge(graphdef, state)(tokens_BL, memory, solve=solving(solver=solver, gradient=gradient))
+
+
+def hidden(model, gradient=None, x=None):
+    return run(*nnx.split(model), tokens() if x is None else x, model.fresh_memory(2), TIGHT, gradient)
+
+
+def close(a, b, error=2e-5):
+    np.testing.assert_allclose(a, b, rtol=0, atol=error)
+
+
+def test_segments_with_enough_memory_equal_the_whole():
+    """The memory of each block in f holds what it sees at the equilibrium."""
+    model = build(mem_len=12, proposal_blocks=1, blocks=2)
+    whole = hidden(model)
+    assert whole.stats.converged.all() and whole.stats.nfe > 5
+    memory, parts = model.fresh_memory(2), []
+    for piece in jnp.split(tokens(), 2, axis=1):
+        output = run(*nnx.split(model), piece, memory)
+        memory = output.memory
+        parts.append(output.hidden_BLD)
+    close(jnp.concatenate(parts, axis=1), whole.hidden_BLD)
+    for a, b in zip(memory, whole.memory, strict=True):
+        close(a, b)
+
+
+def test_later_tokens_do_not_affect_earlier_states():
+    model = build(mem_len=4)
+    a, b = (hidden(model, x=x).hidden_BLD for x in (tokens(), tokens().at[:, 7].set(tokens()[:, 7] ^ 1)))
+    close(a[:, :7], b[:, :7])
+    assert np.abs(a[:, 7:] - b[:, 7:]).min() > 0
+
+
+def test_without_updates_it_is_its_explicit_blocks():
+    model = build(scale_D=0.0)
+    out = hidden(model)
+    close(out.hidden_BLD, hidden(explicit(2, model)).hidden_BLD)
+    assert out.stats.nfe == 1 and out.stats.relative_residual.max() == 0
+
+
+@pytest.mark.parametrize("proposal_blocks", [0, 2])
+def test_without_injection_one_evaluation_is_a_transformer_of_all_blocks(proposal_blocks):
+    model = build(scale_D=1.0, proposal_blocks=proposal_blocks, blocks=2, inject_proposal=False)
+    layers = explicit(proposal_blocks + 2, model)
+    close(hidden(model, Unroll(1)).hidden_BLD, hidden(layers).hidden_BLD)
+
+
+def test_the_equation_starts_at_the_proposal_and_holds_it_in_every_evaluation():
+    """f(z, c) - c is what the blocks add to z + c, times the scale; written out by hand for a single block."""
+    model = build(proposal_blocks=1)
+    f, c, _ = model.equation(tokens(), model.fresh_memory(2))
+    close(c, hidden(explicit(1, model)).hidden_BLD)
+    other = explicit(2, model)
+    first = other.cells[1]
+    z = jnp.asarray(np.random.default_rng(2).normal(size=c.shape), jnp.float32)
+    other.cells = nnx.List([first])
+    other.embed = lambda tokens_BL, key=None: z + c
+    close(f(z), c + 0.4 * (other(tokens(), other.fresh_memory(2)).hidden_BLD - z - c))
+
+
+def test_gradients_reach_every_parameter_and_agree_with_a_long_unrolled_iteration():
+    model = build(cutoffs=(), div_value=1, proposal_blocks=1)
+    graphdef, params = nnx.split(model)
+
+    def loss(params, gradient):
+        model = nnx.merge(graphdef, params)
+        out = model(tokens(), model.fresh_memory(2), solve=solving(solver=TIGHT, gradient=gradient))
+        return model.nll(out.hidden_BLD, tokens()).mean()
+
+    exact, unrolled = jit(lambda p: [jax.grad(loss)(p, gradient) for gradient in (Implicit(), Unroll(60))])(params)
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(unrolled), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
+        assert np.abs(b).max() > 0
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    model = build(proposal_blocks=1, dropout=0.3, attention_dropout=0.3)
+
+    @jit
+    def proposals(keys):
+        dry = model.equation(tokens(), model.fresh_memory(2)).f(jnp.ones((2, 12, 16)))
+        return dry, jax.lax.map(lambda key: model.equation(tokens(), model.fresh_memory(2), key).f(jnp.ones((2, 12, 16))), keys)
+
+    dry, (a, b, again) = proposals(jnp.stack([*map(jax.random.key, (0, 1, 0))]))
+    assert np.array_equal(a, again) and not np.array_equal(a, b) and not np.array_equal(a, dry)
+
+
+def test_greedy_text_is_the_argmax_of_a_full_forward_pass(monkeypatch):
+    monkeypatch.setattr(generation, "CHUNK", 1)  # one program for prompt and text
+    model, prompt = build(proposal_blocks=1, mem_len=4), np.array([5, 17, 30, 5, 49])
+    generator = Generator(model, solver=TIGHT, sampling=Sampling(), memory=30)
+    written = [token for token, _ in generator.tokens(prompt, 8)]
+    text = np.concatenate([prompt, written])[None]
+    whole = model.log_probabilities(run(*nnx.split(model), text, model.fresh_memory(1)).hidden_BLD)
+    assert written == np.argmax(whole[0], axis=-1)[len(prompt) - 1 : -1].tolist()
+
+
+def test_a_negative_number_of_blocks_is_refused():
+    with pytest.raises(ValueError, match="proposal_blocks must not be negative"):
+        ProposalOptions(**SIZES, proposal_blocks=-1)
