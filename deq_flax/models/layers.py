@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.transformer import Context, Memory, TransformerCell
@@ -27,11 +28,9 @@ class LayerMemory(NamedTuple):
 Cells = Sequence[TransformerCell]
 
 
-def fresh_memory(cells: Cells, batch_size: int, length: int) -> LayerMemory:
+def fresh_memory(cells: Cells, batch_size: int, length: int, dtype: DTypeLike) -> LayerMemory:
     """The memory of `length` positions at the start of a stream: none of it is valid."""
-    bias_D = cells[0].outer.bias_O
-    assert bias_D is not None
-    states_BNMD = jnp.zeros((batch_size, len(cells), length, *bias_D.shape), bias_D.dtype)
+    states_BNMD = jnp.zeros((batch_size, len(cells), length, cells[0].options.d_model), dtype)
     return LayerMemory(states_BNMD, jnp.zeros((batch_size,), jnp.int32))
 
 

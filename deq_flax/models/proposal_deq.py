@@ -75,7 +75,7 @@ class ProposalDEQ(EquilibriumTransformer):
         self.tie(rngs)
 
     def fresh_memory(self, batch_size: int) -> LayerMemory:
-        return fresh_memory(self.cells, batch_size, self.options.mem_len)
+        return fresh_memory(self.cells, batch_size, self.options.mem_len, self.embedding.tables_NE[0].dtype)
 
     def equation(self, tokens_BL: jax.Array, memory: LayerMemory, key: jax.Array | None = None) -> Equation:
         keys = [None] * (len(self.cells) + 1) if key is None else jax.random.split(key, len(self.cells) + 1)

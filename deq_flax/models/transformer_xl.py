@@ -31,7 +31,7 @@ class TransformerXL(TransformerLanguageModel):
         self.tie(rngs)
 
     def fresh_memory(self, batch_size: int) -> LayerMemory:
-        return fresh_memory(self.cells, batch_size, self.options.mem_len)
+        return fresh_memory(self.cells, batch_size, self.options.mem_len, self.embedding.tables_NE[0].dtype)
 
     def __call__(
         self, tokens_BL: jax.Array, memory: LayerMemory, *, solve: Solve | None = None, key: jax.Array | None = None
