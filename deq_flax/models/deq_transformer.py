@@ -17,7 +17,8 @@ from deq_flax.models.language_model import EquilibriumTransformer, TransformerOp
 from deq_flax.models.layers import push
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.linear import Linear
-from deq_flax.nn.transformer import Memory, TransformerCell, TransformerStack
+from deq_flax.nn.transformer import Memory, TransformerCell
+from deq_flax.nn.transformer_stack import TransformerStack
 
 
 class Equation(NamedTuple):

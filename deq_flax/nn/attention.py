@@ -1,4 +1,4 @@
-"""Attention with relative positions (Dai et al. 2019, Transformer-XL, arXiv:1901.02860, section 3.3).
+"""Attention, plain and with relative positions (Dai et al. 2019, Transformer-XL, arXiv:1901.02860, section 3.3).
 
 B batch, H heads, Q queries, K keys (first the memory, then the segment: key j is Q - K + j - i positions after query i),
 R relative keys (1 + K), F frequencies, E features of a head.
@@ -101,6 +101,27 @@ def relative_attention(
     by_content = contract("hbqe,hbke->hbqk", content_HBQE, k_HBKE, dtype)
     by_distance = contract("hbqe,hre->hbqr", position_HBQE, r_HRE, dtype)
     scores_HBQK = by_content + relative_shift(by_distance) + bias_1BQK
+    return weighted_values(scores_HBQK, v_HBKE, probability_mask=probability_mask, dtype=dtype)
+
+
+def attention(
+    q_HBQE: jax.Array,
+    k_HBKE: jax.Array,
+    v_HBKE: jax.Array,
+    bias_1BQK: jax.Array,
+    *,
+    probability_mask: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """Softmax attention with the scores query . key, of queries that are divided by sqrt(E); otherwise `relative_attention`."""
+    scores_HBQK = contract("hbqe,hbke->hbqk", q_HBQE, k_HBKE, dtype) + bias_1BQK
+    return weighted_values(scores_HBQK, v_HBKE, probability_mask=probability_mask, dtype=dtype)
+
+
+def weighted_values(
+    scores_HBQK: jax.Array, v_HBKE: jax.Array, *, probability_mask: jax.Array | None, dtype: DTypeLike | None
+) -> jax.Array:
+    """The values weighted by the softmax of the scores, (B, Q, H, E)."""
     # The sum is divided by only after the values are weighted: Q x E divisions instead of Q x K.
     weights_HBQK = jnp.exp(scores_HBQK - lax.stop_gradient(scores_HBQK.max(-1, keepdims=True)))
     total_HBQ1 = weights_HBQK.sum(-1, keepdims=True)

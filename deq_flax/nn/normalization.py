@@ -55,6 +55,17 @@ class LayerNorm(nnx.Module):
         return layer_norm(x) * self.scale_D[...].reshape(*leading, -1) + self.bias_D[...].reshape(*leading, -1)
 
 
+class RMSNorm(nnx.Module):
+    """`rms_norm` followed by a scale for each feature, which starts at 1."""
+
+    def __init__(self, width: int):
+        self.scale_D = _ones_param(width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) -> (..., D)."""
+        return rms_norm(x) * self.scale_D[...].reshape(*(1,) * (x.ndim - 1), -1)
+
+
 class GroupNorm(nnx.Module):
     """Zero mean and unit variance over each group of channels of an image (Wu and He 2018, arXiv:1803.08494).
 

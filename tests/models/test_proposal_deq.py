@@ -18,6 +18,7 @@ from tests.reference import QUICK_COMPILE, solving
 
 SIZES = dict(vocab_size=50, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=24, cutoffs=(20,), div_value=2)
 BLOCK = dict(pre_norm=True, affine_norm=True, weight_norm=False)
+TODAY = dict(norm="rms", positions="rotary", gated=True)
 TIGHT = Picard(tol=1e-7, max_steps=100)
 jit = partial(jax.jit, compiler_options=QUICK_COMPILE)
 
@@ -62,9 +63,10 @@ def close(a, b, error=2e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=error)
 
 
-def test_segments_with_enough_memory_equal_the_whole():
+@pytest.mark.parametrize("options", [{}, TODAY | dict(scale_D=0.1)])
+def test_segments_with_enough_memory_equal_the_whole(options):
     """The memory of each block in f holds what it sees at the equilibrium."""
-    model = build(mem_len=12, proposal_blocks=1, blocks=2)
+    model = build(mem_len=12, proposal_blocks=1, blocks=2, **options)
     whole = hidden(model)
     assert whole.stats.converged.all() and whole.stats.nfe > 5
     memory, parts = model.fresh_memory(2), []

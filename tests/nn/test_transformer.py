@@ -1,5 +1,7 @@
 """The affine block against its formulas. Blocks of other options are tested against the authors' numbers."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from flax import nnx
 
 from deq_flax.nn.attention import position_encoding
-from deq_flax.nn.transformer import CellOptions, Memory, TransformerCell, TransformerStack
+from deq_flax.nn.transformer import CellOptions, Memory, TransformerCell
+from deq_flax.nn.transformer_stack import TransformerStack
 
 B, L, M, D, H, E, F = 2, 4, 3, 8, 2, 4, 12
 
@@ -33,10 +36,29 @@ def inputs(seed=0):
     return z_BLD, injection_BLJ, Memory(states, injections, jnp.full((B,), M)), position_encoding(M + L, D)
 
 
+NO_POSITIONS = dict(
+    relative=SimpleNamespace(kernel=lambda: np.zeros((D, H * E))),
+    content_bias_HE=np.zeros((H, E)),
+    position_bias_HE=np.zeros((H, E)),
+)
+
+
+def turned(x_BKHE, start):
+    """Each pair of features (i, i + E/2), as a complex number, turned by its position times 10000^(-2i/E), from any start."""
+    pairs = x_BKHE[..., : E // 2] + 1j * x_BKHE[..., E // 2 :]
+    places = start + np.arange(x_BKHE.shape[1])
+    pairs = pairs * np.exp(1j * places[:, None] * 10_000.0 ** (-2 * np.arange(E // 2) / E))[None, :, None]
+    return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
 def written_out(cell, z_BLD, injection_BLJ, memory, positions_KD):
     """The affine block for one sample, head, query and key at a time."""
 
+    rms, rotary = cell.options.norm == "rms", cell.options.positions == "rotary"
+
     def norm(x, module):
+        if rms:
+            return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) * np.asarray(module.scale_D[...])
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
         return x * np.asarray(module.scale_D[...]) + np.asarray(module.bias_D[...])
 
@@ -44,6 +66,9 @@ def written_out(cell, z_BLD, injection_BLJ, memory, positions_KD):
     injection = np.concatenate([memory.injections_BMJ, injection_BLJ], axis=1)
     qkv = norm(states, cell.norm_before) @ np.asarray(cell.qkv.kernel()) + injection
     q, k, v = (part.reshape(B, M + L, H, E) for part in np.split(qkv, 3, axis=-1))
+    if rotary:
+        q, k = (turned(x, 0.37) for x in (q, k))
+        cell = SimpleNamespace(**vars(cell) | NO_POSITIONS)
     relative = (np.asarray(positions_KD) @ np.asarray(cell.relative.kernel())).reshape(M + L, H, E)[::-1]  # by distance
     content, position = np.asarray(cell.content_bias_HE[...]), np.asarray(cell.position_bias_HE[...])
     attended = np.zeros((B, L, H, E))
@@ -59,12 +84,22 @@ def written_out(cell, z_BLD, injection_BLJ, memory, positions_KD):
         attended[b, i, h] = (weights / weights.sum()) @ v[b, : M + i + 1, h]
     out = norm(attended.reshape(B, L, H * E), cell.norm_attended) @ np.asarray(cell.out.kernel())
     x = z + out + np.asarray(cell.out.bias_O[...])
-    inner = norm(x, cell.norm_inner) @ np.asarray(cell.inner.kernel()) + np.asarray(cell.inner.bias_O[...])
-    return x + np.maximum(inner, 0) @ np.asarray(cell.outer.kernel()) + np.asarray(cell.outer.bias_O[...])
+    before = norm(x, cell.norm_inner)
+    inner = before @ np.asarray(cell.inner.kernel()) + np.asarray(cell.inner.bias_O[...])
+    if cell.gate is None:
+        inner = np.maximum(inner, 0)
+    else:
+        gate = before @ np.asarray(cell.gate.kernel())
+        inner *= gate / (1 + np.exp(-gate))
+    return x + inner @ np.asarray(cell.outer.kernel()) + np.asarray(cell.outer.bias_O[...])
 
 
-def test_the_affine_block_is_its_formulas():
-    block, given = cell(), inputs()
+TODAY = dict(norm="rms", positions="rotary", gated=True)
+
+
+@pytest.mark.parametrize("options", [{}, TODAY])
+def test_the_affine_block_is_its_formulas(options):
+    block, given = cell(**options), inputs()
     np.testing.assert_allclose(nnx.jit(block)(*given), written_out(block, *given), rtol=2e-4, atol=2e-4)
 
 
@@ -83,3 +118,16 @@ def test_a_stack_is_its_blocks_in_sequence():
 def test_affine_norms_require_pre_norm():
     with pytest.raises(ValueError, match="set pre_norm too"):
         cell(pre_norm=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(norm="batch"), "unknown norm"),
+        (dict(positions="none"), "known: relative, rotary"),
+        (dict(positions="rotary", d_head=3), "a multiple of 2"),
+    ],
+)
+def test_wrong_options_of_a_block_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        cell(**options)
