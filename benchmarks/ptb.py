@@ -5,7 +5,8 @@
 
 DIR has ptb.{train,valid,test}.txt. The models are trained one after the other by the public command; a second call continues
 where the first was stopped. By default they have 1.95M parameters, for two CPU cores; with `--full` 24M, as configured. Time is
-that of training steps, without compilation and evaluation; memory is a step's peak by its compiler's analysis.
+that of training steps, without compilation and evaluation; with `--processor_time` that of the processor, for a machine that
+has other work too. Memory is a step's peak by its compiler's analysis.
 """
 
 import json
@@ -13,6 +14,7 @@ import math
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,10 +64,19 @@ def changes(model: Model, path: str, steps: int, full: bool) -> dict[str, Any]:
     return ({} if full else SMALL | model.small) | model.gradient | often
 
 
-def train(model: Model, workdir: Path, options: dict[str, Any]) -> None:
+PROCESSOR_TIME = """
+import runpy, time
+time.perf_counter = time.process_time
+runpy.run_module("deq_flax.main", run_name="__main__", alter_sys=True)
+"""
+"""The training command with the processor's time in place of the clock's."""
+
+
+def train(model: Model, workdir: Path, options: dict[str, Any], processor_time: bool) -> None:
     """Run the training command, which only evaluates if the run is complete."""
     flags = [f"--config.{key}={value}" for key, value in options.items()]
-    command = [sys.executable, "-m", "deq_flax.main", "--config", f"configs/ptb.py:{model.variant}", "--workdir", str(workdir)]
+    program = ["-c", PROCESSOR_TIME] if processor_time else ["-m", "deq_flax.main"]
+    command = [sys.executable, *program, "--config", f"configs/ptb.py:{model.variant}", "--workdir", str(workdir)]
     subprocess.run([*command, *flags], check=True)
 
 
@@ -108,14 +119,14 @@ class Result(NamedTuple):
     megabytes: float
 
 
-def measure(name: str, path: str, steps: int, seeds: list[int], workdir: Path, full: bool) -> Result:
+def measure(name: str, arguments: Namespace) -> Result:
     """Train a model with every seed, or read what was trained before."""
     model = MODELS[name]
-    options = changes(model, path, steps, full)
+    options = changes(model, arguments.path, arguments.steps, arguments.full)
     curves = []
-    for seed in seeds:
-        folder = workdir / f"{name}_{steps}_{seed}"
-        train(model, folder, options | {"train.seed": seed})
+    for seed in arguments.seeds:
+        folder = arguments.workdir / f"{name}_{arguments.steps}_{seed}"
+        train(model, folder, options | {"train.seed": seed}, arguments.processor_time)
         curves.append(curve(folder))
     minutes = [statistics.mean(at) for at in zip(*(minutes for minutes, *_ in curves), strict=True)]
     return Result(minutes, [perplexity for _, perplexity, _ in curves], curves[0][2], *facts(model, options))
@@ -155,11 +166,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="the models (all)")
     parser.add_argument("--workdir", type=Path, default=Path("runs/ptb"), help="holds a workdir for each run (runs/ptb)")
     parser.add_argument("--full", action="store_true", help="the models as configured, of 24M parameters")
+    parser.add_argument("--processor_time", action="store_true", help="count the time of the processor, not the clock's")
     parser.add_argument("--draw", help="draw the figure to this file")
     arguments = parser.parse_args()
     rows, results = [], {}
     for name in arguments.only:
-        it = measure(name, arguments.path, arguments.steps, arguments.seeds, arguments.workdir, arguments.full)
+        it = measure(name, arguments)
         results[name], ends = it, [perplexity[-1] for perplexity in it.perplexity]
         numbers = [f"{it.parameters / 1e6:.2f}M", f"{it.megabytes:.0f}", f"{1 / it.last['steps_per_second']:.2f}"]
         numbers += [f"{it.minutes[-1]:.1f}", f"{it.last['forward_nfe']:.1f}" if "forward_nfe" in it.last else ""]
@@ -167,6 +179,7 @@ def main() -> None:
         rows.append([f"`{name}`: {MODELS[name].label}", *numbers, f"{statistics.mean(ends):.1f}{spread}"])
     head = ["model", "parameters", "MB of a step", "s a step", "minutes", "evaluations", "perplexity, valid"]
     seeds = f"{len(arguments.seeds)} seeds (mean, and lowest to highest)" if len(arguments.seeds) > 1 else "one seed"
+    seeds += ", processor time" if arguments.processor_time else ""
     text = f"{turns.machine(['jax'])}; {arguments.steps} steps each, {seeds}.\n\n{tables.markdown(head, rows)}"
     tables.publish("ptb", text, arguments.write)
     if arguments.draw:

@@ -36,7 +36,8 @@ class EvalOptions:
     converges."""
     max_steps_sweep: tuple[int, ...] = ()
     """Limits on the evaluations of f to evaluate with as well, for a table of score against evaluations; none above
-    deq.eval_max_steps, or deq.max_steps where that is 0."""
+    deq.eval_max_steps, or deq.max_steps where that is 0. 0: the initial guess alone, evaluated once for its residual. The last
+    evaluation of a solver only measures what it returns; with gradient unroll and eval_unrolled it improves the state too."""
     restarts: int = 1
     """Random starts that each puzzle is solved from; the answer of lowest residual counts, that of most starts beside it."""
     slots: int = 0
@@ -55,9 +56,9 @@ class EvalOptions:
         for steps in self.max_steps_sweep:
             if max_steps is None:
                 raise UserError("eval.max_steps_sweep: there is no equilibrium to limit; set it to ()")
-            if not 1 <= steps <= max_steps:
+            if not 0 <= steps <= max_steps:
                 raise UserError(
-                    f"eval.max_steps_sweep holds {steps}: whole numbers from 1 to the limit of evaluation, "
+                    f"eval.max_steps_sweep holds {steps}: whole numbers from 0 to the limit of evaluation, "
                     f"deq.eval_max_steps or else deq.max_steps ({max_steps}), are possible"
                 )
 
@@ -162,11 +163,13 @@ def evaluate_checkpoint(
         task = task.with_restarts(options.restarts)
     model, graphdef, weights, number = load(task, path, devices, seed=seed)
     step = make_eval_step(task, graphdef, devices, replace(phases.evaluation, slots=options.slots))
+    at_start = make_eval_step(task, graphdef, devices, phases.evaluation.at_start())
     results = {split: evaluate(task, model, step, devices, *weights, split) for split in SPLITS}
     if options.spectral_radius:
         results["valid"] |= _spectral_radius(task, model, graphdef, devices, solver, *weights)
     sweep = [
-        {"split": split, "max_steps": limit} | evaluate(task, model, step, devices, *weights, split, max_steps=limit)
+        {"split": split, "max_steps": limit}
+        | evaluate(task, model, step if limit else at_start, devices, *weights, split, max_steps=limit)
         for limit in options.max_steps_sweep
         for split in SPLITS
     ]

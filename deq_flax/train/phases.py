@@ -19,6 +19,7 @@ from deq_flax.equilibrium import (
     SOLVERS,
     Broyden,
     Gradient,
+    Implicit,
     Solution,
     Solver,
     SolverStats,
@@ -188,6 +189,12 @@ class Phase:
 
     def __str__(self) -> str:
         return self.name + " with Jacobian loss" * self.jacobian_loss
+
+    def at_start(self) -> "Phase":
+        """This phase without a solve: the state is the initial guess, evaluated once for its residual."""
+        if self.solver is None:
+            return self
+        return dataclasses.replace(self, solver=self.solver.with_limits(max_steps=1), gradient=Implicit(), limited=False)
 
     def solve(
         self, scalars: StepScalars = _NO_SCALARS, *, key: jax.Array | None = None, probe: jax.Array | None = None
