@@ -31,6 +31,7 @@ from deq_flax.equilibrium import (
 from deq_flax.errors import UserError
 from deq_flax.options import choose, make
 from deq_flax.task import Metrics, average
+from deq_flax.train.consistency import consistency_loss, with_loss
 
 UNSOLVED = 0.1
 """The relative residual above which a sample counts as unsolved: it diverged, f is not finite there, or the limit on
@@ -80,6 +81,10 @@ class DEQOptions:
     """First step without a Jacobian loss; 0: it never stops."""
     jacobian_through_equilibrium: bool = False
     """Differentiate the Jacobian loss through the equilibrium too, which otherwise is held constant."""
+    consistency_weight: float = 0.0
+    """Weight of the consistency loss, which trains f to map early iterates straight to the equilibrium; 0: none."""
+    consistency_steps: tuple[int, ...] = (0, 1, 2, 4)
+    """Steps of the forward solve whose iterates the consistency loss takes; 0 is the initial guess."""
     max_steps_jitter: int = 0
     """Each training step draws its limit on evaluations from max_steps - max_steps_jitter to max_steps."""
     pretrain_steps: int = 0
@@ -96,6 +101,7 @@ class DEQOptions:
             raise UserError(f"deq.max_steps_jitter must be at least 0 and below max_steps, not {self.max_steps_jitter}")
         for name in [
             "eval_max_steps",
+            "consistency_weight",
             "jacobian_weight",
             "jacobian_increment_every",
             "jacobian_stop",
@@ -104,7 +110,8 @@ class DEQOptions:
         ]:
             if getattr(self, name) < 0:
                 raise UserError(f"deq.{name} must not be negative, but is {getattr(self, name)}")
-        solver, gradient, _ = self.forward_solver(), self.training_gradient(), self.pretraining_gradient()
+        object.__setattr__(self, "consistency_steps", tuple(self.consistency_steps))
+        solver, gradient, _ = self.training_solver(), self.training_gradient(), self.pretraining_gradient()
         if isinstance(gradient, SHINE) and not isinstance(solver, Broyden):
             raise UserError(
                 f"deq.gradient shine shares the inverse of Broyden's method: set deq.solver to broyden, not {self.solver}"
@@ -119,6 +126,16 @@ class DEQOptions:
         if not isinstance(solver, Solver):
             raise UserError(f"deq.solver {self.solver!r} solves linear equations only: use it as deq.backward_solver")
         return solver
+
+    def training_solver(self) -> Solver:
+        """The solver of training: that of the forward pass, with the iterates of the consistency loss. UserError likewise."""
+        solver = self.forward_solver()
+        if self.consistency_weight == 0:
+            return solver
+        try:
+            return dataclasses.replace(solver, trajectory_steps=self.consistency_steps)
+        except ValueError as error:
+            raise UserError(f"deq.consistency_steps: {error}") from error
 
     def evaluation_solver(self) -> Solver:
         """The solver of evaluation: that of the forward pass with the limit of evaluation. UserError as of `forward_solver`."""
@@ -182,6 +199,8 @@ class Phase:
     jacobian_loss: bool = False
     """Add the Jacobian loss."""
     jacobian_through_equilibrium: bool = False
+    consistency_weight: float = 0.0
+    """Of the consistency loss on the solver's trajectory."""
     limited: bool = True
     """Whether the step's limit on evaluations applies; if not, only the solver's own does."""
     slots: int = 0
@@ -208,7 +227,7 @@ class Phase:
         jacobian_key = jax.random.fold_in(key, 1) if self.jacobian_loss and key is not None else None
         limit = scalars.max_steps if self.limited else None
         through = self.jacobian_through_equilibrium
-        return PhaseSolve(self.solver, gradient, limit, probe, jacobian_key, through, self.slots)
+        return PhaseSolve(self.solver, gradient, limit, probe, jacobian_key, through, self.slots, self.consistency_weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +242,7 @@ class PhaseSolve:
     """None: no Jacobian loss."""
     jacobian_through_equilibrium: bool = False
     slots: int = 0
+    consistency_weight: float = 0.0
 
     def __call__(self, f: Callable[..., Any], z0: Any, *inputs: Any) -> tuple[Solution, jax.Array | None]:
         """The solution from the initial guess z0, and the Jacobian loss there, a scalar, or None."""
@@ -234,6 +254,9 @@ class PhaseSolve:
         solution = fixed_point(
             f, z0, *inputs, solver=self.solver, gradient=self.gradient, max_steps=self.max_steps, probe=self.probe
         )
+        if self.consistency_weight:
+            loss = self.consistency_weight * consistency_loss(lambda z: f(z, *inputs), solution.trajectory, solution.value)
+            solution = dataclasses.replace(solution, value=with_loss(solution.value, loss))
         if self.jacobian_key is None:
             return solution, None
         z = solution.value if self.jacobian_through_equilibrium else jax.lax.stop_gradient(solution.value)
@@ -266,10 +289,20 @@ class EquilibriumPhases(Phases):
         # A number of steps that never changes is one of the program, not an argument of it.
         limited = deq.max_steps_jitter > 0 or not isinstance(gradient, Unroll)
         self._training = Phase(
-            "equilibrium", deq.forward_solver(), gradient, jacobian_through_equilibrium=through, limited=limited
+            "equilibrium",
+            deq.training_solver(),
+            gradient,
+            jacobian_through_equilibrium=through,
+            consistency_weight=deq.consistency_weight,
+            limited=limited,
         )
         self._pretraining = dataclasses.replace(
-            self._training, name="unrolled pretraining", gradient=deq.pretraining_gradient(), limited=False
+            self._training,
+            name="unrolled pretraining",
+            solver=deq.forward_solver(),
+            gradient=deq.pretraining_gradient(),
+            consistency_weight=0.0,
+            limited=False,
         )
         self.evaluation = Phase("evaluation", deq.evaluation_solver(), deq.evaluation_gradient())
 

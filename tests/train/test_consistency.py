@@ -1,0 +1,93 @@
+"""Laws of the consistency loss: what it is, which gradient it adds, and that solves get shorter by it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_flax.equilibrium import Picard, Unroll
+from deq_flax.errors import UserError
+from deq_flax.train.consistency import consistency_loss, with_loss
+from deq_flax.train.phases import DEQOptions, EquilibriumPhases
+
+SIZE = 3
+
+
+def problem():
+    """f(z) = tanh(w z) + x of a state of two arrays, which see each other."""
+    random = np.random.default_rng(0)
+    w = jnp.asarray(random.normal(scale=0.4, size=(2 * SIZE, 2 * SIZE)), jnp.float32)
+    x = jnp.asarray(random.normal(size=(4, 2 * SIZE)), jnp.float32)
+
+    def f(w, z):
+        after = jnp.tanh(jnp.concatenate(z, axis=-1) @ w) + x
+        return after[:, :SIZE], after[:, SIZE:]
+
+    return w, f, (jnp.zeros((4, SIZE)), jnp.zeros((4, SIZE)))
+
+
+def phase(**options):
+    solver = dict(solver="picard", tol=1e-6, max_steps=60, backward_tol=1e-6, backward_max_steps=60)
+    return EquilibriumPhases(DEQOptions(**solver | options), 0).phase(0)
+
+
+def test_it_is_the_squared_distance_of_f_at_the_iterates_from_the_equilibrium():
+    w, f, z0 = problem()
+    iterates = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1.0]), z0)
+    z = jax.tree.map(lambda leaf: leaf + 2.0, z0)
+    by_hand = []
+    for k in range(2):
+        missed = np.concatenate(f(w, jax.tree.map(lambda leaf, k=k: leaf[k], iterates)), axis=-1) - 2.0
+        by_hand.append(np.square(missed).sum(-1) / (4.0 * 2 * SIZE))
+    np.testing.assert_allclose(consistency_loss(lambda z: f(w, z), iterates, z), np.mean(by_hand), rtol=1e-6)
+
+
+def test_a_loss_that_rides_along_adds_its_gradient_and_no_value():
+    def both(w, attached):
+        z = jnp.sin(w)
+        return jnp.sum(with_loss(z, jnp.sum(w**3)) ** 2) if attached else jnp.sum(z**2) + jnp.sum(w**3)
+
+    w = jnp.arange(1.0, 4.0)
+    np.testing.assert_allclose(jax.grad(both)(w, True), jax.grad(both)(w, False), rtol=1e-6)
+    assert both(w, True) == jnp.sum(jnp.sin(w) ** 2)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+def test_a_training_step_adds_its_gradient_with_the_given_weight(gradient):
+    w, f, z0 = problem()
+    solvers = {weight: phase(gradient=gradient, consistency_weight=weight).solve() for weight in (0.0, 0.7)}
+    recorded = Picard(tol=1e-6, max_steps=60, trajectory_steps=(0, 1, 2, 4))
+
+    def task(w, weight):
+        return jnp.sum(jnp.square(solvers[weight](lambda z: f(w, z), z0)[0].value[0]))
+
+    def own(w):
+        z, iterates = z0, []
+        for k in range(60):
+            iterates += [z] if k in recorded.trajectory_steps else []
+            z = f(w, z)
+        return consistency_loss(lambda z: f(w, z), jax.tree.map(lambda *leaves: jnp.stack(leaves), *iterates), z)
+
+    added = jax.jit(lambda w: jax.grad(task)(w, 0.7) - jax.grad(task)(w, 0.0))(w)
+    expected = 0.7 * jax.jit(jax.grad(own))(w)
+    np.testing.assert_allclose(added, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()) + 1e-5)
+    assert jnp.abs(expected).max() > 1e-2
+
+
+def test_evaluation_and_pretraining_have_none():
+    phases = EquilibriumPhases(DEQOptions(consistency_weight=1.0, pretrain_steps=1), 0)
+    assert [p.consistency_weight for p in (phases.phase(0), phases.phase(1), phases.evaluation)] == [0.0, 1.0, 0.0]
+    assert [p.solver.trajectory_steps for p in (phases.phase(0), phases.phase(1))] == [(), (0, 1, 2, 4)]
+    assert isinstance(phases.phase(0).gradient, Unroll)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(consistency_weight=-1.0), "deq.consistency_weight must not be negative"),
+        (dict(consistency_weight=1.0, consistency_steps=(0, 40)), "deq.consistency_steps: .* below 30"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        DEQOptions(**options)
