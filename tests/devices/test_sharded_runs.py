@@ -32,12 +32,15 @@ def make_run(config, mesh):
     return small.make_run(config | {"mesh": mesh})
 
 
+PROPOSAL = {"name": "proposal_deq", "proposal_blocks": 1, "pre_norm": True, "affine_norm": True, "gated": True}
+
+
 def start(folder, mesh, **changes):
     """A run before its first step, with nothing random and plain gradient descent: an update is the gradient."""
     c = config(
         folder,
         data={"batch_size": 8, "seq_len": 4, "eval_batch_size": 8},
-        model={"dropout": 0.0, "attention_dropout": 0.0, "n_head": 4, "d_head": 4},
+        model={"dropout": 0.0, "attention_dropout": 0.0, "n_head": 4, "d_head": 4} | changes.get("model", {}),
         deq={
             "jacobian_weight": 0.0,
             "max_steps_jitter": 0,
@@ -111,6 +114,24 @@ def test_a_step_on_images_is_that_of_one_device(tmp_path):
         np.testing.assert_allclose(other_loss, loss, rtol=2e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale), other_change, change)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other_variables, variables)
+
+
+def test_a_proposal_and_its_refinement_are_those_of_one_device(folder):
+    """With a consistency loss, which rides along the solution."""
+    results = []
+    for name in ("one", "data2 fsdp2 tensor2"):
+        run = start(folder, MESHES[name], model=PROPOSAL, deq={"consistency_weight": 1.0})
+        step, arguments = compiled_step(run)
+        assert {collective.kind for collective in collectives(step.as_text()) if collective.in_loop} <= {"all-reduce"}
+        before = jax.tree.map(np.asarray, run.state.params)
+        state, metrics = step(*arguments)
+        change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
+        results.append((float(metrics["loss"].total) / float(metrics["loss"].count), change))
+    (loss, change), (other_loss, other_change) = results
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(change))
+    assert scale > 1e-3
+    np.testing.assert_allclose(other_loss, loss, rtol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=4e-6 * scale), other_change, change)
 
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])

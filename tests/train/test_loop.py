@@ -64,6 +64,23 @@ def test_intervals_may_change_when_a_run_is_resumed(folder, uninterrupted, tmp_p
 
 
 @pytest.mark.slow
+def test_a_proposal_and_its_refinement_train_and_resume_too(folder, tmp_path):
+    """With a consistency loss beside; the refinement learns too."""
+    model = {"name": "proposal_deq", "proposal_blocks": 1, "pre_norm": True}
+    c = config(folder, model=model, deq={"consistency_weight": 0.1, "pretrain_steps": 2})
+    with pytest.raises(RuntimeError, match="crash"):
+        run(c, tmp_path / "crashed", crash_at(5))
+    for name in ("crashed", "whole"):
+        run(c, tmp_path / name)
+    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "whole")
+    assert arrays(tmp_path / "crashed", 8) == arrays(tmp_path / "whole", 8)
+    lines = metrics(tmp_path / "whole")
+    assert lines[-1]["loss"] < lines[0]["loss"] and 1 < lines[-1]["forward_nfe"] <= 8
+    scale_D = load_model(tmp_path / "whole").model.scale_D[...]
+    assert scale_D.std() > 1e-3, "the scale is learned"
+
+
+@pytest.mark.slow
 def test_explicit_layers_train_and_resume_too(folder, tmp_path):
     c = explicit(config(folder, train={"steps": 12}))
     with pytest.raises(RuntimeError, match="crash"):
