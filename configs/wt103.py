@@ -13,6 +13,7 @@
 | explicit | no equilibrium: a Transformer-XL of 12 such blocks and as many parameters | none | not trained here |
 | proposal | 11 explicit blocks propose, the equilibrium of a 12th refines; otherwise as `explicit` | none | not trained here |
 | tiny | 4 heads of 24 on English that comes with Python, no download | none | see docs/recipes.md |
+| tiny_explicit, tiny_proposal | two blocks of as many parameters; the second to its equilibrium | none | see docs/language.md |
 
 Cost: 300,000 steps of 56 x 150 tokens; the originals took 2.8 to 3.1 times a Transformer-XL's training time (1.5 with
 Jacobian regularization) and 3.7 to 3.9 GB at batch 15. `tiny` is meant for a few minutes on two CPU cores.
@@ -51,6 +52,30 @@ _REGULARIZED = {
 }
 
 _IFT = {"deq.solver": "broyden", "deq.max_steps": 35, "deq.pretrain_steps": 0}
+
+_TINY = {
+    "data.name": "pydoc",
+    "data.path": "",
+    "data.batch_size": 16,
+    "data.seq_len": 32,
+    "data.eval_batch_size": 8,
+    "data.eval_seq_len": 32,
+    "model.d_model": 96,
+    "model.d_embed": 96,
+    "model.n_head": 4,
+    "model.d_head": 24,
+    "model.cutoffs": (500, 1500),
+    "model.div_value": 2,
+    "model.mem_len": 32,
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.warmup_steps": 20,
+    "train.steps": 1500,
+    "train.log_every": 50,
+    "train.eval_every": 300,
+    "train.checkpoint_every": 300,
+}
+
+_TINY_BLOCK = {"model.d_inner": 140, "model.pre_norm": True, "model.affine_norm": True}
 
 VARIANTS = {
     "base": {},
@@ -108,33 +133,19 @@ VARIANTS = {
         "deq.max_steps": 16,
         "deq.pretrain_steps": 0,
     },
-    "tiny": {
-        "data.name": "pydoc",
-        "data.path": "",
-        "data.batch_size": 16,
-        "data.seq_len": 32,
-        "data.eval_batch_size": 8,
-        "data.eval_seq_len": 32,
-        "model.d_model": 96,
-        "model.d_embed": 96,
-        "model.n_head": 4,
-        "model.d_head": 24,
+    "tiny": _TINY
+    | {
         "model.d_inner": 384,
-        "model.cutoffs": (500, 1500),
-        "model.div_value": 2,
-        "model.mem_len": 32,
         "deq.max_steps": 16,
         "deq.backward_max_steps": 16,
         "deq.jacobian_weight": 0.3,
         "deq.jacobian_frequency": 0.4,
         "deq.pretrain_steps": 100,
-        "optimizer.learning_rate": 2e-3,
-        "optimizer.warmup_steps": 20,
-        "train.steps": 1500,
-        "train.log_every": 50,
-        "train.eval_every": 300,
-        "train.checkpoint_every": 300,
     },
+    "tiny_explicit": _TINY | {"model.name": "transformer_xl", "deq": None, "model.blocks": 2} | _TINY_BLOCK,
+    "tiny_proposal": _TINY
+    | {"model.name": "proposal_deq", "model.proposal_blocks": 1, "deq.max_steps": 16, "deq.pretrain_steps": 0}
+    | _TINY_BLOCK,
 }
 
 

@@ -115,15 +115,21 @@ def test_sizes_are_as_stated(name, vocab_size, millions):
     """Parameter counts of `base`, and of the variants that are compared with it."""
     base = parameters(name, "base", vocab_size)
     assert round(base / 1e6) == millions
-    for variant in {"deq_lm", "explicit", "reversible", "ift"} & set(LANGUAGE[name].VARIANTS):
+    for variant in {"deq_lm", "explicit", "proposal", "reversible", "ift"} & set(LANGUAGE[name].VARIANTS):
         assert abs(parameters(name, variant, vocab_size) / base - 1) < 2e-3, variant
+
+
+def test_sizes_of_the_tiny_models_are_equal():
+    base = parameters("wt103", "tiny", 3_000)
+    for variant in ("tiny_explicit", "tiny_proposal"):
+        assert abs(parameters("wt103", variant, 3_000) / base - 1) < 2e-3, variant
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_warmup_and_pretraining_end_within_the_run(name, variant):
     config = resolved(name, variant)
     assert 0 <= config.optimizer.warmup_steps < config.train.steps
-    assert (config.deq is None) == (variant == "explicit") == (config.model.name == "transformer_xl")
+    assert (config.deq is None) == variant.endswith("explicit") == (config.model.name == "transformer_xl")
     if config.deq:
         assert config.deq.pretrain_steps < config.train.steps
     assert list(config.model.cutoffs) == sorted(config.model.cutoffs)
