@@ -1,17 +1,19 @@
 """Generate text from a prompt with a language model.
 
   python -m deq_flax.generate --checkpoint DIR --prompt "the value of the" [--tokens 100] [--temperature 0.8] [--top_p 0.9]
+  python -m deq_flax.generate --checkpoint DIR --prompts FILE [--samples 4]     texts for every line of FILE, all together
   python -m deq_flax.generate --checkpoint DIR --config.data.path=PATH    a text that has moved, for its vocabulary
 
-DIR is the workdir of a run or of `deq_flax.convert`. Text is printed as it is chosen; then the speed, and the evaluations of f
-per token, on stderr. The same seed gives the same text. Where the model's tokens are words, they are separated by spaces, as in
-the training text.
+DIR is the workdir of a run or of `deq_flax.convert`. A single text is printed as it is chosen (`--nostream`: when it is done),
+several when they are done, each after its number; then the speed, and the evaluations of f per token, on stderr. The same seed
+gives the same text, and text i of several is that of its prompt alone with a seed higher by i. Where the model's tokens are
+words, they are separated by spaces, as in the training text.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "a workdir, its checkpoints folder, or the folder of one step", flag_values=_FLAGS
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "the beginning of the text; empty: the beginning of a line", flag_values=_FLAGS)
+_PROMPTS = flags.DEFINE_string("prompts", None, "a file with a prompt on each line, instead of --prompt", flag_values=_FLAGS)
+_SAMPLES = flags.DEFINE_integer("samples", 1, "number of texts for each prompt", flag_values=_FLAGS)
+_STREAM = flags.DEFINE_boolean("stream", True, "print a single text as it is chosen", flag_values=_FLAGS)
 _TOKENS = flags.DEFINE_integer("tokens", 100, "number of tokens to generate", flag_values=_FLAGS)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 1.0, "0: always the most likely word; 1: draw from the model's distribution", flag_values=_FLAGS
@@ -62,6 +67,8 @@ _TOL = flags.DEFINE_float("tol", None, "tolerance of the solver; default: as in 
 def main() -> dict[str, Any]:
     """Run the command; returns its result."""
     cli.require(_TOKENS.value >= 1, f"--tokens must be at least 1, not {_TOKENS.value}")
+    cli.require(_SAMPLES.value >= 1, f"--samples must be at least 1, not {_SAMPLES.value}")
+    cli.require(_PROMPT.value is None or _PROMPTS.value is None, "--prompt and --prompts exclude each other")
     try:
         sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
         loaded = load_model(_CHECKPOINT.value or "", cli.resolved(_FLAGS))
@@ -70,16 +77,36 @@ def main() -> dict[str, Any]:
             f"--checkpoint: model {loaded.config.model.name!r} cannot generate text; an equilibrium language model is needed",
         )
         vocabulary = find_vocabulary(Path(_CHECKPOINT.value or ""), loaded.config, _VOCABULARY.value)
-        ids = encode_prompt(_PROMPT.value or "", vocabulary, loaded.config.data.name)
+        given = [_PROMPT.value or ""] if _PROMPTS.value is None else read_prompts(Path(_PROMPTS.value))
+        encoded = [encode_prompt(prompt, vocabulary, loaded.config.data.name) for prompt in given]
+        prompts = [ids for ids in encoded for _ in range(_SAMPLES.value)]
         memory = _MEMORY.value if _MEMORY.value is not None else default_memory(loaded.config)
         solver = make_solver(loaded.config.deq, tol=_TOL.value, max_steps=_MAX_STEPS.value)
         generator = Generator(loaded.model, solver=solver, sampling=sampling, memory=memory, words=len(vocabulary))
     except ValueError as error:
         raise UserError(str(error)) from error
-    beginning = vocabulary.decode(ids)
-    print(beginning, end="", flush=True)
-    written = _write(generator.tokens(ids, _TOKENS.value, _SEED.value), vocabulary.stream(ids))
-    return {"prompt": beginning} | written
+    beginnings, tokens = [*map(vocabulary.decode, prompts)], generator.tokens(prompts, _TOKENS.value, _SEED.value)
+    streamed = _STREAM.value and len(prompts) == 1
+    print(beginnings[0] if streamed else "", end="", flush=True)
+    written = _write(tokens, [*map(vocabulary.stream, prompts)], streamed)
+    texts = written.pop("texts")
+    if not streamed:
+        for number, (beginning, text) in enumerate(zip(beginnings, texts, strict=True)):
+            print(f"{f'[{number}] ' if len(prompts) > 1 else ''}{beginning}{text}", flush=True)
+    if _PROMPTS.value is None and _SAMPLES.value == 1:
+        return {"prompt": beginnings[0], "text": texts[0]} | written
+    return {"texts": [{"prompt": a, "text": b} for a, b in zip(beginnings, texts, strict=True)]} | written
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a file, at least one. UserError: it cannot be read, or is empty."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts: cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+    if not lines:
+        raise UserError(f"--prompts: {file} is empty: write a prompt on each line")
+    return lines
 
 
 def find_vocabulary(checkpoint: Path, config: Config, file: str | None) -> Vocabulary | Tokenizer:
@@ -163,25 +190,34 @@ def _vocabulary_of_text(data: TextOptions) -> Vocabulary | Tokenizer:
     return vocabulary
 
 
-def _write(tokens: Iterable[tuple[int, float]], text_of: Callable[[int], str]) -> dict[str, Any]:
-    """Print text as it is generated, then the speed; returns both. The first token, with compilation, is not timed."""
-    text, seen, evaluations, start = "", 0, 0.0, 0.0
+def _write(
+    tokens: Iterable[tuple[Sequence[int] | np.ndarray, float]], texts_of: Sequence[Callable[[int], str]], streamed: bool
+) -> dict[str, Any]:
+    """Collect texts, print the only one as it is generated if `streamed`, then the speed; returns texts and speed.
+
+    The first tokens, with compilation, are not timed.
+    """
+    texts, seen, evaluations, start = [""] * len(texts_of), 0, 0.0, 0.0
     try:
-        for token, nfe in tokens:
-            shown = text_of(token)
-            print(shown, end="", flush=True)
-            text += shown
+        for token_B, nfe in tokens:
+            for i, text_of in enumerate(texts_of):
+                shown = text_of(int(token_B[i]))
+                texts[i] += shown
+                if streamed:
+                    print(shown, end="", flush=True)
             seen += 1
             if seen == 2:
                 start = time.perf_counter()
             elif seen > 2:
                 evaluations += nfe
-        print(flush=True)
+        if streamed:
+            print(flush=True)
     except BrokenPipeError:  # the reader of a pipe has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    result: dict[str, Any] = {"text": text, "tokens": seen}
+    result: dict[str, Any] = {"texts": texts, "tokens": seen}
     if seen > 2:
-        rate, spent = (seen - 2) / (time.perf_counter() - start), evaluations / (seen - 2)
+        rate = (seen - 2) * len(texts) / (time.perf_counter() - start)
+        spent = evaluations / (seen - 2)
         print(f"{rate:.1f} tokens/s, {spent:.1f} evaluations per token", file=sys.stderr)
         result |= {"tokens_per_second": rate, "evaluations_per_token": spent}
     return result

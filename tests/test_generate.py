@@ -9,7 +9,7 @@ from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.vocabulary import Vocabulary
 from deq_flax.equilibrium import Anderson
 from deq_flax.errors import UserError
-from deq_flax.generate import _write, default_memory, encode_prompt, find_vocabulary, make_solver
+from deq_flax.generate import _write, default_memory, encode_prompt, find_vocabulary, make_solver, read_prompts
 from tests import reference
 from tests.commands import command
 from tests.test_configs import resolved
@@ -102,9 +102,24 @@ def test_the_command(checkpoint):
 
 
 def test_the_result_is_the_text_that_was_printed_and_its_speed(capsys):
-    result = _write(iter([(0, 9.0), (1, 9.0), (2, 4.0), (1, 5.0)]), ["a ", "b", "\n"].__getitem__)
-    assert result["text"] == "a b\nb" and capsys.readouterr().out == "a b\nb\n"
+    tokens = [([0], 9.0), ([1], 9.0), ([2], 4.0), ([1], 5.0)]
+    result = _write(iter(tokens), [["a ", "b", "\n"].__getitem__], True)
+    assert result["texts"] == ["a b\nb"] and capsys.readouterr().out == "a b\nb\n"
     assert result["tokens"] == 4 and result["evaluations_per_token"] == 4.5 and result["tokens_per_second"] > 0
+
+
+def test_several_texts_are_printed_when_they_are_done(capsys):
+    pair = _write(iter([([0, 1], 3.0), ([1, 0], 3.0), ([0, 0], 3.0)]), [["a", "b"].__getitem__, ["c", "d"].__getitem__], False)
+    assert pair["texts"] == ["aba", "dcc"] and pair["tokens"] == 3 and capsys.readouterr().out == ""
+
+
+def test_prompts_are_the_lines_of_a_file(tmp_path):
+    (tmp_path / "a").write_text("the cat\n\nthe")
+    assert read_prompts(tmp_path / "a") == ["the cat", "", "the"]
+    (tmp_path / "a").write_text("")
+    for file, message in ((tmp_path / "a", "is empty"), (tmp_path / "b", "No such file")):
+        with pytest.raises(UserError, match=f"--prompts: .*{message}"):
+            read_prompts(file)
 
 
 def test_a_mistake_is_one_line(checkpoint):

@@ -1,9 +1,9 @@
-"""Generation with a Transformer language model that has an equilibrium, one token at a time.
+"""Generation with a Transformer language model that has an equilibrium, one token at a time, of one text or several together.
 
 Every token is a segment of its own: its state is the equilibrium given the earlier states, which stay in the memory and are not
 solved for again.
 
-B batch (1), L length, M memory, D model features, J features of an injection, V words, K most likely words.
+B texts, L length, M memory, D model features, J features of an injection, V words, K most likely words.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,15 +60,15 @@ class Sampling:
 
 
 class State(NamedTuple):
-    """The state of a text that is being generated."""
+    """The state of texts that are being generated."""
 
     memory: Memory | LayerMemory
-    token_1: jax.Array
-    """The next word, which the memory does not hold yet, (1,) int32."""
-    position: jax.Array
-    """Number of tokens before it, int32."""
+    token_B: jax.Array
+    """The next words, which the memory does not hold yet, int32."""
+    position_B: jax.Array
+    """Number of tokens before them, int32."""
     nfe: jax.Array
-    """Evaluations of f in the last solve: for the last token, or the last chunk of the prompt."""
+    """Evaluations of f in the last solve: for the last tokens, or the last chunk of the prompts."""
 
 
 class Generator:
@@ -103,30 +103,35 @@ class Generator:
         _fold_weight_norm(model)
         model.options = replace(model.options, mem_len=memory)
         graphdef, self._params = nnx.split(model)
-        self._fresh = model.fresh_memory(1)
+        self._fresh = model.fresh_memory
         self._extend = jax.jit(partial(_extend, graphdef, solver, sampling, words, warm_start))
 
-    def start(self, ids: Sequence[int] | np.ndarray, seed: int = 0) -> State:
-        """Read a prompt of at least one token and choose the word that follows it."""
-        ids = np.asarray(ids, np.int32).reshape(-1)
-        state = State(self._fresh, jnp.zeros(1, jnp.int32), jnp.int32(0), jnp.zeros(()))
-        for start in range(0, len(ids), CHUNK):
-            chunk = ids[start : start + CHUNK]
-            tokens_1L = np.zeros((1, CHUNK), np.int32)
-            tokens_1L[0, : len(chunk)] = chunk
-            state = self._extend(self._params, state, tokens_1L, np.int32(len(chunk)), np.int32(seed))
+    def start(self, prompts: Sequence[Sequence[int] | np.ndarray], seed: int = 0) -> State:
+        """Read prompts of at least one token each, and choose the word that follows each of them."""
+        prompts = [np.asarray(ids, np.int32).reshape(-1) for ids in prompts]
+        nothing_B = jnp.zeros(len(prompts), jnp.int32)
+        state = State(self._fresh(len(prompts)), nothing_B, nothing_B, jnp.zeros(()))
+        for start in range(0, max(map(len, prompts)), CHUNK):
+            chunks = [ids[start : start + CHUNK] for ids in prompts]
+            tokens_BL = np.stack([np.pad(chunk, (0, CHUNK - len(chunk))) for chunk in chunks])
+            state = self._extend(self._params, state, tokens_BL, np.array([*map(len, chunks)], np.int32), np.int32(seed))
         return state
 
     def step(self, state: State, seed: int = 0) -> State:
-        """Move the next word into the memory and choose the one that follows it."""
-        return self._extend(self._params, state, state.token_1[None], np.int32(1), np.int32(seed))
+        """Move the next words into the memory and choose those that follow them."""
+        return self._extend(self._params, state, state.token_B[:, None], jnp.ones_like(state.token_B), np.int32(seed))
 
-    def tokens(self, ids: Sequence[int] | np.ndarray, count: int, seed: int = 0) -> Iterator[tuple[int, float]]:
-        """Yield `count` tokens that follow the prompt, each with the number of evaluations of f in the solve before it."""
-        state = self.start(ids, seed)
+    def tokens(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], count: int, seed: int = 0
+    ) -> Iterator[tuple[np.ndarray, float]]:
+        """Yield `count` times the tokens that follow, (B,), with the number of evaluations of f in the solve before them.
+
+        Text i is the one that its prompt alone gives with the seed `seed` + i.
+        """
+        state = self.start(prompts, seed)
         for i in range(count):
             following = self.step(state, seed) if i + 1 < count else state
-            yield int(state.token_1[0]), float(state.nfe)  # meanwhile the device computes the next one
+            yield np.asarray(state.token_B), float(state.nfe)  # meanwhile the device computes the next ones
             state = following
 
 
@@ -138,23 +143,25 @@ def _extend(
     warm_start: bool,
     params: nnx.State,
     state: State,
-    tokens_1L: jax.Array,
-    count: jax.Array,
+    tokens_BL: jax.Array,
+    count_B: jax.Array,
     seed: jax.Array,
 ) -> State:
-    """Read the first `count` of `tokens_1L`, at least one, and choose the word that follows."""
+    """Read the first `count_B` of `tokens_BL`, and choose the words that follow; a text without new tokens stays as it is."""
     model = nnx.merge(graphdef, params)
-    equation = model.equation(tokens_1L, state.memory)
-    z0_1LD = equation.z0_BLD
+    equation = model.equation(tokens_BL, state.memory)
+    z0_BLD = equation.z0_BLD
     if warm_start and isinstance(state.memory, Memory):
-        z0_1LD = nearest_states(state.memory, equation.injection_BLJ)
-    solution = fixed_point(equation.f, z0_1LD, solver=solver)
-    memory = model.next_memory(state.memory, equation, solution.value, count)
-    last_11D = lax.dynamic_slice_in_dim(solution.value, count - 1, 1, axis=1)
-    position = state.position + count
-    key = jax.random.fold_in(jax.random.key(seed), position)
-    token = sampling.choose(model.log_probabilities(last_11D)[0, 0, :words], key)
-    return State(memory, token[None], position, solution.stats.nfe)
+        z0_BLD = nearest_states(state.memory, equation.injection_BLJ)
+    solution = fixed_point(equation.f, z0_BLD, solver=solver)
+    memory = model.next_memory(state.memory, equation, solution.value, count_B)
+    last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+    log_p_BV = model.log_probabilities(jnp.take_along_axis(solution.value, last_B11, axis=1))[:, 0, :words]
+    position_B = state.position_B + count_B
+    seed_B = seed + jnp.arange(len(count_B), dtype=jnp.int32)
+    key_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed_B, position_B)
+    token_B = jnp.where(count_B > 0, jax.vmap(sampling.choose)(log_p_BV, key_B), state.token_B)
+    return State(memory, token_B, position_B, solution.stats.nfe)
 
 
 def nearest_states(memory: Memory, injection_BLJ: jax.Array) -> jax.Array:

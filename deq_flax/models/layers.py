@@ -64,7 +64,7 @@ def next_layer_memory(memory: LayerMemory, inputs: Sequence[jax.Array], count: j
     Args:
       memory: before the segment.
       inputs: of every layer, (B, L, D) each.
-      count: read only as many positions of the segment; None: all of them.
+      count: read only as many positions of each sample's segment, (B,); None: all of them.
     """
     new_BNLD = jnp.stack(inputs, axis=1)
     states_BNMD = push(memory.states_BNMD, new_BNLD, axis=2, count=count)
@@ -73,6 +73,8 @@ def next_layer_memory(memory: LayerMemory, inputs: Sequence[jax.Array], count: j
 
 
 def push(held: jax.Array, new: jax.Array, *, axis: int, count: jax.Array | None) -> jax.Array:
-    """The last entries of `held` followed by the first `count` of `new` (None: all), as many as there are in `held`."""
-    start = new.shape[axis] if count is None else count
-    return lax.dynamic_slice_in_dim(jnp.concatenate([held, new], axis=axis), start, held.shape[axis], axis=axis)
+    """The last entries of `held` followed by the first `count` of `new`, (B,), or None: all; as many as there are in `held`."""
+    joined, size = jnp.concatenate([held, new], axis=axis), held.shape[axis]
+    if count is None:
+        return lax.slice_in_dim(joined, new.shape[axis], new.shape[axis] + size, axis=axis)
+    return jax.vmap(lambda joined, count: lax.dynamic_slice_in_dim(joined, count, size, axis=axis - 1))(joined, count)

@@ -32,7 +32,7 @@ class ProposalOptions(TransformerOptions):
     name: str = "proposal_deq"
     proposal_blocks: int = 2
     """Explicit Transformer blocks before the equilibrium; 0: the proposal is the embedding."""
-    update_scale: float = 0.5
+    update_scale: float = 1.0
     """Initial value of the learned scale, one number for each feature, of what f adds to the proposal."""
     inject_proposal: bool = True
     """Add the proposal to the input of every evaluation of f; if not, it is only the initial guess, and f(z) = z + s u(z)."""

@@ -34,7 +34,7 @@ def generator(**options):
 
 
 def test_greedy_text_is_the_argmax_of_a_full_forward_pass():
-    written = [token for token, _ in generator().tokens(PROMPT, 20)]
+    written = [int(token) for (token,), _ in generator().tokens([PROMPT], 20)]
     text = np.concatenate([PROMPT, written])[None]
 
     @jax.jit
@@ -51,11 +51,11 @@ def test_a_warm_start_saves_evaluations_and_changes_no_token():
     text, found = np.tile(PROMPT[1:6], 6), []
     for warm_start in (True, False):
         near = Generator(model(local_size=3), solver=TIGHT, sampling=Sampling(), memory=40, warm_start=warm_start)
-        state, evaluations, likeliest = near.start([]), 0.0, []
+        state, evaluations, likeliest = near.start([[]]), 0.0, []
         for token in text:
-            state = near.step(state._replace(token_1=jnp.array([token], jnp.int32)))
+            state = near.step(state._replace(token_B=jnp.array([token], jnp.int32)))
             evaluations += float(state.nfe)
-            likeliest.append(int(state.token_1[0]))
+            likeliest.append(int(state.token_B[0]))
         found.append((likeliest, evaluations))
     (warm, spent), (cold, spent_cold) = found
     assert warm == cold
@@ -76,28 +76,37 @@ def test_a_solve_begins_at_the_state_of_the_nearest_remembered_input():
 
 
 def test_a_prompt_may_come_in_pieces():
-    at_once = generator().start(PROMPT)
-    state = generator().start(PROMPT[:7])
+    at_once = generator().start([PROMPT])
+    state = generator().start([PROMPT[:7]])
     for token in PROMPT[7:]:
-        state = generator().step(state._replace(token_1=jnp.array([token], jnp.int32)))
-    assert int(at_once.position) == int(state.position) == len(PROMPT)
+        state = generator().step(state._replace(token_B=jnp.array([token], jnp.int32)))
+    assert at_once.position_B == state.position_B == len(PROMPT)
     assert at_once.memory.length_B == len(PROMPT)
     for a, b in zip(at_once.memory, state.memory, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
-    assert at_once.token_1 == state.token_1
+    assert at_once.token_B == state.token_B
 
 
 def test_the_same_seed_gives_the_same_text_of_known_words(monkeypatch):
     monkeypatch.setattr(generation, "CHUNK", 1)
     drawing = generator(sampling=Sampling(temperature=5.0), words=7)
-    texts = [[token for token, _ in drawing.tokens(PROMPT[:3], 8, seed)] for seed in (1, 1, 2)]
+    texts = [[int(token) for (token,), _ in drawing.tokens([PROMPT[:3]], 8, seed)] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert all(token < 7 for text in texts for token in text)
 
 
+def test_texts_together_are_the_texts_alone():
+    """Prompts of other lengths, an own seed for each, and solves that end at other evaluations do not mix."""
+    drawing, prompts = generator(sampling=Sampling(temperature=1.0), memory=12), [PROMPT, PROMPT[:1], PROMPT[2:7]]
+    together = np.stack([tokens for tokens, _ in drawing.tokens(prompts, 6, 5)], axis=1)
+    alone = [[int(token) for (token,), _ in drawing.tokens([ids], 6, 5 + i)] for i, ids in enumerate(prompts)]
+    assert together.tolist() == alone
+    assert len({*map(tuple, alone)}) == 3
+
+
 def test_generation_leaves_the_model_as_it_was():
     before = reference.flat(nnx.state(model()))
-    list(generator().tokens(PROMPT, 2))
+    list(generator().tokens([PROMPT], 2))
     after = reference.flat(nnx.state(model()))
     assert set(before) == set(after) and model().options.mem_len == 16
     assert all(np.array_equal(before[path], after[path]) for path in before)

@@ -144,7 +144,7 @@ def test_greedy_text_is_the_argmax_of_a_full_forward_pass(monkeypatch):
     monkeypatch.setattr(generation, "CHUNK", 1)  # one program for prompt and text
     model, prompt = build(proposal_blocks=1, mem_len=4), np.array([5, 17, 30, 5, 49])
     generator = Generator(model, solver=TIGHT, sampling=Sampling(), memory=30)
-    written = [token for token, _ in generator.tokens(prompt, 8)]
+    written = [int(token) for (token,), _ in generator.tokens([prompt], 8)]
     text = np.concatenate([prompt, written])[None]
     whole = model.log_probabilities(run(*nnx.split(model), text, model.fresh_memory(1)).hidden_BLD)
     assert written == np.argmax(whole[0], axis=-1)[len(prompt) - 1 : -1].tolist()

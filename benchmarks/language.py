@@ -1,12 +1,13 @@
-"""Perplexity against time and memory of models with equal numbers of parameters, on Penn Treebank.
+"""Perplexity against time and memory of language models with equal numbers of parameters.
 
     pip install -r requirements.txt -r requirements-plot.txt
-    python -m benchmarks.ptb --path DIR [--steps 480] [--seeds 0 1 2] [--only ...] [--full] [--draw docs/ptb.png] [--write]
+    python -m benchmarks.language [--ptb DIR] [--steps N] [--seeds 0 1 2] [--only MODELS] [--draw docs/language.png] [--write]
 
-DIR has ptb.{train,valid,test}.txt. The models are trained one after the other by the public command; a second call continues
-where the first was stopped. By default they have 1.95M parameters, for two CPU cores; with `--full` 24M, as configured. Time is
-that of training steps, without compilation and evaluation; with `--processor_time` that of the processor, for a machine that
-has other work too. Memory is a step's peak by its compiler's analysis.
+The text is the English that Python includes, and the models have 0.28M parameters. With `--ptb`, the folder of the files
+ptb.{train,valid,test}.txt, it is Penn Treebank and they have 1.95M, with `--full` besides 24M, as configured. The models are
+trained one after the other by the public command; a second call continues where the first was stopped. Time is that of training
+steps, without compilation and evaluation; with `--processor_time` that of the processor, for a machine that has other work too.
+Memory is a step's peak by its compiler's analysis.
 """
 
 import json
@@ -20,48 +21,68 @@ from typing import Any, NamedTuple
 
 from benchmarks import tables, training, turns
 
+Changes = dict[str, Any]
+"""{'section.key': value}."""
+
 
 class Model(NamedTuple):
-    """A line of the table."""
+    """A line of the table: a variant of a config, and what it changes at each size."""
 
     label: str
-    variant: str
-    """Of configs/ptb.py."""
-    small: dict[str, Any]
-    """Changes to the variant, beside SMALL, so that it has 1.95M parameters."""
-    gradient: dict[str, Any]
-    """Changes to section deq."""
+    ptb: tuple[str, Changes]
+    """Variant of configs/ptb.py, and changes to it, beside PTB, for 1.95M parameters."""
+    tiny: tuple[str, Changes]
+    """Variant of configs/wt103.py, and changes to it for 0.28M parameters."""
+    changes: Changes
+    """Changes at every size."""
 
 
-_PROPOSAL = {"model.d_inner": 315, "model.proposal_blocks": 3}
+def _proposal(label: str, gradient: Changes) -> Model:
+    return Model(label, ("proposal", {"model.d_inner": 315, "model.proposal_blocks": 3}), ("tiny_proposal", {}), gradient)
+
+
+_PLAIN = {"deq.jacobian_weight": 0.0, "deq.jacobian_frequency": 0.0, "deq.pretrain_steps": 0}
+_UNROLLED = {"deq.solver": "picard", "deq.max_steps": 12, "deq.gradient": "unroll", "model.blocks": 2, "model.d_inner": 68}
+_UNROLLED |= {"model.pre_norm": True, "model.affine_norm": True}
 MODELS = {
-    "ift": Model("Broyden both ways", "ift", {}, {}),
-    "base": Model("Anderson, regularized", "base", {"deq.pretrain_steps": 100}, {}),
-    "reversible": Model("reversible iteration", "reversible", {}, {}),
-    "deq_lm": Model("3 blocks, 12 unrolled", "deq_lm", {"model.d_inner": 463}, {}),
-    "explicit": Model("Transformer-XL, 4 blocks", "explicit", {"model.d_inner": 315, "model.blocks": 4}, {}),
-    "proposal": Model("3 blocks propose, 1 refines; implicit", "proposal", _PROPOSAL, {"deq.gradient": "implicit"}),
-    "proposal_neumann": Model(
-        "the same; Neumann, 2 terms", "proposal", _PROPOSAL, {"deq.gradient": "neumann", "deq.gradient_options.terms": 2}
+    "ift": Model(
+        "Broyden both ways",
+        ("ift", {}),
+        ("tiny", _PLAIN | {"deq.solver": "broyden", "deq.max_steps": 30, "deq.backward_max_steps": 30}),
+        {},
     ),
-    "proposal_phantom": Model("the same; phantom, 5 steps", "proposal", _PROPOSAL, {"deq.gradient": "phantom"}),
-    "proposal_unroll": Model(
-        "the same; unrolled, last 2", "proposal", _PROPOSAL, {"deq.gradient": "unroll", "deq.gradient_options.last": 2}
+    "base": Model("Anderson, regularized", ("base", {"deq.pretrain_steps": 100}), ("tiny", {}), {}),
+    "deq_lm": Model(
+        "3 blocks (2 in the small model), 12 unrolled", ("deq_lm", {"model.d_inner": 463}), ("tiny", _PLAIN | _UNROLLED), {}
     ),
+    "explicit": Model("Transformer-XL", ("explicit", {"model.d_inner": 315, "model.blocks": 4}), ("tiny_explicit", {}), {}),
+    "proposal": _proposal("explicit, the last block to its equilibrium; implicit", {"deq.gradient": "implicit"}),
+    "proposal_neumann": _proposal("the same; Neumann, 2 terms", {"deq.gradient": "neumann", "deq.gradient_options.terms": 2}),
+    "proposal_phantom": _proposal("the same; phantom, 5 steps", {"deq.gradient": "phantom"}),
+    "proposal_unroll": _proposal(
+        "the same; unrolled, the last 2 of 6", {"deq.gradient": "unroll", "deq.max_steps": 6, "deq.gradient_options.last": 2}
+    ),
+    "not_injected": _proposal("the proposal as initial guess alone; implicit", {"model.inject_proposal": False}),
 }
-SMALL = {
+PTB = {
     **{"data.batch_size": 16, "data.seq_len": 48, "data.eval_seq_len": 48, "model.d_model": 128, "model.d_embed": 128},
     **{"model.n_head": 4, "model.d_head": 32, "model.d_inner": 2048, "model.mem_len": 48, "model.dropout": 0.1},
     **{"model.attention_dropout": 0.0, "optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 50, "train.ema_decay": 0.0},
 }
-"""Changes to all variants, for 1.95M parameters, of which 0.67M are not embeddings."""
+"""Changes to all variants of configs/ptb.py, for 1.95M parameters, of which 0.67M are not embeddings."""
 
 
-def changes(model: Model, path: str, steps: int, full: bool) -> dict[str, Any]:
-    """The overrides of a model, {'section.key': value}."""
-    often: dict[str, Any] = {"train.steps": steps, "train.log_every": steps // 30, "train.eval_every": steps // 6}
-    often |= {"train.checkpoint_every": steps // 6, "data.path": path}
-    return ({} if full else SMALL | model.small) | model.gradient | often
+def chosen(model: Model, arguments: Namespace) -> tuple[str, Changes]:
+    """The config of a model at the size asked for, and the changes to it."""
+    steps = arguments.steps
+    often: Changes = {"train.steps": steps, "train.log_every": steps // 30, "train.eval_every": steps // 6}
+    often["train.checkpoint_every"] = steps // 6
+    if arguments.ptb is None:
+        variant, own = model.tiny
+        return f"configs/wt103.py:{variant}", own | model.changes | often
+    variant, own = model.ptb
+    own = {} if arguments.full else PTB | own
+    return f"configs/ptb.py:{variant}", own | model.changes | often | {"data.path": arguments.ptb}
 
 
 PROCESSOR_TIME = """
@@ -72,12 +93,18 @@ runpy.run_module("deq_flax.main", run_name="__main__", alter_sys=True)
 """The training command with the processor's time in place of the clock's."""
 
 
-def train(model: Model, workdir: Path, options: dict[str, Any], processor_time: bool) -> None:
+def train(config: str, workdir: Path, changes: Changes, processor_time: bool) -> None:
     """Run the training command, which only evaluates if the run is complete."""
-    flags = [f"--config.{key}={value}" for key, value in options.items()]
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
     program = ["-c", PROCESSOR_TIME] if processor_time else ["-m", "deq_flax.main"]
-    command = [sys.executable, *program, "--config", f"configs/ptb.py:{model.variant}", "--workdir", str(workdir)]
-    subprocess.run([*command, *flags], check=True)
+    subprocess.run([sys.executable, *program, "--config", config, "--workdir", str(workdir), *flags], check=True)
+
+
+def complete(workdir: Path, steps: int) -> bool:
+    """Whether a run has come to its end."""
+    file = workdir / "metrics.jsonl"
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
+    return any(line["split"] == "valid" and line["step"] == steps for line in lines)
 
 
 def curve(workdir: Path) -> tuple[list[float], list[float], dict[str, float]]:
@@ -93,13 +120,13 @@ def curve(workdir: Path) -> tuple[list[float], list[float], dict[str, float]]:
     return minutes, perplexity, last
 
 
-def facts(model: Model, options: dict[str, Any]) -> tuple[int, float]:
+def facts(path: str, changes: Changes) -> tuple[int, float]:
     """The number of parameters, and the peak memory of a training step in megabytes."""
     import jax
 
     from benchmarks.memory import peak
 
-    config = training.resolved(f"configs/ptb.py:{model.variant}", options)
+    config = training.resolved(path, changes)
     it = training.Training(config)
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(it.run.state.params))
     jacobian_loss = config.deq is not None and config.deq.jacobian_weight > 0
@@ -121,15 +148,15 @@ class Result(NamedTuple):
 
 def measure(name: str, arguments: Namespace) -> Result:
     """Train a model with every seed, or read what was trained before."""
-    model = MODELS[name]
-    options = changes(model, arguments.path, arguments.steps, arguments.full)
+    config, changes = chosen(MODELS[name], arguments)
     curves = []
     for seed in arguments.seeds:
         folder = arguments.workdir / f"{name}_{arguments.steps}_{seed}"
-        train(model, folder, options | {"train.seed": seed}, arguments.processor_time)
+        if not complete(folder, arguments.steps):
+            train(config, folder, changes | {"train.seed": seed}, arguments.processor_time)
         curves.append(curve(folder))
     minutes = [statistics.mean(at) for at in zip(*(minutes for minutes, *_ in curves), strict=True)]
-    return Result(minutes, [perplexity for _, perplexity, _ in curves], curves[0][2], *facts(model, options))
+    return Result(minutes, [perplexity for _, perplexity, _ in curves], curves[0][2], *facts(config, changes))
 
 
 def draw(results: dict[str, Result], file: str) -> None:
@@ -160,12 +187,14 @@ def draw(results: dict[str, Result], file: str) -> None:
 
 def main() -> None:
     parser = tables.parser(__doc__)
-    parser.add_argument("--path", required=True, help="folder of the three splits")
+    parser.add_argument("--ptb", help="folder of ptb.{train,valid,test}.txt; without it, the English that Python includes")
     parser.add_argument("--steps", type=int, default=480, help="of each model (480)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each model (0)")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="the models (all)")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/ptb"), help="holds a workdir for each run (runs/ptb)")
-    parser.add_argument("--full", action="store_true", help="the models as configured, of 24M parameters")
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/language"), help="holds a workdir for each run (runs/language)"
+    )
+    parser.add_argument("--full", action="store_true", help="with --ptb: the models as configured, of 24M parameters")
     parser.add_argument("--processor_time", action="store_true", help="count the time of the processor, not the clock's")
     parser.add_argument("--draw", help="draw the figure to this file")
     arguments = parser.parse_args()
@@ -181,7 +210,11 @@ def main() -> None:
     seeds = f"{len(arguments.seeds)} seeds (mean, and lowest to highest)" if len(arguments.seeds) > 1 else "one seed"
     seeds += ", processor time" if arguments.processor_time else ""
     text = f"{turns.machine(['jax'])}; {arguments.steps} steps each, {seeds}.\n\n{tables.markdown(head, rows)}"
-    tables.publish("ptb", text, arguments.write)
+    tables.publish(
+        "language models on Python's English" if arguments.ptb is None else "language models on Penn Treebank",
+        text,
+        arguments.write,
+    )
     if arguments.draw:
         draw(results, arguments.draw)
 
