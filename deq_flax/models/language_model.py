@@ -117,7 +117,7 @@ class EquilibriumTransformer(TransformerLanguageModel):
         raise NotImplementedError
 
     def next_memory(self, memory: Any, equation: Any, z_BLD: jax.Array, count: jax.Array | None = None) -> Any:
-        """The memory, without gradient, after the first `count` tokens of each segment, (B,), or None: all; z is the equilibrium."""
+        """The memory, without gradient, after the first `count` tokens of each segment, (B,), or all; z is the equilibrium."""
         raise NotImplementedError
 
     def __call__(
