@@ -210,11 +210,10 @@ def main() -> None:
     seeds = f"{len(arguments.seeds)} seeds (mean, and lowest to highest)" if len(arguments.seeds) > 1 else "one seed"
     seeds += ", processor time" if arguments.processor_time else ""
     text = f"{turns.machine(['jax'])}; {arguments.steps} steps each, {seeds}.\n\n{tables.markdown(head, rows)}"
-    tables.publish(
-        "language models on Python's English" if arguments.ptb is None else "language models on Penn Treebank",
-        text,
-        arguments.write,
-    )
+    if arguments.ptb is None:
+        tables.publish("language models on Python's English", text, arguments.write)
+    else:
+        tables.publish("language models on Penn Treebank", text, arguments.write)
     if arguments.draw:
         draw(results, arguments.draw)
 

@@ -22,7 +22,7 @@ def load(name):
     return module
 
 
-LANGUAGE = {name: load(name) for name in ("wt103", "ptb")}
+LANGUAGE = {name: load(name) for name in ("wt103", "ptb", "text")}
 VARIANTS = [(name, variant) for name, module in LANGUAGE.items() for variant in module.VARIANTS]
 
 

@@ -58,16 +58,18 @@ def test_the_same_command_again_reports_that_the_run_is_complete(trained):
 def test_eval_takes_the_config_of_the_run_and_leaves_results_for_programs(trained):
     workdir, first = trained
     before, trained_result = (workdir / "metrics.jsonl").read_text(), json.loads((workdir / "eval.json").read_text())
-    result = main("--mode", "eval", "--workdir", workdir, "--config.eval.max_steps_sweep=2,16", "--json")
+    result = main("--mode", "eval", "--workdir", workdir, "--config.eval.max_steps_sweep=0,16", "--json")
     assert result.returncode == 0, result.stderr
     assert result.stderr.splitlines()[-1].split("|")[1:] == first.stdout.splitlines()[-1].split("|")[1:]
     found = json.loads((workdir / "eval.json").read_text())
     assert json.loads(result.stdout) == found and found["metrics"] == trained_result["metrics"]
     assert (found["step"], found["limits"]) == (4, {"max_steps": 16, "tol": 1e-3, "stop": "relative"})
-    assert found["config"]["eval"]["max_steps_sweep"] == [2, 16]
+    assert found["config"]["eval"]["max_steps_sweep"] == [0, 16]
     assert [(row["split"], row["max_steps"]) for row in found["sweep"]] == [
-        ("valid", 2), ("test", 2), ("valid", 16), ("test", 16),
+        ("valid", 0), ("test", 0), ("valid", 16), ("test", 16),
     ]  # fmt: skip
+    start = found["sweep"][0]
+    assert (start["forward_nfe"], start["forward_residual"]) == (1, 1.0), "the initial guess is zero"
     text = (workdir / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.removeprefix(before).splitlines()]
     head = {"step": 4, "mode": "eval"}

@@ -87,21 +87,15 @@ def test_a_prompt_may_come_in_pieces():
     assert at_once.token_B == state.token_B
 
 
-def test_the_same_seed_gives_the_same_text_of_known_words(monkeypatch):
+def test_the_same_seed_gives_the_same_text_of_known_words_alone_or_with_others(monkeypatch):
+    """Prompts of other lengths, a seed for each text, and solves that end at other evaluations do not mix."""
     monkeypatch.setattr(generation, "CHUNK", 1)
-    drawing = generator(sampling=Sampling(temperature=5.0), words=7)
-    texts = [[int(token) for (token,), _ in drawing.tokens([PROMPT[:3]], 8, seed)] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
+    drawing, prompts = generator(sampling=Sampling(temperature=5.0), words=7), [PROMPT[:3], PROMPT[:1], PROMPT[2:7]]
+    texts = [[int(token) for (token,), _ in drawing.tokens([ids], 8, 1 + i)] for i, ids in enumerate(prompts)]
+    assert len({*map(tuple, texts)}) == 3
     assert all(token < 7 for text in texts for token in text)
-
-
-def test_texts_together_are_the_texts_alone():
-    """Prompts of other lengths, an own seed for each, and solves that end at other evaluations do not mix."""
-    drawing, prompts = generator(sampling=Sampling(temperature=1.0), memory=12), [PROMPT, PROMPT[:1], PROMPT[2:7]]
-    together = np.stack([tokens for tokens, _ in drawing.tokens(prompts, 6, 5)], axis=1)
-    alone = [[int(token) for (token,), _ in drawing.tokens([ids], 6, 5 + i)] for i, ids in enumerate(prompts)]
-    assert together.tolist() == alone
-    assert len({*map(tuple, alone)}) == 3
+    together = np.stack([tokens for tokens, _ in drawing.tokens(prompts, 8, 1)], axis=1)
+    assert together.tolist() == texts
 
 
 def test_generation_leaves_the_model_as_it_was():

@@ -12,6 +12,7 @@ from deq_flax.equilibrium import Implicit, Picard, Unroll
 from deq_flax.models import generation
 from deq_flax.models.generation import Generator, Sampling
 from deq_flax.models.language_model import TransformerOptions
+from deq_flax.models.layers import fresh_memory, layer_contexts
 from deq_flax.models.proposal_deq import ProposalDEQ, ProposalOptions
 from deq_flax.models.transformer_xl import TransformerXL
 from tests.reference import QUICK_COMPILE, solving
@@ -63,7 +64,7 @@ def close(a, b, error=2e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=error)
 
 
-@pytest.mark.parametrize("options", [{}, TODAY | dict(scale_D=0.1)])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), TODAY | dict(scale_D=0.1)])
 def test_segments_with_enough_memory_equal_the_whole(options):
     """The memory of each block in f holds what it sees at the equilibrium."""
     model = build(mem_len=12, proposal_blocks=1, blocks=2, **options)
@@ -80,7 +81,7 @@ def test_segments_with_enough_memory_equal_the_whole(options):
 
 
 def test_later_tokens_do_not_affect_earlier_states():
-    model = build(mem_len=4)
+    model = build()
     a, b = (hidden(model, x=x).hidden_BLD for x in (tokens(), tokens().at[:, 7].set(tokens()[:, 7] ^ 1)))
     close(a[:, :7], b[:, :7])
     assert np.abs(a[:, 7:] - b[:, 7:]).min() > 0
@@ -93,26 +94,28 @@ def test_without_updates_it_is_its_explicit_blocks():
     assert out.stats.nfe == 1 and out.stats.relative_residual.max() == 0
 
 
-@pytest.mark.parametrize("proposal_blocks", [0, 2])
-def test_without_injection_one_evaluation_is_a_transformer_of_all_blocks(proposal_blocks):
-    model = build(scale_D=1.0, proposal_blocks=proposal_blocks, blocks=2, inject_proposal=False)
-    layers = explicit(proposal_blocks + 2, model)
-    close(hidden(model, Unroll(1)).hidden_BLD, hidden(layers).hidden_BLD)
+def test_without_injection_one_evaluation_is_a_transformer_of_all_blocks():
+    model = build(scale_D=1.0, proposal_blocks=0, blocks=2, inject_proposal=False)
+    close(hidden(model, Unroll(1)).hidden_BLD, hidden(explicit(2, model)).hidden_BLD)
 
 
 def test_the_equation_starts_at_the_proposal_and_holds_it_in_every_evaluation():
-    """f(z, c) - c is what the blocks add to z + c, times the scale; written out by hand for a single block."""
-    model = build(proposal_blocks=1)
-    f, c, _ = model.equation(tokens(), model.fresh_memory(2))
-    close(c, hidden(explicit(1, model)).hidden_BLD)
-    other = explicit(2, model)
-    first = other.cells[1]
-    z = jnp.asarray(np.random.default_rng(2).normal(size=c.shape), jnp.float32)
-    other.cells = nnx.List([first])
-    other.embed = lambda tokens_BL, key=None: z + c
-    close(f(z), c + 0.4 * (other(tokens(), other.fresh_memory(2)).hidden_BLD - z - c))
+    """f(z, c) - c is what the last block adds to z + c, times the scale."""
+    model = build()
+    z = jnp.asarray(np.random.default_rng(2).normal(size=(2, 12, 16)), jnp.float32)
+
+    @jit
+    def evaluated(z):
+        f, c, _ = model.equation(tokens(), model.fresh_memory(2))
+        (context,) = layer_contexts(model.cells[2:], c, fresh_memory(model.cells[2:], 2, 0, c.dtype), [None])
+        return c, f(z), c + 0.4 * (model.cells[2].evaluate(z + c, context) - (z + c))
+
+    c, found, by_hand = evaluated(z)
+    close(found, by_hand)
+    close(c, hidden(explicit(2, model)).hidden_BLD)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_parameter_and_agree_with_a_long_unrolled_iteration():
     model = build(cutoffs=(), div_value=1, proposal_blocks=1)
     graphdef, params = nnx.split(model)

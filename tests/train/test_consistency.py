@@ -52,7 +52,7 @@ def test_a_loss_that_rides_along_adds_its_gradient_and_no_value():
     assert both(w, True) == jnp.sum(jnp.sin(w) ** 2)
 
 
-@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+@pytest.mark.parametrize("gradient", [pytest.param("implicit", marks=pytest.mark.slow), "unroll"])
 def test_a_training_step_adds_its_gradient_with_the_given_weight(gradient):
     w, f, z0 = problem()
     solvers = {weight: phase(gradient=gradient, consistency_weight=weight).solve() for weight in (0.0, 0.7)}
