@@ -2,7 +2,8 @@
 # Start one run on all workers of a Cloud TPU slice, wait for the slice if necessary, and restart after preemptions:
 #   NAME=deq TYPE=v5litepod-64 ZONE=us-west4-a REPOSITORY=URL launch/tpu_pod.sh [--dry-run] --config ... --workdir DIR ...
 # REPOSITORY is the URL that the workers clone this code from, DIR a folder on a disk that all of them share. SPOT=1 requests
-# preemptible workers; VERSION is their runtime version. The slice is deleted once the run is complete, and kept if the run fails.
+# preemptible workers; VERSION is their runtime version. CHECK=1 compiles the run's steps for TYPE here, before anything is
+# requested, and ends if they do not fit. The slice is deleted once the run is complete, and kept if the run fails.
 set -euo pipefail
 
 dry_run=false
@@ -18,6 +19,8 @@ printf -v arguments '%q ' "$@"
 setup="test -d deq_flax || git clone $(printf %q "$REPOSITORY") deq_flax; cd deq_flax && pip install -q -r requirements-tpu.txt"
 main="cd deq_flax && python3 -m deq_flax.main $arguments --coordinator auto"
 
+check=("${PYTHON:-python}" -m deq_flax.compile --must_fit --topology "$TYPE" "$@")
+
 run() {
   if $dry_run; then printf '%q ' "$@"; echo; else "$@"; fi
 }
@@ -32,6 +35,7 @@ delete() {
   run "${tpu[@]}" queued-resources delete "$NAME" --zone "$ZONE" --force --quiet
 }
 
+if [[ ${CHECK:-0} == 1 ]]; then run "${check[@]}"; fi
 if $dry_run; then create; run "${on_all[@]}" "$setup"; run "${on_all[@]}" "$main"; delete; exit 0; fi
 while true; do
   case $(state) in

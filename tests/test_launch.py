@@ -21,7 +21,7 @@ def cluster(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     program = f"#!{sys.executable}\n" + (ROOT / "tests" / "stand_ins.py").read_text()
-    for name in ("srun", "scontrol", "gcloud"):
+    for name in ("srun", "scontrol", "gcloud", "kubectl"):
         (folder / name).write_text(program)
         (folder / name).chmod(0o755)
     for name in ("pip", "git"):  # on a worker: nothing to install, and a link to this repository in place of a clone
@@ -59,7 +59,23 @@ def test_dry_runs_print_what_would_be_started():
     assert all("us-west4-a" in line for line in lines)
 
 
-@pytest.mark.parametrize("script", ["local.sh", "tpu_pod.sh"])
+@pytest.mark.parametrize(("script", "environment"), [("tpu_pod.sh", TPU), ("gke_jobset.sh", {"IMAGE": "image"})])
+def test_nothing_is_requested_for_a_run_that_does_not_fit(script, environment, cluster, tmp_path):
+    check = tmp_path / "check"
+    check.write_text('#!/bin/sh\necho "$@"; exit 2\n')
+    check.chmod(0o755)
+    environment = os.environ | environment | cluster | {"CHECK": "1", "PYTHON": str(check)}
+    command = ["bash", f"launch/{script}", "--config", "configs/wt103.py", "--workdir", "a b"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and not (tmp_path / "log").exists()
+    kind = "v5litepod-16" if script == "tpu_pod.sh" else "v5e:4x4"
+    assert (
+        result.stdout.split()
+        == f"-m deq_flax.compile --must_fit --topology {kind} --config configs/wt103.py --workdir a b".split()
+    )
+
+
+@pytest.mark.parametrize("script", ["local.sh", "tpu_pod.sh", "gke_jobset.sh"])
 def test_a_missing_argument_is_one_line(script):
     result = subprocess.run(["bash", f"launch/{script}"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout
@@ -67,7 +83,7 @@ def test_a_missing_argument_is_one_line(script):
 
 def test_scripts_hold_no_hyperparameters_and_are_clean():
     scripts = [*(ROOT / "launch").glob("*.s*")]
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     for script in scripts:
         assert "--config." not in script.read_text()
     if shutil.which("shellcheck"):
@@ -75,13 +91,14 @@ def test_scripts_hold_no_hyperparameters_and_are_clean():
 
 
 def test_the_jobset_runs_the_command_in_every_pod():
-    text = (ROOT / "launch" / "gke_jobset.yaml").read_text()
-    job = yaml.safe_load(text.replace("$IMAGE", "image").replace("$ARGUMENTS", '"--config", "configs/wt103.py"'))
+    job = yaml.safe_load("\n".join(dry_run("gke_jobset.sh", "--config.data.path", 'a "path"', IMAGE="place/image&more:1")))
     spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = spec["template"]["spec"]["containers"]
+    assert container["image"] == "place/image&more:1"
     assert [*container["command"], *container["args"]][2:] == [
-        "deq_flax.main", "--coordinator", "auto", "--config", "configs/wt103.py",
-    ]  # fmt: skip
+        *("deq_flax.main", "--coordinator", "auto", "--config.data.path", 'a "path"'),
+        *("--config", "configs/wt103.py", "--workdir", "a b"),
+    ]
     assert spec["parallelism"] == spec["completions"]
 
 

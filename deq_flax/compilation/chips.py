@@ -1,6 +1,7 @@
 """TPU chips and their topologies, for which programs are compiled without one."""
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -45,12 +46,32 @@ TOPOLOGIES = (
 """Topologies that are known to compile; others of the same chips may."""
 
 
+_ACCELERATORS = {"v4": ("v4", 3), "v5litepod": ("v5e", 2), "v5p": ("v5p", 3), "v6e": ("v6e", 2)}
+"""Accelerator types of Cloud TPU by their first part: the chip, and the number of axes of its topologies."""
+
+
+def topology_of(accelerator: str) -> str:
+    """Return the default topology of an accelerator type of Cloud TPU: 'v5e:4x4' for 'v5litepod-16'. Other names stay.
+
+    The number is that of chips, but of v4 and v5p that of cores, two a chip.
+    """
+    kind, _, number = accelerator.partition("-")
+    if kind not in _ACCELERATORS or not number.isdecimal() or not (count := int(number)) or count & (count - 1):
+        return accelerator
+    chip, axes = _ACCELERATORS[kind]
+    doublings = int(math.log2(count // 2 if axes == 3 else count))
+    if axes == 3 and doublings < 3:
+        return f"{chip}:2x2x1"
+    return f"{chip}:{'x'.join(str(2 ** ((doublings + i) // axes)) for i in range(axes))}"
+
+
 def topology_devices(name: str) -> tuple[Chip, Sequence[Any]]:
-    """Return the chip and the devices of a topology such as 'v5e:16x16', for a mesh.
+    """Return the chip and the devices of a topology such as 'v5e:16x16', or of an accelerator type, for a mesh.
 
     Raises:
       UserError: there is no such topology, or libtpu is not installed.
     """
+    name = topology_of(name)
     kind = name.split(":")[0]
     known = f"known: {', '.join(TOPOLOGIES)}"
     if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", name):

@@ -12,6 +12,11 @@ from deq_flax.train.phases import DEQOptions
 
 LARGEST = 10
 """Operations that are listed for each part."""
+DOES_NOT_FIT = (
+    "set mesh.fsdp to split what is stored, lower data.batch_size, raise train.accumulate, or set memory=10 in "
+    "deq.solver_options and deq.backward_solver_options"
+)
+"""What to do about a step that needs more memory than there is."""
 
 
 def report(step: CompiledStep, chip: Chip | None, deq: DEQOptions | None) -> dict[str, Any]:
@@ -71,8 +76,7 @@ def as_lines(name: str, account: dict[str, Any]) -> Iterator[str]:
     of = f" of {_size(account['memory'])}" if "memory" in account else ""
     yield f"  memory a device: {_size(held['all'])}{of} ({kinds})"
     if not account.get("fits", True):
-        cures = "set mesh.fsdp to split what is stored, lower data.batch_size, raise train.accumulate"
-        yield f"  does not fit: {cures}, or set memory=10 in deq.solver_options and deq.backward_solver_options"
+        yield f"  does not fit: {DOES_NOT_FIT}"
     for where, kinds in account["collectives"].items():
         listed = ", ".join(f"{n['count']} {kind} of {_size(n['bytes'])}" for kind, n in kinds.items())
         yield f"  collectives {where.replace('_', ' ')}: {listed or 'none'}"

@@ -1,4 +1,4 @@
-"""Data sets of zeros in the shapes of the real ones: a task without data, to compile its steps."""
+"""Data sets of zeros, or of random symbols, in the shapes of the real ones: a task without data, to compile its steps."""
 
 from dataclasses import dataclass, replace
 
@@ -9,6 +9,7 @@ from deq_flax.data.images.files import DamagedFiles
 from deq_flax.data.images.labeled_datasets import LABELED, ImageData, ImageOptions
 from deq_flax.data.images.scene_datasets import SCENES, SceneData, SceneOptions
 from deq_flax.data.loading import SPLITS, Batch
+from deq_flax.data.puzzles.puzzles import PUZZLES, PuzzleOptions
 from deq_flax.data.text.corpus import TEXTS, Corpus, TextOptions
 from deq_flax.errors import UserError
 
@@ -23,7 +24,7 @@ MANY = 1 << 24
 
 
 def without_data(config: Config) -> Config:
-    """Return the config with zeros in place of its data, in the same shapes; what needs no files stays.
+    """Return the config with data that needs no files and no time, in the same shapes; what is always at hand stays.
 
     Raises:
       UserError: a language model's vocabulary is not known.
@@ -43,6 +44,8 @@ def without_data(config: Config) -> Config:
         LABELED["zeros"] = lambda options: _images(shape, classes)
     elif isinstance(data, SceneOptions):
         SCENES["zeros"] = _scenes
+    elif isinstance(data, PuzzleOptions):
+        return replace(config, data=_puzzles(data))
     else:
         return config
     ignored = {"ignored": ()} if isinstance(data, SceneOptions) else {}
@@ -72,6 +75,29 @@ class Zeros:
         labels = np.zeros((len(indices), *shape[:2]), np.uint8) if self.dense else np.zeros(len(indices), np.int32)
         images = np.zeros((len(indices), *shape), np.uint8)
         return {"images": images, "labels": labels, "mask": np.ones(len(indices), np.float32)}
+
+
+def _puzzles(data: PuzzleOptions) -> PuzzleOptions:
+    """Options of puzzles of random symbols, as few as fill a batch: those of a config may take minutes to find."""
+    puzzle, axes = PUZZLES[data.name], 1 if data.name in ("prefix_sums", "a5", "s5") else 2
+
+    def generate(options: PuzzleOptions, size: int, count: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        shape = (count, *(size,) * axes)
+        inputs, outputs = puzzle.symbols(size)
+        return random.integers(0, inputs, shape, np.uint8), random.integers(0, outputs, shape, np.uint8)
+
+    PUZZLES["symbols"] = replace(puzzle, generate=generate)
+    return replace(
+        data,
+        name="symbols",
+        path="",
+        train_examples=data.batch_size,
+        valid_examples=data.eval_batch_size,
+        test_examples=data.eval_batch_size,
+        path_lengths=(),
+        clues=0,
+        grades=(),
+    )
 
 
 def _text(options: TextOptions, vocab_size: int) -> Corpus:

@@ -13,7 +13,8 @@ from deq_flax.compilation import chips
 from deq_flax.compilation.lower import compile_steps
 from deq_flax.compilation.report import as_lines, report
 from deq_flax.compilation.stand_in import without_data
-from deq_flax.config import make_task
+from deq_flax.config import make_task, resolve
+from deq_flax.config_files import load_config
 from deq_flax.devices.mesh import MeshOptions
 from deq_flax.errors import UserError
 from tests.commands import command, commands
@@ -52,6 +53,26 @@ def test_zeros_stand_in_for_the_data(config, shape):
     else:
         assert batch["images"].shape == (config.data.batch_size, *shape) and batch["images"].dtype == np.uint8
     assert not any(np.any(array) for name, array in batch.items() if name in ("inputs", "images", "labels"))
+
+
+@pytest.mark.parametrize("name", ["sudoku:extreme_eqr", "maze:unique_trm", "state_tracking:s5"])
+def test_random_symbols_stand_in_for_puzzles(name):
+    config = resolve(load_config(name), [])
+    data = dataclasses.replace(config.data, batch_size=8, eval_batch_size=4)
+    task = make_task(without_data(dataclasses.replace(config, data=data)))
+    shape = {"sudoku": (9, 9), "maze": (30, 30), "state_tracking": (16,)}[name.split(":")[0]]
+    assert next(task.train_batches(0))["inputs"].shape == (8, *shape)
+    assert task.eval_batches("valid")[0]["targets"].shape == (4, *shape)
+    assert task.model_options.input_symbols == {"sudoku": 10, "maze": 6, "state_tracking": 120}[name.split(":")[0]]
+
+
+def test_accelerator_types_name_topologies():
+    types = {
+        **{"v5litepod-1": "v5e:1x1", "v5litepod-8": "v5e:2x4", "v5litepod-16": "v5e:4x4", "v5litepod-256": "v5e:16x16"},
+        **{"v6e-4": "v6e:2x2", "v6e-32": "v6e:4x8", "v5p-8": "v5p:2x2x1", "v5p-16": "v5p:2x2x2", "v5p-64": "v5p:2x4x4"},
+        **{"v5p-1024": "v5p:8x8x8", "v4-32": "v4:2x2x4", "v5e:2x4": "v5e:2x4", "v5p-12": "v5p-12", "v9-4": "v9-4"},
+    }
+    assert {kind: chips.topology_of(kind) for kind in types} == types
 
 
 @pytest.mark.slow
