@@ -158,10 +158,11 @@ def _next_pair(
     used = (jnp.arange(slots, dtype=jnp.int32) < slot)[None]
     p, image = s.direction, s.direction - jacobian(s.direction)
     q = image
-    for _ in range(2):  # twice is enough for orthogonality to working precision
-        h = jnp.where(used, total(jnp.einsum("bmn,bn->bm", images, q), axis_name), 0.0)
-        p = p - jnp.einsum("bm,bmn->bn", h, directions)
-        q = q - jnp.einsum("bm,bmn->bn", h, images)
+    with jax.default_matmul_precision("highest"):
+        for _ in range(2):  # twice is enough for orthogonality to working precision
+            h = jnp.where(used, total(jnp.einsum("bmn,bn->bm", images, q), axis_name), 0.0)
+            p = p - jnp.einsum("bm,bmn->bn", h, directions)
+            q = q - jnp.einsum("bm,bmn->bn", h, images)
     size, whole = norms(lambda q, image: (q, image), q, image, axis_name=axis_name)
     # An image inside the space already searched leaves only rounding errors: no direction.
     scale = jnp.where(size > 10 * jnp.finfo(q.dtype).eps * whole, 1.0 / size, 0.0)[:, None]

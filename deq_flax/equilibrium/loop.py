@@ -252,7 +252,8 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
         alive = s.alive & jnp.isfinite(absolute) & jnp.isfinite(size)
         going = alive & running
         active = alive & (running | coupled) & (residual > solver.tol)
-        z, state = solver.step(s.k, s.z, g, s.solver)
+        with jax.default_matmul_precision("highest"):  # accelerators round operands by default: a floor for the residual
+            z, state = solver.step(s.k, s.z, g, s.solver)
         state = freeze(going, state, s.solver)
         z = jnp.where((active & (s.k + 1 < limit))[:, None], z, best.z)
         return _Loop(s.k + 1, z, active, alive, coupled, first, best, state, traces, trajectory)

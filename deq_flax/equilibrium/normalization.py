@@ -42,11 +42,12 @@ def spectral_normalized(kernel: jax.Array, u: jax.Array, *, bound: float = 1.0, 
     matrix = jnp.reshape(kernel, (-1, kernel.shape[-1]))
     constant = jax.lax.stop_gradient(matrix)
     v = jnp.zeros(matrix.shape[0], kernel.dtype)
-    for _ in range(steps):
-        v = _unit(constant @ u)
-        u = _unit(v @ constant)
-    u, v = jax.lax.stop_gradient((u, v))
-    spectral_norm = v @ matrix @ u
+    with jax.default_matmul_precision("highest"):  # accelerators round operands by default, and the bound with them
+        for _ in range(steps):
+            v = _unit(constant @ u)
+            u = _unit(v @ constant)
+        u, v = jax.lax.stop_gradient((u, v))
+        spectral_norm = v @ matrix @ u
     return kernel * (bound / jnp.maximum(spectral_norm, bound)), u
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deq_flax import Anderson, Broyden, fixed_point
+from deq_flax import GMRES, SHINE, Anderson, Broyden, Implicit, fixed_point
 
 B, N, M = 3, 640, 9
 
@@ -30,3 +30,24 @@ def test_no_history_is_copied_in_the_loop(solver):
     assert re.search(rf"= f32\[{B},{M},{N}\]\S* dynamic-update-slice\(", body), "no history of this shape is written"
     copies = re.findall(rf"= f32\[{B},{M},{N}\]\S* copy\(.*", body)
     assert not copies, copies
+
+
+@pytest.mark.parametrize(
+    ("solver", "gradient"),
+    [
+        (Anderson(memory=3), Implicit(GMRES())),
+        (Broyden(), SHINE(refine_steps=3)),
+        (Broyden(memory=3), Implicit(Anderson())),
+        (Broyden(line_search=True), Implicit()),
+    ],
+    ids=str,
+)
+def test_products_of_the_history_are_not_rounded_by_an_accelerator(solver, gradient):
+    """By default a TPU rounds the operands of float32 products to bfloat16, which is a floor for the residual."""
+
+    def loss(x):
+        return fixed_point(lambda z: 0.5 * jnp.tanh(z) + x, jnp.zeros_like(x), solver=solver, gradient=gradient).value.sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((B, 8))))
+    products = re.findall(r"dot_general\[(.*?)\] ", program, re.DOTALL)
+    assert products and all("Precision.HIGHEST, Precision.HIGHEST" in options for options in products)

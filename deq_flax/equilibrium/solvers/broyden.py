@@ -231,12 +231,13 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
 
 def apply_inverse_transpose(state: BroydenState, x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
     """Return H^T x, (B, N), for x (B, N) and the inverse Jacobian estimate H of g(z) = f(z) - z in a state."""
-    slots = state.directions.shape[1]
-    along_x = jnp.pad(total(jnp.einsum("bmn,bn->bm", state.directions, x), axis_name), ((0, 0), (0, 1)))
-    here = jnp.arange(slots + 1, dtype=jnp.int32)[None] == state.slot[:, None]
-    along_x = jnp.where(here, total(jnp.sum(state.pending * x, axis=1), axis_name)[:, None], along_x)
-    weights = jnp.einsum("bij,bi->bj", state.core, along_x)
-    return jnp.einsum("bm,bmn->bn", weights, state.directions) - state.multiple[:, None] * x
+    with jax.default_matmul_precision("highest"):
+        slots = state.directions.shape[1]
+        along_x = jnp.pad(total(jnp.einsum("bmn,bn->bm", state.directions, x), axis_name), ((0, 0), (0, 1)))
+        here = jnp.arange(slots + 1, dtype=jnp.int32)[None] == state.slot[:, None]
+        along_x = jnp.where(here, total(jnp.sum(state.pending * x, axis=1), axis_name)[:, None], along_x)
+        weights = jnp.einsum("bij,bi->bj", state.core, along_x)
+        return jnp.einsum("bm,bmn->bn", weights, state.directions) - state.multiple[:, None] * x
 
 
 def _step_with_search(
