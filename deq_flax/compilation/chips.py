@@ -26,14 +26,16 @@ class Chip:
     """Cycles a second."""
     product_rate: float
     """Operations a cycle of a large product of bfloat16 matrices, 8192^3, by the compiler's own estimate."""
+    link: float
+    """Bytes a second over one of its links to other chips, in one direction."""
 
 
 CHIPS = {
-    "v4": Chip(memory=16e9, peak=137.5e12, clock=1.05e9, product_rate=118_000),
-    "v5e": Chip(memory=16e9, peak=197e12, clock=1.5e9, product_rate=115_000),
-    "v5p": Chip(memory=95e9, peak=459e12, clock=1.75e9, product_rate=236_000),
-    "v6e": Chip(memory=32e9, peak=918e12, clock=1.75e9, product_rate=369_000),
-    "tpu7x": Chip(memory=96e9, peak=1153e12, clock=1.75e9, product_rate=422_000),
+    "v4": Chip(memory=16e9, peak=137.5e12, clock=1.05e9, product_rate=118_000, link=50e9),
+    "v5e": Chip(memory=16e9, peak=197e12, clock=1.5e9, product_rate=115_000, link=50e9),
+    "v5p": Chip(memory=95e9, peak=459e12, clock=1.75e9, product_rate=236_000, link=100e9),
+    "v6e": Chip(memory=32e9, peak=918e12, clock=1.75e9, product_rate=369_000, link=100e9),
+    "tpu7x": Chip(memory=96e9, peak=1153e12, clock=1.75e9, product_rate=422_000, link=100e9),
 }
 
 TOPOLOGIES = (
@@ -78,8 +80,8 @@ def topology_devices(name: str) -> tuple[Chip, Sequence[Any]]:
         raise UserError(f"no topology {name!r}; {known}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs libtpu: pip install -r requirements-tpu.txt")
-    # libtpu reads these when it is loaded, and then looks for no TPU.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    # libtpu reads these when it is loaded: it then looks for no TPU, and other processes may have it loaded too.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
     try:
         return CHIPS[kind], topologies.get_topology_desc(platform="tpu", topology_name=name).devices

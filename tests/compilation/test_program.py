@@ -15,9 +15,9 @@ def fusion(name, cycles, frame=0, op_name="jit(step)/mul"):
     return f'  %{name} = f32[2]{{0}} fusion(%a), calls=%f, {metadata}, backend_config={{"estimated_cycles":"{cycles}"}}'
 
 
-def loop(name, body, op_name, trips=None):
+def loop(name, body, op_name, trips=None, condition="c"):
     known = f', backend_config={{"known_trip_count":{{"n":"{trips}"}}}}' if trips else ""
-    return f'  %{name} = (f32[2]{{0}}) while(%t), condition=%c, body=%{body}, metadata={{op_name="{op_name}"}}{known}'
+    return f'  %{name} = (f32[2]{{0}}) while(%t), condition=%{condition}, body=%{body}, metadata={{op_name="{op_name}"}}{known}'
 
 
 HLO = f"""HloModule jit_step
@@ -54,11 +54,22 @@ StackFrames
 {fusion("b", 9)}
 }}
 
+%cheap (p: f32[2]) -> f32[2] {{
+{fusion("i", 2)}
+}}
+
+%below (p: s32[]) -> pred[] {{
+  %n = s32[]{{:T(128)}} constant(6)
+  %i = s32[]{{:T(128)}} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %n), direction=LT
+}}
+
 ENTRY %main (p: f32[2]) -> f32[2] {{
 {fusion("e", 7, 2)}
 {loop("w1", "forward", "jit(step)/jvp()/while")}
 {loop("w2", "adjoint", "jit(step)/transpose(jvp())/while")}
-  %cond = f32[2]{{0}} conditional(%q, %a, %a), branch_computations={{%branch, %branch}}
+{loop("chunks", "branch", "jit(step)/jvp()/while", condition="below")}
+  %cond = f32[2]{{0}} conditional(%q, %a, %a), branch_computations={{%branch, %cheap}}
   ROOT %done = f32[2]{{0}} copy(%e)
 }}
 """
@@ -67,7 +78,7 @@ ENTRY %main (p: f32[2]) -> f32[2] {{
 def test_cycles_are_counted_by_part():
     parts = {part.name: part for part in parts_of(HLO)}
     assert {name: part.cycles for name, part in parts.items()} == {
-        "outside": 7 + 2 * 9,
+        "outside": 7 + 6 * 9 + 2,  # chunks of a scan, and the cheaper branch
         "forward iteration": 100 + 5 * 3,
         "adjoint iteration": 40,
     }
