@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_flax.devices.mesh import BATCH, by_batch, replicated
+from deq_flax.devices.mesh import BATCH, by_batch, compiler_options, replicated
 from deq_flax.devices.sharding import (
     batch_axes,
     gather,
@@ -186,7 +186,13 @@ def make_train_step(
         metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
         return state_after, metrics | {"skipped": average(state_after.skipped)}
 
-    @partial(jax.jit, static_argnames="phase", donate_argnames="state", out_shardings=(shardings, NamedSharding(mesh, P())))
+    @partial(
+        jax.jit,
+        static_argnames="phase",
+        donate_argnames="state",
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+        compiler_options=compiler_options(mesh),
+    )
     def step(state: TrainState, batch: Batch, scalars: StepScalars, number: Any, *, phase: Phase) -> tuple[TrainState, Metrics]:
         stored = manual_specs(specs)
         value, gradient, variables, carry, metrics = jax.shard_map(
@@ -217,7 +223,7 @@ def make_eval_step(task: Task, graphdef: Any, mesh: Mesh, phase: Phase) -> EvalS
         metrics = output.metrics | solver_metrics(output.stats, output.jacobian_loss)
         return output.carry, jax.lax.psum(metrics, batch_axes(mesh))
 
-    @partial(jax.jit, donate_argnums=3)
+    @partial(jax.jit, donate_argnums=3, compiler_options=compiler_options(mesh))
     def step(params: Any, variables: Any, batch: Batch, carry: Carry, scalars: StepScalars) -> tuple[Carry, Metrics]:
         return jax.shard_map(
             local,

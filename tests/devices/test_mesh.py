@@ -1,11 +1,23 @@
 """Laws of meshes: options become a mesh of the available devices, or an error that names possible values."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from deq_flax.devices import mesh as mesh_module
-from deq_flax.devices.mesh import MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
+from deq_flax.devices.mesh import (
+    MeshOptions,
+    by_batch,
+    check_batch,
+    compiler_options,
+    local_rows,
+    make_mesh,
+    place,
+    put_batch,
+    replicated,
+)
 from deq_flax.errors import UserError
 
 
@@ -65,3 +77,9 @@ def test_a_batch_is_split_by_rows_and_other_arrays_are_replicated():
     whole = place(np.arange(3), replicated(mesh))
     assert whole.is_fully_replicated and len(whole.sharding.device_set) == 8
     jax.tree.map(np.testing.assert_array_equal, (batch, whole), (np.arange(24).reshape(8, 3), np.arange(3)))
+
+
+@pytest.mark.parametrize(("kind", "given"), [("cpu", False), ("TPU v5 lite", True), ("TPU v5", True), ("TPU v6 lite", False)])
+def test_only_the_tpus_that_need_it_get_an_option(kind, given):
+    mesh = SimpleNamespace(devices=np.array([[[SimpleNamespace(device_kind=kind)]]]))
+    assert (compiler_options(mesh) is not None) == given  # an option that a device does not know would be an error
