@@ -48,8 +48,8 @@ def main() -> dict[str, Any]:
         result["steps"][step.name] = report(step, chip, config.deq)
         for line in as_lines(step.name, result["steps"][step.name]):
             print(line, flush=True)
-        if _MUST_FIT.value and not result["steps"][name].get("fits", True):
-            raise UserError(f"the {name} step does not fit: {DOES_NOT_FIT}")
+        if _MUST_FIT.value and not result["steps"][step.name].get("fits", True):
+            raise UserError(f"the {step.name} step does not fit: {DOES_NOT_FIT}")
     return result
 
 

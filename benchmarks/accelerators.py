@@ -1,0 +1,167 @@
+"""What every recipe costs on TPUs, by the account of their compiler: the tables of docs/accelerators.md.
+
+    python -m benchmarks.accelerators [--only REGEX] [--limit SECONDS] [--results FILE] [--write]
+
+Each step of each recipe is compiled for each topology in a process of its own (`python -m deq_flax.compile`), in bfloat16, at a
+fixed number of samples a chip. No TPU, data or weights are needed, but libtpu (requirements-tpu.txt). Every account is appended
+to FILE as one line of JSON, and those that are there are not compiled again: what was interrupted goes on. --limit 0 compiles
+nothing, and makes the tables of what is there.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import tables
+
+SAMPLES = {
+    **{f"wt103:{variant}": 7 for variant in ("base", "ift", "reg", "preln_reg", "ift_jr", "deq_lm", "explicit")},
+    **{"cifar10:large": 16, "cifar10:tiny": 8, "cifar10:large_reg": 24, "cifar10:phantom": 16},
+    **{f"imagenet:{variant}": 16 for variant in ("small", "large", "phantom", "small_reg", "large_reg", "xl")},
+    **{"cityscapes:small": 1, "cityscapes:large": 1, "cityscapes:xl": 1},
+    **{"sudoku:extreme_eqr": 96, "sudoku:extreme_trm": 96, "maze:unique_eqr": 96, "maze:unique_trm": 96},
+    **{"sudoku:four": 8, "sudoku:six": 8, "sudoku:nine": 8, "maze:small": 4},
+    **{"prefix_sums": 13, "state_tracking:a5": 13, "state_tracking:s5": 13},
+}
+"""Samples a chip by recipe: its batch on eight chips, or as near to that as can be split."""
+HOSTS = {"v5e:2x4": 8, "v6e:2x4": 8, "v5p:2x2x1": 4}
+"""Chips of one host."""
+PODS = {"v5e:16x16": 256, "v6e:16x16": 256, "v5p:8x8x8": 512}
+"""Chips of a pod, or half of one."""
+ON_PODS = ("wt103:base", "imagenet:large")
+MESHES = ("fsdp=8", "tensor=2")
+"""Other meshes than `data` alone, for wt103:base on one host of v5e."""
+RESULTS = Path(__file__).parent / "accelerators.jsonl"
+PAGE = Path(__file__).parent.parent / "docs" / "accelerators.md"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A program to compile."""
+
+    recipe: str
+    topology: str
+    chips: int
+    mesh: str = ""
+    step: str = "train"
+
+    def command(self) -> list[str]:
+        """The command that compiles it."""
+        batch = self.chips * SAMPLES[self.recipe] // (2 if self.mesh.startswith("tensor") else 1)
+        changes = [f"data.batch_size={batch}", f"data.eval_batch_size={batch}", "model.dtype=bfloat16"]
+        changes += [f"mesh.{self.mesh}"] if self.mesh else []
+        flags = [f"--config.{change}" for change in changes]
+        head = [sys.executable, "-m", "deq_flax.compile", "--config", self.recipe, "--topology", self.topology]
+        return [*head, "--step", self.step, "--json", *flags]
+
+    @property
+    def key(self) -> str:
+        return " ".join(filter(None, (self.recipe, self.topology, self.mesh, self.step)))
+
+
+def rows() -> list[Row]:
+    """All programs, those that matter most first."""
+    first = [Row("wt103:base", topology, chips) for topology, chips in HOSTS.items()]
+    first += [Row("wt103:base", "v5e:2x4", 8, mesh) for mesh in MESHES]
+    found = [*first, *(Row(recipe, topology, chips) for topology, chips in PODS.items() for recipe in ON_PODS)]
+    found += [
+        Row(recipe, topology, chips, step=step)
+        for step in ("train", "eval")
+        for topology, chips in HOSTS.items()
+        for recipe in SAMPLES
+    ]
+    return [*dict.fromkeys(found)]
+
+
+def compiled(row: Row, limit: float) -> dict[str, Any]:
+    """The account of a row, or why there is none."""
+    start, environment = time.perf_counter(), os.environ | {"PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    head = {"key": row.key, "versions": {name: version(name) for name in ("jax", "libtpu")}}
+    try:
+        done = subprocess.run(row.command(), env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return head | {"error": f"not compiled within {limit:.0f} s"}
+    head["seconds"] = round(time.perf_counter() - start, 1)
+    if done.returncode:
+        return head | {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    return head | json.loads(done.stdout)["steps"][row.step]
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The accounts in a file by key; of several the last."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {account["key"]: account for account in map(json.loads, lines)}
+
+
+def shown(row: Row, account: dict[str, Any]) -> list[str]:
+    """The cells of a row."""
+    label = f"`{row.recipe}`" + (f" `mesh.{row.mesh}`" if row.mesh else "")
+    if "error" in account:
+        return [label, account["error"], *[""] * 7]
+    held = account["bytes"]
+    stored = sum(held.get(kind, 0) for kind in ("parameters", "optimizer", "carry"))
+    if not account["fits"]:
+        return [label, f"**does not fit**: {held['all'] / 1e9:.1f} GB", *[""] * 7]
+    parts = account["parts"]
+    looped = ", ".join(f"{n['count']} {kind}" for kind, n in account["collectives"]["in_loops"].items())
+    return [
+        label,
+        f"{stored / 1e9:.2f} + {held['temporary'] / 1e9:.2f}",
+        *(_part(parts.get(name)) for name in ("forward iteration", "adjoint iteration", "outside")),
+        f"{1e3 * account['seconds']:.1f}",
+        f"{account['utilization']:.0%}",
+        looped or "none",
+        f"{account['compile_seconds']:.0f}",
+    ]
+
+
+def _part(part: dict[str, Any] | None) -> str:
+    if part is None:
+        return ""
+    times = f" x {part['iterations']}" if part["iterations"] > 1 else ""
+    ratio = f" ({part['cycles'] / part['product_cycles']:.2f})" if part["product_cycles"] else ""
+    return f"{part['cycles'] / 1e6:.3g}{ratio}{times}"
+
+
+HEAD = ["recipe", "stored + temporary, GB", "forward iteration", "adjoint iteration", "outside"]
+HEAD += ["ms a step", "of the peak", "collectives in loops", "s to compile"]
+
+
+def text(accounts: dict[str, dict[str, Any]]) -> str:
+    """The tables."""
+    blocks = []
+    for step, title in (("train", "Training"), ("eval", "Evaluation")):
+        for topology, chips in {**HOSTS, **PODS}.items():
+            wanted = [row for row in rows() if (row.topology, row.step) == (topology, step) and row.key in accounts]
+            if wanted:
+                cells = [shown(row, accounts[row.key]) for row in wanted]
+                blocks.append(f"### {title}, {topology}, {chips} chips\n\n{tables.markdown(HEAD, cells)}")
+    return "\n".join(blocks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the tables to their place in docs/accelerators.md")
+    parser.add_argument("--only", default="", help="rows whose key, RECIPE TOPOLOGY [MESH] STEP, matches this expression")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds to compile one row (1800); 0: none is compiled")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of accounts")
+    arguments = parser.parse_args()
+    for row in rows():
+        if arguments.limit and re.search(arguments.only, row.key) and row.key not in read(arguments.results):
+            account = compiled(row, arguments.limit)
+            with open(arguments.results, "a") as file:
+                file.write(json.dumps(account) + "\n")
+            print(" | ".join(shown(row, account)), flush=True)
+    tables.publish("accelerators", text(read(arguments.results)), str(PAGE) if arguments.write else None)
+
+
+if __name__ == "__main__":
+    main()
