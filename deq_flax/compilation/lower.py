@@ -1,5 +1,6 @@
 """The compiled steps of a run, from shapes alone: no array of the model, its optimizer or its data is made."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,8 @@ class CompiledStep:
 
     name: str
     """'train' or 'eval'."""
-    compiled: jax.stages.Compiled
+    compiled: jax.stages.Compiled | None
+    """None: the compiler refuses a program that needs more memory than there is."""
     seconds: float
     """Time to trace and compile it."""
     kept: dict[str, int]
@@ -34,6 +36,8 @@ class CompiledStep:
     """The step as JAX traced it; within its shard_map, shapes are those of one shard."""
     shards: int
     """Devices of the axis `tensor`, which shapes in `jaxpr` do not show."""
+    refused: int = 0
+    """Bytes that the compiler wanted for a program that it refused."""
 
 
 def compile_steps(
@@ -89,9 +93,21 @@ def compile_steps(
             kept |= {"optimizer": bytes_on_device(state.opt_state), "carry": bytes_on_device(state.carry)}
         else:
             traced, kept = _trace_eval(task, graphdef, mesh, phases.evaluation, model, state, scalars)
-        compiled = traced.lower().compile()
+        compiled, refused = _compile(traced)
         seconds = time.perf_counter() - start
-        yield CompiledStep(name, compiled, seconds, kept, traced.jaxpr.jaxpr, mesh.shape[TENSOR])
+        yield CompiledStep(name, compiled, seconds, kept, traced.jaxpr.jaxpr, mesh.shape[TENSOR], refused)
+
+
+def _compile(traced: jax.stages.Traced) -> tuple[jax.stages.Compiled | None, int]:
+    """Compile a program; or None, and the bytes it would need."""
+    try:
+        return traced.lower().compile(), 0
+    except jax.errors.JaxRuntimeError as error:
+        # "... the total memory required for HLO temporaries (64.04G) exceeds available HBM (15.75G).", or "Used 23.05G of ..."
+        needed = re.search(r"Ran out of memory.*?(?:\(|Used )([\d.]+)([KMGT])", str(error), re.DOTALL)
+        if needed is None:
+            raise
+        return None, int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))
 
 
 def _trace_eval(

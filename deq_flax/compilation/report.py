@@ -27,6 +27,11 @@ def report(step: CompiledStep, chip: Chip | None, deq: DEQOptions | None) -> dic
       chip: its device; None for one of this machine, whose compiler estimates no cycles.
       deq: the limits on iterations; None without an equilibrium.
     """
+    if step.compiled is None:
+        held = step.kept | {"temporary": step.refused}
+        held["all"] = sum(held.values())
+        account: dict[str, Any] = {"compile_seconds": step.seconds, "bytes": held, "collectives": {}, "fits": False}
+        return account | ({"memory": chip.memory} if chip else {})
     hlo, memory = step.compiled.as_text() or "", step.compiled.memory_analysis()
     assert memory is not None, "the compilers for CPU, GPU and TPU tell"
     found = collectives(hlo)

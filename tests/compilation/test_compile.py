@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deq_flax.compilation import chips
-from deq_flax.compilation.lower import compile_steps
+from deq_flax.compilation.lower import CompiledStep, _compile, compile_steps
 from deq_flax.compilation.report import as_lines, report
 from deq_flax.compilation.stand_in import without_data
 from deq_flax.config import make_task, resolve
@@ -92,6 +92,23 @@ def test_the_compiled_step_is_that_of_a_run():
     account = report(step, None, config.deq)
     assert account["collectives"]["in_loops"] == {} and account["aliased"] >= sum(sizes.values())
     assert any("collectives in loops: none" in line for line in as_lines("train", account))
+
+
+def test_a_program_that_the_compiler_refuses_does_not_fit():
+    class Traced:
+        jaxpr = None
+
+        def lower(self):
+            used = "(64.50G) exceeds available HBM (15.75G)"
+            raise jax.errors.JaxRuntimeError(
+                f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total for HLO temporaries {used}"
+            )
+
+    compiled, refused = _compile(Traced())
+    step = CompiledStep("train", compiled, 1.0, {"parameters": 2**30, "optimizer": 0, "carry": 0}, None, 1, refused)
+    account = report(step, chips.CHIPS["v5e"], None)
+    assert not account["fits"] and account["bytes"]["all"] == 65.5 * 2**30
+    assert any(line.startswith("  does not fit: set mesh.fsdp") for line in as_lines("train", account))
 
 
 def test_mistakes_are_one_line(monkeypatch):
