@@ -20,7 +20,9 @@ from deq_flax.equilibrium import (
     fixed_point,
     fixed_point_correction_loss,
     fixed_point_queue,
+    fixed_point_restarts,
     jacobian_loss,
+    path_independence,
     spectral_normalized,
     spectral_radius,
 )
@@ -48,7 +50,9 @@ __all__ = [
     "fixed_point",
     "fixed_point_correction_loss",
     "fixed_point_queue",
+    "fixed_point_restarts",
     "jacobian_loss",
+    "path_independence",
     "spectral_normalized",
     "spectral_radius",
 ]

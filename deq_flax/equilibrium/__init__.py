@@ -20,6 +20,7 @@ from deq_flax.equilibrium.linear import GMRES, LinearSolver
 from deq_flax.equilibrium.loop import Solver, StopMode
 from deq_flax.equilibrium.normalization import spectral_normalized
 from deq_flax.equilibrium.queue import fixed_point_queue
+from deq_flax.equilibrium.restarts import fixed_point_restarts, path_independence
 from deq_flax.equilibrium.solution import Solution, Solve, SolverStats
 from deq_flax.equilibrium.solvers import SOLVERS, Anderson, Broyden, Picard
 
@@ -50,7 +51,9 @@ __all__ = [
     "fixed_point",
     "fixed_point_correction_loss",
     "fixed_point_queue",
+    "fixed_point_restarts",
     "jacobian_loss",
+    "path_independence",
     "spectral_normalized",
     "spectral_radius",
 ]

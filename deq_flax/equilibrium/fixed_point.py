@@ -15,7 +15,7 @@ from deq_flax.equilibrium.gradients.base import attach
 from deq_flax.equilibrium.linear import LinearSolver
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.shards import axes_of, cast, checked, communicates, unite, varying
-from deq_flax.equilibrium.solution import FlatMap, Solution
+from deq_flax.equilibrium.solution import FlatMap, Solution, over_samples
 from deq_flax.equilibrium.solvers.broyden import Broyden
 
 OnFailure = Literal["return", "nan", "zero_gradient"]
@@ -232,12 +232,5 @@ def _gate(x: jax.Array, failed: jax.Array, on_failure: OnFailure) -> jax.Array:
 
 def _without_batch(solution: Solution) -> Solution:
     """Remove the batch axis of one; aux has none."""
-    per_sample: dict[str, Any] = {
-        name: array[0] for name, array in vars(solution.stats).items() if name != "nfe" and array is not None
-    }
-    return replace(
-        solution,
-        value=jax.tree.map(lambda leaf: leaf[0], solution.value),
-        stats=replace(solution.stats, **per_sample),
-        trajectory=jax.tree.map(lambda leaf: leaf[:, 0], solution.trajectory),
-    )
+    trajectory = jax.tree.map(lambda leaf: leaf[:, 0], solution.trajectory)
+    return replace(over_samples(lambda leaf: leaf[0], solution), trajectory=trajectory)

@@ -1,7 +1,7 @@
 """The result of a solve: `Solution` and its `SolverStats`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -54,6 +54,14 @@ class Solution:
     """A pytree like the initial guess with a leading axis for the iterates of `Solver.trajectory_steps`; None without them."""
     aux: Any = None
     """The auxiliary output of f at `value`; None unless `fixed_point` was called with `has_aux=True`."""
+
+
+def over_samples(change: Callable[[jax.Array], jax.Array], solution: Solution) -> Solution:
+    """Return the solution with a function applied to all arrays of value and statistics whose leading axis is the batch."""
+    per_sample: dict[str, Any] = {
+        name: change(array) for name, array in vars(solution.stats).items() if name != "nfe" and array is not None
+    }
+    return replace(solution, value=jax.tree.map(change, solution.value), stats=replace(solution.stats, **per_sample))
 
 
 FlatMap = Callable[[jax.Array], jax.Array]

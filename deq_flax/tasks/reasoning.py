@@ -24,6 +24,7 @@ from deq_flax.data.loading import EvalBatches, iterate, train_dataset
 from deq_flax.data.puzzles.puzzles import PuzzleOptions, load_puzzles
 from deq_flax.equilibrium import Unroll, fixed_point
 from deq_flax.equilibrium.loop import select_samples
+from deq_flax.equilibrium.restarts import best_start
 from deq_flax.equilibrium.solution import Solve, SolverStats
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model, build_model
@@ -181,18 +182,18 @@ class ReasoningTask:
         """
         keys = jax.random.split(jax.random.key(1), self._restarts)
         outputs = jax.lax.map(lambda key: self._worked_out(model, batch["inputs"], key, solve), keys)
-        residual_KB = jnp.where(jnp.isfinite(outputs.stats.relative_residual), outputs.stats.relative_residual, jnp.inf)
+        residual_KB = outputs.stats.relative_residual
         rows = jnp.arange(residual_KB.shape[1])
 
         def chosen(leaf: jax.Array, start_B: jax.Array) -> jax.Array:
             return leaf[start_B, rows] if leaf.ndim > 1 else leaf.sum()  # evaluations have no batch axis: those of all count
 
-        best_B = jnp.argmin(residual_KB, axis=0)
+        best_B = best_start(residual_KB)
         answers_KBC = jnp.argmax(outputs.logits, axis=-1).reshape(*residual_KB.shape, -1)
         alike_KKB = (answers_KBC[:, None] == answers_KBC[None]).all(axis=-1)
         votes_KB = alike_KKB.sum(axis=1)
         winners_KB = votes_KB == votes_KB.max(axis=0, keepdims=True)
-        voted_B = jnp.argmin(jnp.where(winners_KB, residual_KB, jnp.inf), axis=0)
+        voted_B = best_start(jnp.where(winners_KB, residual_KB, jnp.inf))
         voted_BC, targets_BC = answers_KBC[voted_B, rows], batch["targets"].reshape(len(rows), -1)
         extra = {"exact_match_vote": (voted_BC == targets_BC).all(axis=-1), "agreement": alike_KKB[0].all(axis=0)}
         return jax.tree.map(lambda leaf: chosen(leaf, best_B), outputs), extra
