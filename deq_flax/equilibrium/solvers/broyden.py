@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver, select_samples
-from deq_flax.equilibrium.shards import AxisName, total
+from deq_flax.equilibrium.shards import AxisName, settled, total
 from deq_flax.equilibrium.solution import norm, scale_of_first
 
 
@@ -51,8 +51,8 @@ class _Search(NamedTuple):
 
     base: jax.Array
     """(B, N): the iterate the step starts from."""
-    merits: jax.Array
-    """(B, 5): |g|^2 of the last accepted iterates; -inf for those before the first."""
+    highest: jax.Array
+    """(B,): the largest |g|^2 of the accepted iterates; -inf before the first."""
     length: jax.Array
     """(B,): l, the step length under trial."""
 
@@ -78,9 +78,9 @@ class Broyden(Solver):
     memory: int | None = None
     """Copies of z that are kept, at least 2; None: as many as there are steps."""
     line_search: bool = False
-    """Halve a step, up to 6 times, while ||f(z) - z|| is above twice the largest of the last 5 accepted iterates (after Grippo,
-    Lampariello & Lucidi 1986). Trial steps count as evaluations. A test for descent in every step would halve many steps that
-    lead to the solution, and solves less than no search."""
+    """Halve a step, up to 3 times, while ||f(z) - z|| is above 10 times the largest of the accepted iterates (after Grippo,
+    Lampariello & Lucidi 1986, who look at the last of them). Trial steps count as evaluations. A stricter test or more
+    halvings would reject steps that lead to the solution: where cond(I - J) = 1000, residuals rise many times on the way."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,7 +103,7 @@ class Broyden(Solver):
             pending=jnp.zeros_like(z),
             slot=jnp.full(batch, -1, jnp.int32),
             scale=jnp.ones((batch, 1), z.dtype),
-            search=_Search(z, jnp.full((batch, 5), -jnp.inf, z.dtype), ones) if self.line_search else None,
+            search=_Search(z, -jnp.inf * ones, ones) if self.line_search else None,
         )
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
@@ -133,7 +133,12 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
     """
     pending, multiple, slots = state.pending, state.multiple, state.directions.shape[1]
     if state.gram is not None:
-        c = jnp.where(slot == 0, _first_multiple(length, pending, g, axis_name), 1.0)
+        first = jnp.broadcast_to(slot == 0, length.shape)
+        c = jax.lax.cond(
+            jnp.any(first),
+            lambda: jnp.where(first, _first_multiple(length, pending, g, axis_name), 1.0),
+            lambda: jnp.ones_like(length),
+        )
         multiple, pending, length = multiple * c, pending * c[:, None], length / c
 
     # The write comes before every read of the buffer: XLA then updates it in place instead of copying it every step.
@@ -188,11 +193,13 @@ def _reduced_where(
 ) -> BroydenState:
     """Reduce the estimates that are `full`, () or (B,): the pending direction becomes -H g. `along_g` is D g."""
 
-    def reduce(state: BroydenState) -> BroydenState:
+    # A loop of one turn or none works in place, where `lax.cond` copies D in every step, and `vmap` makes both branches run.
+    def reduce(carry: tuple[jax.Array, BroydenState]) -> tuple[jax.Array, BroydenState]:
+        full, state = carry
         reduced = _reduced(state, along_g, g, axis_name)
-        return reduced if full.ndim == 0 else select_samples(full, reduced, state)
+        return jnp.zeros_like(full), reduced if full.ndim == 0 else select_samples(full, reduced, state)
 
-    return jax.lax.cond(jnp.any(full), reduce, lambda state: state, state)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), reduce, settled(reduce, (full, state)))[1]
 
 
 def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: AxisName | None) -> BroydenState:
@@ -215,16 +222,18 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
     core = jnp.einsum("bji,bjk,bkl->bil", factor, core, factor)
     leading = jnp.linalg.eigh(jnp.einsum("bij,bkj->bik", core, core))[1][:, :, -kept:]
     core = jnp.einsum("bij,bik,bkl->bjl", leading, core, leading)
-    # The rows that are kept are combinations of D and d.
+    # The rows that are kept are combinations of D and d, and with the new pending direction one more is.
     mix = jnp.einsum("bij,bki,bi->bjk", leading, basis, jnp.where(independent, 1.0 / root, 0.0)) / size[:, None, :]
-    rows = jnp.einsum("bjk,bkn->bjn", mix[:, :, :slots], state.directions) + mix[:, :, slots:] * last[:, None, :]
     along_g = jnp.concatenate([along_g, total(jnp.sum(last * g, axis=1), axis_name)[:, None]], axis=1)
     weights = jnp.einsum("bij,bjk,bk->bi", core, mix, along_g)
+    mix = jnp.concatenate([mix, -jnp.einsum("bi,bij->bj", weights, mix)[:, None]], axis=1)
+    rows = jnp.einsum("bjk,bkn->bjn", mix[:, :, :slots], state.directions) + mix[:, :, slots:] * last[:, None, :]
+    # What the other rows hold has no weight until it is written over.
     return state._replace(
-        directions=jnp.pad(rows, ((0, 0), (0, slots - kept), (0, 0))),
+        directions=jax.lax.dynamic_update_slice_in_dim(state.directions, rows[:, :kept], 0, axis=1),
         core=jnp.pad(core, ((0, 0), (0, slots + 1 - kept), (0, slots - kept))),
         gram=jnp.pad(jnp.einsum("bij,bik->bjk", leading, leading), ((0, 0), (0, slots - kept), (0, slots - kept))),
-        pending=state.multiple[:, None] * g - jnp.einsum("bm,bmn->bn", weights, rows),
+        pending=rows[:, kept] + state.multiple[:, None] * g,
         slot=jnp.full_like(state.slot, kept),
     )
 
@@ -245,13 +254,11 @@ def _step_with_search(
 ) -> tuple[jax.Array, BroydenState]:
     """Accept the current iterate and go on from it, or try half the step, for each sample."""
     merit = total(jnp.sum(g * g, axis=1), axis_name)
-    highest = jnp.max(search.merits, axis=1)
-    accept = (merit <= 4.0 * highest) | (search.length < 2.0**-5.5) | jnp.isinf(highest)
+    accept = (merit <= 100.0 * search.highest) | (search.length < 2.0**-2.5) | jnp.isinf(search.highest)
     updated = _update(state.slot, search.length, g, state, axis_name)
     # A direction is kept at its full length and in its own row: a rejected trial leaves the history as it is.
     length = jnp.where(accept, 1.0, 0.5 * search.length)
-    merits = jnp.concatenate([search.merits[:, 1:], merit[:, None]], axis=1)
-    updated = updated._replace(search=_Search(z, merits, length))
+    updated = updated._replace(search=_Search(z, jnp.maximum(search.highest, merit), length))
     state = select_samples(accept, updated, state._replace(search=search._replace(length=length)))
     base = jnp.where(accept[:, None], z, search.base)
     return base + state.scale * length[:, None] * state.pending, state
