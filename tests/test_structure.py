@@ -36,7 +36,7 @@ MAY = {
 """Room -> the rooms it may import. Not listed: the commands, which may import everything but each other."""
 
 COMMANDS = ("main", "convert", "generate", "plot", "solve", "tokenize", "compile")
-PARTS = {"plot": {"plot_model"}}
+PARTS = {"plot": {"plot_model", "plot_puzzles"}}
 """Files that only one command uses."""
 
 LIBRARIES = {

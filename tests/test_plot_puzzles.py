@@ -1,0 +1,72 @@
+"""The figures of puzzles: each point is a number of the evaluation, at its size and limit."""
+
+import json
+
+import pytest
+
+from deq_flax import plot
+from deq_flax.errors import UserError
+from deq_flax.plot_puzzles import by_size, draw_puzzles, read_evaluation
+
+TEST = {"exact_match": 1.0, "cell_accuracy": 1.0, "exact_match_64": 0.5, "exact_match_vote_64": 0.9, "exact_match_128": 0.25}
+EVALUATION = {
+    "metrics": {"valid": {"exact_match": 1.0}, "test": TEST},
+    "sweep": [
+        {"split": "valid", "max_steps": 10, "exact_match": 0.7},
+        {"split": "test", "max_steps": 10, "exact_match": 0.75, "exact_match_64": 0.0, "exact_match_128": 0.0},
+    ],
+    "config": {"task": "reasoning", "data": {"size": 32}, "deq": {"max_steps": 30, "eval_max_steps": 100}},
+}
+
+
+def write(folder, evaluation):
+    (folder / "eval.json").write_text(evaluation if isinstance(evaluation, str) else json.dumps(evaluation))
+    return folder
+
+
+def drawn(figure):
+    return {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
+
+
+def test_a_metric_is_found_at_every_size():
+    assert by_size(TEST, 32) == {32: 1.0, 64: 0.5, 128: 0.25}
+    assert by_size(TEST | {"steps": 3, "steps_64": 9}, 32, "steps") == {32: 3.0, 64: 9.0}
+
+
+def test_the_curves_are_those_of_the_test_split(tmp_path):
+    pyplot = plot._pyplot()
+    figures = draw_puzzles(pyplot, read_evaluation(write(tmp_path, EVALUATION)))
+    assert drawn(figures["iterations"]) == {
+        "size 32": [[10, 0.75], [100, 1.0]],
+        "size 64": [[10, 0.0], [100, 0.5]],
+        "size 128": [[10, 0.0], [100, 0.25]],
+    }
+    sizes = drawn(figures["sizes"])
+    assert sizes["test"] == [[32, 1.0], [64, 0.5], [128, 0.25]]
+    pyplot.close("all")
+
+
+def test_without_a_sweep_or_other_sizes_there_is_nothing_to_draw(tmp_path):
+    plain = EVALUATION | {"sweep": [], "metrics": {"test": {"exact_match": 1.0}}}
+    assert draw_puzzles(plot._pyplot(), read_evaluation(write(tmp_path, plain))) == {}
+
+
+def test_runs_of_other_tasks_and_without_an_evaluation_have_none(tmp_path):
+    assert read_evaluation(tmp_path) is None
+    assert read_evaluation(write(tmp_path, EVALUATION | {"config": {"task": "language"}})) is None
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "no json",
+        "[]",
+        EVALUATION | {"metrics": {}},
+        EVALUATION | {"sweep": [3]},
+        EVALUATION | {"config": {"task": "reasoning"}},
+    ],
+)
+def test_a_damaged_evaluation_is_one_line(tmp_path, damaged):
+    with pytest.raises(UserError, match=r"eval\.json is no evaluation of puzzles") as error:
+        read_evaluation(write(tmp_path, damaged))
+    assert "\n" not in str(error.value)
