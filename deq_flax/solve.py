@@ -20,8 +20,8 @@ from PIL import Image
 
 from deq_flax import cli
 from deq_flax.config import Config
-from deq_flax.config_files import checkpoint_config
-from deq_flax.data.puzzles.puzzles import PuzzleOptions, some_puzzles
+from deq_flax.config_files import checkpoint_config, stored_config
+from deq_flax.data.puzzles.puzzles import PUZZLES, PuzzleOptions, some_puzzles
 from deq_flax.equilibrium import Unroll, fixed_point
 from deq_flax.errors import UserError
 from deq_flax.pretrained import load_model
@@ -65,6 +65,7 @@ def main() -> dict[str, Any]:
     if model.kind != "puzzle" or not model.has_equilibrium:
         raise UserError(f"--checkpoint: model {config.model.name!r} solves no puzzles by iterating; train task reasoning")
     size = config.data.size if _SIZE.value is None else _SIZE.value
+    check_puzzle(config, size, learned=stored_config(loaded.meta).data.name)
     inputs, targets = _puzzle(config.data, size, _INDEX.value)
     course = solve(model, config, inputs, _STEPS.value)
     wrong_T = (course.answers != targets[None]).reshape(len(course.answers), -1).sum(axis=1)
@@ -111,6 +112,16 @@ def solve(model: Any, config: Config, inputs: np.ndarray, steps: int | None) -> 
         raise UserError(f"the model takes no such puzzle: {error}") from error
     kept = int(last) + 1
     return Course(answers[:kept], confidence[:kept], residual[:kept])
+
+
+def check_puzzle(config: Config, size: int, *, learned: str) -> None:
+    """Raise UserError if the model has learned another puzzle, or does not know the symbols of this size."""
+    name, puzzle = config.data.name, PUZZLES[config.data.name]
+    if name.removesuffix("_csv") != learned.removesuffix("_csv"):
+        raise UserError(f"--checkpoint: its model has learned {learned}, not {name}: leave out --config.data.name")
+    found, known = puzzle.symbols(size), (config.model.input_symbols, config.model.output_symbols)
+    if puzzle.fits(size) and any(a > b for a, b in zip(found, known, strict=True)):
+        raise UserError(f"--size {size}: such puzzles have {max(found)} symbols, but this model knows {min(known)} only")
 
 
 def _puzzle(data: PuzzleOptions, size: int, index: int) -> tuple[np.ndarray, np.ndarray]:

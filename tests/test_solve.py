@@ -73,3 +73,14 @@ def test_a_run_shows_its_puzzles(tmp_path):
 def test_puzzles_that_do_not_exist_are_refused(data, size, message):
     with pytest.raises(UserError, match=message):
         solve._puzzle(dataclasses.replace(resolve(MAZE).data, **data), size, 40)
+
+
+def test_puzzles_that_the_model_has_not_learned_are_refused():
+    config = resolve(MAZE)
+    sudoku = dataclasses.replace(config, data=dataclasses.replace(config.data, name="sudoku", size=4))
+    solve.check_puzzle(config, 9, learned="maze")
+    solve.check_puzzle(sudoku, 4, learned="sudoku_csv")
+    with pytest.raises(UserError, match="has learned maze, not sudoku"):
+        solve.check_puzzle(sudoku, 4, learned="maze")
+    with pytest.raises(UserError, match="such puzzles have 10 symbols, but this model knows 6 only"):
+        solve.check_puzzle(sudoku, 9, learned="sudoku")
