@@ -8,14 +8,14 @@
 | unique_eqr | Maze-Unique (side 30, paths of 100 to 140 steps) by the recipe of EqR | 82.2 in 16 segments | not trained here |
 | unique_trm | the same by the recipe of TRM | 44.9 | not trained here |
 
-The recipes of Maze-Unique are those of Huang et al. 2026 (arXiv:2605.21488), but for two things: Adam is AdamW, not its variant
-with the arctangent, and EqR's noise is added after every cycle of both levels, not after every update of one. They need an
-accelerator.
+The recipes of Maze-Unique are those of Huang et al. 2026 (arXiv:2605.21488), but for two things that deq_flax/published.py
+names. They need an accelerator.
 """
 
 from ml_collections import ConfigDict
 
 from deq_flax.config import recipe
+from deq_flax.published import EQR, TRM
 
 BASE = {
     "task": "reasoning",
@@ -34,53 +34,20 @@ BASE = {
     "train": {"steps": 1500, "log_every": 50, "eval_every": 500, "checkpoint_every": 500},
 }
 
-_TRM = {
+_UNIQUE = {
     "data.size": 30,
     "data.test_sizes": (),
     "data.path_lengths": (100, 140),
-    "data.train_examples": 1000,
     "data.valid_examples": 100,
     "data.test_examples": 1000,
-    "data.batch_size": 768,
     "data.eval_batch_size": 250,
-    "model": {
-        "name": "two_level_reasoner",
-        "width": 128,
-        "heads": 8,
-        "inner_multiple": 256,
-        "low_steps": 4,
-        "initial": "zero",
-        "halting": True,
-        "dtype": "bfloat16",
-    },
-    "deq": {
-        "solver": "picard",
-        "max_steps": 3,
-        "eval_unrolled": True,
-        "gradient": "unroll",
-        "gradient_options": {"last": 1, "remat": False},
-    },
-    "loss": {"cross_entropy": "stablemax", "segments": 16, "halt_weight": 0.5},
-    "optimizer": {
-        "name": "adamw",
-        "learning_rate": 1e-4,
-        "beta2": 0.95,
-        "warmup_steps": 2000,
-        "schedule": "constant",
-        "weight_decay": 1.0,
-    },
-    "train": {"steps": 100_000, "ema_decay": 0.999, "eval_every": 5000},
+    "model.width": 128,
+    "model.heads": 8,
+    "model.low_steps": 4,
+    "train.steps": 100_000,
 }
 
-VARIANTS = {
-    "small": {},
-    "unique_trm": _TRM,
-    "unique_eqr": _TRM
-    | {
-        "model": {name: value for name, value in _TRM["model"].items() if name != "initial"} | {"relaxation": 0.95},
-        "deq": _TRM["deq"] | {"gradient_options": {"last": 1, "remat": False, "noise": 0.01}},
-    },
-}
+VARIANTS = {"small": {}, "unique_trm": TRM | _UNIQUE, "unique_eqr": EQR | _UNIQUE}
 
 
 def get_config(variant: str = "small") -> ConfigDict:

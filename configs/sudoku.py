@@ -12,18 +12,23 @@
 
 `extreme_*` read train.csv and test.csv of Sudoku-Extreme in data.path, and need an accelerator. Generated boards are not those
 of Sudoku-Extreme: their scores cannot be compared. The published recipes are those of Jolicoeur-Martineau 2025
-(arXiv:2510.04871) and Huang et al. 2026 (arXiv:2605.21488), but for the differences that configs/maze.py names.
+(arXiv:2510.04871) and Huang et al. 2026 (arXiv:2605.21488), but for two things that deq_flax/published.py names.
+
+Boards of 4 x 4 without a clue to spare are only 19 different ones under their symmetries, two or three of which would be the
+test set: those here have six clues.
 """
 
 from ml_collections import ConfigDict
 
 from deq_flax.config import recipe
+from deq_flax.published import EQR, TRM
 
 BASE = {
     "task": "reasoning",
     "data": {
         "name": "sudoku",
         "size": 4,
+        "clues": 6,
         "train_examples": 2000,
         "valid_examples": 200,
         "test_examples": 200,
@@ -44,58 +49,27 @@ BASE = {
     "train": {"steps": 1500, "log_every": 50, "eval_every": 500, "checkpoint_every": 500},
 }
 
-_TRM = {
-    "data": {
-        "name": "sudoku_csv",
-        "path": "data/sudoku-extreme",
-        "size": 9,
-        "train_examples": 1000,
-        "valid_examples": 1000,
-        "test_examples": 0,
-        "batch_size": 768,
-        "eval_batch_size": 768,
-        "augment": True,
-    },
-    "model": {
-        "name": "two_level_reasoner",
-        "width": 512,
-        "blocks": 2,
-        "inner_multiple": 256,
-        "mixer": "cells",
-        "cells": 81,
-        "initial": "zero",
-        "halting": True,
-        "dtype": "bfloat16",
-    },
-    "deq": {
-        "solver": "picard",
-        "max_steps": 3,
-        "eval_unrolled": True,
-        "gradient": "unroll",
-        "gradient_options": {"last": 1, "remat": False},
-    },
-    "loss": {"cross_entropy": "stablemax", "segments": 16, "halt_weight": 0.5},
-    "optimizer": {
-        "name": "adamw",
-        "learning_rate": 1e-4,
-        "beta2": 0.95,
-        "warmup_steps": 2000,
-        "schedule": "constant",
-        "weight_decay": 1.0,
-    },
-    "train": {"steps": 50_000, "ema_decay": 0.999, "eval_every": 5000},
+_EXTREME = {
+    "data.name": "sudoku_csv",
+    "data.path": "data/sudoku-extreme",
+    "data.size": 9,
+    "data.clues": 0,
+    "data.valid_examples": 1000,
+    "data.test_examples": 0,
+    "data.eval_batch_size": 768,
+    "model.width": 512,
+    "model.blocks": 2,
+    "model.mixer": "cells",
+    "model.cells": 81,
+    "train.steps": 50_000,
 }
 
 VARIANTS = {
     "four": {},
-    "six": {"data.size": 6, "train.steps": 4000},
-    "nine": {"data.size": 9, "model.width": 128, "model.blocks": 2, "train.steps": 20_000},
-    "extreme_trm": _TRM,
-    "extreme_eqr": _TRM
-    | {
-        "model": {name: value for name, value in _TRM["model"].items() if name != "initial"} | {"relaxation": 0.95},
-        "deq": _TRM["deq"] | {"gradient_options": {"last": 1, "remat": False, "noise": 0.01}},
-    },
+    "six": {"data.size": 6, "data.clues": 0, "train.steps": 4000},
+    "nine": {"data.size": 9, "data.clues": 0, "model.width": 128, "model.blocks": 2, "train.steps": 20_000},
+    "extreme_trm": TRM | _EXTREME,
+    "extreme_eqr": EQR | _EXTREME,
 }
 
 

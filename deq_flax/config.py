@@ -183,7 +183,7 @@ def recipe(base: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], v
         elif value is None:
             del merged[section]
         else:
-            merged[section] = value
+            merged[section] = copy.deepcopy(value)
     return ConfigDict(merged).lock()
 
 
