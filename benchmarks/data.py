@@ -1,18 +1,19 @@
 """Throughput of the data loaders, and the host's time for each training step: whether a device would wait for its host.
 
-    python -m benchmarks.data [--rounds 9] [--write]
+    python -m benchmarks.data [--rounds 9] [--only loaders generators] [--write]
 
 Loaders: batches as in training, with each config's sizes and augmentation, from synthetic data in files: random words, and
 images of noise as CIFAR's binary files and as JPEG of 500 x 375. Headroom is their throughput over that of training steps on
 this machine, of the smallest model of that kind at its full number of evaluations. Host: the work of the training loop for
-each step besides waiting for the device, which overlaps with the device's work on the step before.
+each step besides waiting for the device, which overlaps with the device's work on the step before. Generators: puzzles a
+second of processor time, with their solutions, before a run's test of equality; a run makes its puzzles once, at its start.
 """
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -143,9 +144,48 @@ def host(blocks: int, rounds: int) -> list[str]:
     return [*map(str, counts), *(f"{x:.2f}" for x in (*spent, spent.sum()))]
 
 
+GENERATED: dict[str, dict[str, Any]] = {
+    "prefix sums of 32 bits": {"name": "prefix_sums", "size": 32},
+    "prefix sums of 512 bits": {"name": "prefix_sums", "size": 512},
+    "products in A5, length 16": {"name": "a5", "size": 16},
+    "mazes, side 11": {"name": "maze", "size": 11},
+    "mazes, side 21": {"name": "maze", "size": 21},
+    "Maze-Unique: side 30, paths of 100 to 140": {"name": "maze", "size": 30, "path_lengths": (100, 140)},
+    "Sudoku 4 x 4": {"name": "sudoku", "size": 4},
+    "Sudoku 6 x 6": {"name": "sudoku", "size": 6},
+    "Sudoku 9 x 9": {"name": "sudoku", "size": 9},
+}
+"""Row -> section `data` of a reasoning config."""
+
+
+def generating(data: dict[str, Any], rounds: int) -> float:
+    """Puzzles a second of processor time, the median of some chunks."""
+    from deq_flax.data.puzzles.puzzles import CHUNK, PUZZLES, PuzzleOptions
+
+    options, random, rates = PuzzleOptions(**data), np.random.default_rng(0), []
+    generate = PUZZLES[options.name].generate
+    assert generate is not None
+    for _ in range(rounds):
+        start = process_time()
+        inputs, _ = generate(options, options.size, CHUNK, random)
+        rates.append(len(inputs) / (process_time() - start))
+    return median(rates)
+
+
 def main() -> None:
     parser = tables.parser(__doc__, rounds=9)
+    parser.add_argument("--only", nargs="+", choices=("loaders", "generators"), default=("loaders", "generators"))
     arguments = parser.parse_args()
+    if "generators" in arguments.only:
+        generated = [[name, f"{generating(data, arguments.rounds):,.0f}"] for name, data in GENERATED.items()]
+        text = f"{turns.machine(['numpy'])}\n\n{tables.markdown(['puzzles', 'puzzles/s'], generated)}"
+        tables.publish("generators", text, arguments.write)
+    if "loaders" in arguments.only:
+        measure_loaders(arguments)
+
+
+def measure_loaders(arguments: Any) -> None:
+    """Time loaders and the host, and publish the tables."""
     rows = []
     for name, config, stepped in loaders():
         loaded = examples(config) / loading(config, arguments.rounds)
