@@ -5,11 +5,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from deq_flax.config import resolve
-from deq_flax.data.puzzles.puzzles import PUZZLES
+from deq_flax.data.puzzles.puzzles import PUZZLES, fingerprints
+from deq_flax.data.puzzles.sudoku import sudokus, symmetric_key
 from deq_flax.models import abstract_model
 from tests.test_configs import load, repeated
 
@@ -77,3 +79,13 @@ def test_the_size_is_the_published_one(variant, millions):
     options = dataclasses.replace(resolved("sudoku", variant).model, input_symbols=10, output_symbols=10)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(options), nnx.Param)))
     assert abs(count / 1e6 - millions) < 0.2
+
+
+def test_small_boards_are_many_different_ones():
+    """Splits go by what symmetries leave as it is: with few different boards, a test set would be two or three of them."""
+
+    def different(clues):
+        inputs, *_ = sudokus(4, 2000, np.random.default_rng(0), clues=clues)
+        return len(np.unique(fingerprints(symmetric_key(inputs))))
+
+    assert different(resolved("sudoku", "four").data.clues) > 80 and different(0) < 25
