@@ -20,8 +20,16 @@ def operations_by_part(jaxpr: Any) -> dict[str, float]:
     return {"outside": 0.0} | counts
 
 
-def _count(jaxpr: Any, counts: dict[str, float], part: str, path: str, times: float) -> None:
+def _count(jaxpr: Any, counts: dict[str, float], part: str, path: str, times: float, fixed: set[Any] | None = None) -> None:
+    """Add the operations of a program to its parts.
+
+    `fixed`: within a loop, the variables that do not change from one iteration to the next. What depends on them alone is
+    computed once, before the loop. None: outside of loops.
+    """
     for equation in jaxpr.eqns:
+        if fixed is not None and all(_is_fixed(v, fixed) for v in equation.invars):
+            fixed.update(equation.outvars)
+            continue
         name, params = equation.primitive.name, equation.params
         here = f"{path}/{equation.source_info.name_stack}"
         if name == "dot_general" and not _of_solver(equation):
@@ -35,14 +43,34 @@ def _count(jaxpr: Any, counts: dict[str, float], part: str, path: str, times: fl
             for inner, count in min(branches, key=lambda found: sum(found.values())).items():
                 counts[part if inner == "outside" else inner] += times * count
         elif name == "while":
-            loop = loop_name(f"{here}/while")
-            _count(_program(params["body_jaxpr"]), counts, part if times > 1 else loop, f"{here}/while", times)
+            loop, body = loop_name(f"{here}/while"), _program(params["body_jaxpr"])
+            constant = {*body.invars[: params["body_nconsts"]], *body.constvars}
+            _count(body, counts, part if times > 1 else loop, f"{here}/while", times, constant)
         elif name == "custom_linear_solve":  # which also holds the programs of its derivatives
             _count(_program(params["jaxprs"].solve), counts, part, here, times)
         else:
             times_inner = times * params["length"] if name == "scan" else times
-            for inner in filter(_is_program, jax.tree.leaves(params, is_leaf=_is_program)):
-                _count(_program(inner), counts, part, here, times_inner)
+            for inner in _programs(equation):
+                constant = None
+                if fixed is not None:
+                    same = len(inner.invars) == len(equation.invars)
+                    pairs = zip(inner.invars, equation.invars, strict=True) if same else ()
+                    constant = {*inner.constvars, *(v for v, outer in pairs if _is_fixed(outer, fixed))}
+                _count(inner, counts, part, here, times_inner, constant)
+
+
+def _is_fixed(variable: Any, fixed: set[Any]) -> bool:
+    return hasattr(variable, "val") or variable in fixed  # a literal has a value
+
+
+def _programs(equation: Any) -> list[Any]:
+    """The programs within an equation."""
+    params = equation.params
+    if equation.primitive.name == "call_hi_primitive":  # of jax 0.12: a custom_root, or its linear map, before it is lowered
+        primitive = params["_prim"]
+        shapes = jax.tree.unflatten(primitive.in_tree, [v.aval for v in equation.invars])
+        return [jax.make_jaxpr(primitive.expand)(*shapes).jaxpr]
+    return [_program(x) for x in jax.tree.leaves(params, is_leaf=_is_program) if _is_program(x)]
 
 
 def _of_solver(equation: Any) -> bool:

@@ -102,6 +102,14 @@ def test_operations_are_those_of_the_products():
     assert operations_by_part(jaxpr) == {"outside": 5 * 2 * 2 * 3 * 3}
 
 
+def test_products_that_a_loop_repeats_unchanged_are_none_of_its_own():
+    def program(a, z):
+        return jax.lax.while_loop(lambda z: z.sum() < 9, lambda z: jnp.sin(z @ jnp.tanh(a @ a)), z)
+
+    jaxpr = jax.make_jaxpr(jax.jit(program))(jnp.ones((3, 3)), jnp.ones((2, 3))).jaxpr
+    assert operations_by_part(jaxpr)["forward iteration"] == 2 * 2 * 3 * 3
+
+
 @pytest.mark.parametrize("adjoint", [Anderson(), GMRES()], ids=["anderson", "gmres"])
 def test_an_iteration_counts_the_products_of_f_alone(adjoint):
     def loss(w, x):
