@@ -43,9 +43,12 @@ def _count(jaxpr: Any, counts: dict[str, float], part: str, path: str, times: fl
             for inner, count in min(branches, key=lambda found: sum(found.values())).items():
                 counts[part if inner == "outside" else inner] += times * count
         elif name == "while":
-            loop, body = loop_name(f"{here}/while"), _program(params["body_jaxpr"])
-            constant = {*body.invars[: params["body_nconsts"]], *body.constvars}
-            _count(body, counts, part if times > 1 else loop, f"{here}/while", times, constant)
+            body, within = _program(params["body_jaxpr"]), times > 1 or part != "outside"
+            start = params["cond_nconsts"]
+            constants = zip(body.invars, equation.invars[start : start + params["body_nconsts"]], strict=False)
+            constant = {v for v, outer in constants if not within or _is_fixed(outer, fixed or set())}
+            loop = part if within else loop_name(f"{here}/while")
+            _count(body, counts, loop, f"{here}/while", times, constant | {*body.constvars})
         elif name == "custom_linear_solve":  # which also holds the programs of its derivatives
             _count(_program(params["jaxprs"].solve), counts, part, here, times)
         else:

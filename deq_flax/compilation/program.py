@@ -1,8 +1,8 @@
 """What a compiled TPU program costs by the compiler's own account: cycles by part, and its largest operations.
 
 The compiler writes an estimate of cycles beside most operations of its text. Where a loop's number of iterations depends on
-data, as that of a solver's, its body is a part of its own; other loops count as often as they run. Of the branches of a
-conditional the cheapest counts, as it does of the products in `operations.py`.
+data, as that of a solver's, its body is a part of its own, and within such a part counts once; other loops count as often as
+they run. Of the branches of a conditional the cheapest counts, as it does of the products in `operations.py`.
 """
 
 import re
@@ -97,8 +97,8 @@ class _Program:
             opcode = found["opcode"] if found else ""
             if opcode == "while":
                 trips, body = self._trips(rest), _first(_BODY, rest)
-                if trips:
-                    self.collect(body, parts, part, times * trips)
+                if trips or part != "outside":
+                    self.collect(body, parts, part, times * (trips or 1))
                 else:
                     name = loop_name(op_name)
                     self.collect(body, parts, parts.setdefault(name, Part(name)).name, 1.0)
