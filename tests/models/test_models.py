@@ -95,7 +95,7 @@ SIZES = dict(d_model=8, d_embed=8, n_head=2, d_head=4, d_inner=8)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (ModelOptions(name="rnn"), "unknown model.name 'rnn'; known: deq_transformer, transformer_xl, mdeq"),
+        (ModelOptions(name="rnn"), "unknown model.name 'rnn'; known: deq_transformer, transformer_xl, proposal_deq, mdeq"),
         (TransformerOptions(**SIZES), "section model: vocab_size must be at least 1"),
         (
             TransformerOptions(**SIZES, vocab_size=50, cutoffs=(60,)),
