@@ -11,6 +11,7 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0"
+    + " --xla_cpu_parallel_codegen_split_count=1"  # to split a program costs more than two cores gain from it
     + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
 )
 

@@ -247,6 +247,7 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.slow
 def test_a_real_command(tmp_path, config):
     (tmp_path / "greet.py").write_text(SCRIPT)
 

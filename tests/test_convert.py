@@ -90,6 +90,7 @@ def test_the_result_is_an_ordinary_checkpoint(tmp_path):
     np.testing.assert_array_equal(weights["embedding"]["tables_NE"][1], stored)
 
 
+@pytest.mark.slow
 def test_memory_and_max_steps_may_change_for_evaluation(tmp_path):
     folder = converted("lm_deq_nocut", tmp_path / "dir")
     random, data = np.random.default_rng(0), tmp_path
@@ -177,6 +178,7 @@ def test_a_folder_in_use_is_not_changed(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     done = command("convert", source("lm_deq_postln"), tmp_path / "dir", "--config", "auto", "--config.model.mem_len=16")
     assert done.returncode == 0 and "wrote 26,066 parameters" in done.stdout, done.stderr

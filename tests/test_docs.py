@@ -36,7 +36,7 @@ def blocks(page):
         end = match.end()
 
 
-SLOW = ("choosing.md", "extending/", "coming_from/")
+SLOW = ("choosing.md", "getting_started.md", "extending/", "coming_from/")
 """Pages that train for seconds, or repeat the programs of others."""
 
 

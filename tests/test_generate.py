@@ -90,6 +90,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command(checkpoint):
     arguments = ["--checkpoint", str(checkpoint), "--vocabulary", str(checkpoint / "words.txt"), "--prompt", "w5 w7 dog"]
     options = ["--tokens=12", "--temperature=0.8", "--top_k=20", "--top_p=0.9", "--seed=3", "--memory=20"]

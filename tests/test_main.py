@@ -55,6 +55,7 @@ def test_the_same_command_again_reports_that_the_run_is_complete(trained):
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_eval_takes_the_config_of_the_run_and_leaves_results_for_programs(trained):
     workdir, first = trained
     before, trained_result = (workdir / "metrics.jsonl").read_text(), json.loads((workdir / "eval.json").read_text())

@@ -82,6 +82,7 @@ def test_a_run_on_subwords_reports_bits_per_byte_and_generates(encoded, tmp_path
     assert text.stdout.startswith("The value of ") and len(text.stdout) > len("The value of \n")
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(encoded, tmp_path):
     _, out, _ = encoded
     (tmp_path / "text").write_text("a few words\n")

@@ -111,6 +111,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
     assert any(line.startswith("  does not fit: set mesh.fsdp") for line in as_lines("train", account))
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(monkeypatch):
     cases = {
         "known: v4:2x2x1": ["--config", "configs/wt103.py:tiny", "--topology", "v9:2x2"],

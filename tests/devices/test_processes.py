@@ -48,6 +48,7 @@ def test_the_patience_is_at_least_a_second():
 
 
 @pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.slow
 def test_a_process_whose_partners_never_come_ends_with_one_line(process):
     """The coordinator without partners, and a wrong address of the coordinator."""
     with socket.socket() as server:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from deq_flax import Anderson, Broyden, Picard, fixed_point
 
@@ -27,6 +28,7 @@ def solved(batched, solvers):
             yield solver, sol.stats, absolute, absolute / np.linalg.norm(fz, axis=axis)
 
 
+@pytest.mark.slow
 def test_as_one_problem_all_is_true_and_every_solver_converges():
     for solver, stats, absolute, relative in solved(
         False, [cls(1e-8, n) for cls in (Picard, Anderson, Broyden) for n in LIMITS]

@@ -11,6 +11,7 @@ KERNEL = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
 U = np.ones(5, np.float32)
 
 
+@pytest.mark.slow
 def test_a_norm_above_the_bound_is_scaled_to_it_and_a_smaller_one_kept():
     normalize = jax.jit(spectral_normalized, static_argnames=("bound", "steps"))
     kernel, u = jax.device_get(normalize(KERNEL, U, bound=0.9, steps=60))

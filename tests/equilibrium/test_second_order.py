@@ -88,7 +88,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = ("shine in shine", "trajectory")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LONG)) for case in CASES])
 def test_every_nesting_is_that_of_the_function_in_closed_form(case):
     """Reverse over reverse, through the value and the gradient; forward over reverse; reverse over forward."""
     ours, by_hand = CASES[case]

@@ -89,6 +89,7 @@ def test_train_without_a_key_normalizes_by_the_batch_and_drops_nothing():
     assert flat(after)["head/final/norm/mean_C"].any()
 
 
+@pytest.mark.slow
 def test_the_jacobian_loss_and_the_statistics_of_the_adjoint_solve():
     graphdef, params, rest = nnx.split(build(1), nnx.Param, ...)
 

@@ -117,6 +117,7 @@ def test_training_step(name):
 
 
 @pytest.mark.parametrize("name", reference.FIXTURES[:1] + reference.FIXTURES[2:4])
+@pytest.mark.slow
 def test_unrolled_pretraining(name):
     arrays, table, ((loss, (logits, _, _)), gradient) = trained(name, Unroll(3))
     close(loss, arrays["unroll3_train/loss"], 1e-10)
@@ -125,6 +126,7 @@ def test_unrolled_pretraining(name):
 
 
 @pytest.mark.parametrize("name", ["mdeq_tdeq_cls2"])
+@pytest.mark.slow
 def test_phantom_gradient(name):
     arrays, table, ((loss, _), gradient) = trained(name, PhantomGradient(steps=5, relaxation=0.7))
     close(loss, arrays["phantom5_tau0.7_train/loss"], 1e-8)

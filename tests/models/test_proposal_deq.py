@@ -136,6 +136,7 @@ def test_dropout_needs_a_key_and_follows_it():
     assert np.array_equal(a, again) and not np.array_equal(a, b) and not np.array_equal(a, dry)
 
 
+@pytest.mark.slow
 def test_greedy_text_is_the_argmax_of_a_full_forward_pass(monkeypatch):
     monkeypatch.setattr(generation, "CHUNK", 1)  # one program for prompt and text
     model, prompt = build(proposal_blocks=1, mem_len=4), np.array([5, 17, 30, 5, 49])

@@ -128,6 +128,7 @@ def test_a_skipped_step_writes_nothing(tmp_path):
     close(found, updated(*START, Task().batch(1)["x"]))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_statistics_of_one_never_stopped(tmp_path):
     class Crash(Task):
         def batch(self, step):
