@@ -67,9 +67,9 @@ class Broyden(Solver):
     vectors for each). H_0 is then -c I with c = |z_1 - z_0| / |g_1 - g_0|, between 0.05 and 1: a reduced estimate cannot afford
     to correct the size of most directions.
 
-    Of 400 problems of 32 elements (benchmarks/battery.py), 100 evaluations solve 394 with all steps kept, 391 with `memory=20`,
-    379 with 10 and 361 with 6, of which the last two take 21% and 36% more evaluations than the first. Where f costs
-    nothing, a step with `memory=10` takes as long as one with all of 20 steps kept: below that, a bound saves no time.
+    Of 400 problems of 32 elements (benchmarks/battery.py), 100 evaluations solve 394 with all steps kept, 390 with `memory=20`,
+    379 with 10 and 362 with 6, of which the last two take 21% and 36% more evaluations than the first. Where f costs
+    nothing, a step with `memory=10` takes as long as one with 16 steps kept: below that, a bound saves no time.
 
     Raises:
       ValueError: an option is out of range.
