@@ -19,7 +19,7 @@ FIXTURES = [
     pytest.param("mdeq_deq_cls4", marks=pytest.mark.slow),
     pytest.param("mdeq_deq_seg3", marks=pytest.mark.slow),
     pytest.param("mdeq_deq_cls2_nownorm_bigk", marks=pytest.mark.slow),
-    "mdeq_tdeq_cls2",
+    pytest.param("mdeq_tdeq_cls2", marks=pytest.mark.slow),
     pytest.param("mdeq_tdeq_cls4", marks=pytest.mark.slow),
 ]
 """Names of the fixtures, for `pytest.mark.parametrize`. Several of them, and three or four branches, take long to compile."""

@@ -92,6 +92,7 @@ def test_a_solver_and_a_gradient(folder, tmp_path, monkeypatch):
     assert len(found) == 2 and np.isfinite(found[-1]["grad_norm"]) and found[0]["forward_nfe"] > 1
 
 
+@pytest.mark.slow
 def test_a_model(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "bag", Bag)
     c = config(folder, **ONE_PHASE, model={"name": "bag", "mem_len": 0}, train={"steps": 30} | SELDOM)
@@ -99,6 +100,7 @@ def test_a_model(folder, tmp_path, monkeypatch):
     assert found[-1]["loss"] < found[0]["loss"] and found[-1]["forward_residual"] < 1e-2
 
 
+@pytest.mark.slow
 def test_a_text(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(TEXTS, "counting", counting)
     data, model = {"name": "counting"}, {"vocab_size": 0, "cutoffs": ()}

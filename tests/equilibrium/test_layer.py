@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import optax
 from flax import nnx
 
@@ -79,6 +80,7 @@ def test_a_cell_without_a_batch_axis_and_with_aux():
     np.testing.assert_allclose(solution.value[dropped], np.tanh(X)[dropped], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_trains_inside_a_users_own_model():
     class Model(nnx.Module):
         def __init__(self, rngs):

@@ -20,8 +20,7 @@ from tests.reference import solving
 
 AUTHORS = [
     "lm_deq_postln",
-    "lm_deq_preln",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("lm_deq_local", "lm_deq_div1", "lm_deq_nocut")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("lm_deq_preln", "lm_deq_local", "lm_deq_div1", "lm_deq_nocut")),
 ]
 FIXTURES = [*AUTHORS, "lm_tdeq_postln"]
 TIGHT = Broyden(tol=1e-12, max_steps=120)

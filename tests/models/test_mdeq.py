@@ -42,7 +42,11 @@ def run(graphdef, state, x, key=None, train=None, **options):
 
 @pytest.mark.parametrize(
     ("n_branches", "head"),
-    [(1, "classification"), pytest.param(4, "classification", marks=pytest.mark.slow), (2, "segmentation")],
+    [
+        (1, "classification"),
+        pytest.param(4, "classification", marks=pytest.mark.slow),
+        pytest.param(2, "segmentation", marks=pytest.mark.slow),
+    ],
 )
 def test_the_branches_are_an_equilibrium_and_logits_have_the_shape_of_the_task(n_branches, head):
     model, x = build(n_branches, head, in_channels=1, downsample=1), images(height=13, width=10, channels=1)
@@ -61,6 +65,7 @@ def test_three_downsamplings():
     assert [z.shape for z in model.equation(images(height=20, width=16)).z0] == [(2, 3, 2, 4)]
 
 
+@pytest.mark.slow
 def test_evaluation_is_deterministic_and_independent_for_each_image():
     state = nnx.split(build(dropout=0.5))
     x = images(4)

@@ -37,7 +37,9 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{"weight_norm": False}, {"pre_norm": True, "affine_norm": True}])
+@pytest.mark.parametrize(
+    "options", [{"weight_norm": False}, pytest.param({"pre_norm": True, "affine_norm": True}, marks=pytest.mark.slow)]
+)
 def test_segments_with_enough_memory_equal_the_whole(options):
     """Each layer's memory holds the inputs of that layer, so cutting a text loses nothing."""
     model = build(mem_len=12, **options)

@@ -79,12 +79,14 @@ def test_wrong_names_and_options_are_one_line(section, message):
 
 
 def test_the_jacobian_loss_comes_with_its_frequency_and_stops():
-    share = np.mean([phases().phase(step).jacobian_loss for step in range(50, 4050)])
+    drawn = phases()
+    share = np.mean([drawn.phase(step).jacobian_loss for step in range(50, 4050)])
     assert abs(share - 0.35) < 0.03
     stopping = phases(jacobian_stop=60, jacobian_frequency=1.0)
     assert all(stopping.phase(step).jacobian_loss for step in range(50, 60))
     assert not any(stopping.phase(step).jacobian_loss for step in range(60, 500))
-    assert not any(phases(jacobian_weight=0.0).phase(step).jacobian_loss for step in range(50, 500))
+    without = phases(jacobian_weight=0.0)
+    assert not any(without.phase(step).jacobian_loss for step in range(50, 500))
 
 
 def test_the_weight_grows_on_schedule():
@@ -94,7 +96,8 @@ def test_the_weight_grows_on_schedule():
 
 
 def test_step_limits_are_drawn_from_the_published_range():
-    limits = [int(phases().scalars(step).max_steps) for step in range(600)]
+    drawn = phases()
+    limits = [int(drawn.scalars(step).max_steps) for step in range(600)]
     assert set(limits) == {10, 11, 12}
     assert min(np.bincount(limits)[10:]) > 150
     assert {int(phases(max_steps_jitter=0).scalars(step).max_steps) for step in range(50)} == {12}
