@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import optax
+import pytest
 from flax import nnx
 
 from deq_flax import Anderson, Broyden, Equilibrium, Unroll
