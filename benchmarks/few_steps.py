@@ -1,17 +1,18 @@
 """A trained language model with fewer evaluations than its solver asks for: perplexity, and generation.
 
-    python -m benchmarks.few_steps DIR [DIR ...] [--evaluations 0 1 2 4 8 16] [--limits 1 2 3 4 6 8 12] [--write]
+    pip install -r requirements.txt -r requirements-plot.txt
+    python -m benchmarks.few_steps DIR [DIR ...] [--evaluations 0 1 2 4 8 16] [--limits 1 2 4 8] [--draw FILE] [--write]
 
-DIR is the workdir of a run with an equilibrium; a table has a row for each, such as a model before and after it was trained
-with the consistency loss.
+DIR is the workdir of a run; a table has a row for each with an equilibrium, such as a model before and after training with the
+consistency loss. The figure has perplexity against minutes of training, and against evaluations.
 
-- Perplexity on the validation text after exactly so many evaluations of plain iteration, z <- f(z), from the initial guess. The
-  last columns are those of a full solve: its perplexity, its evaluations, and the share of sequences that converged.
+- Perplexity on the validation text after exactly so many evaluations of plain iteration, z <- f(z), from the initial guess, and
+  the share of sequences whose residual is then below the tolerance. The last columns are those of the run's own solver.
 - Greedy generation with a limit on the evaluations of every solve: speed and evaluations for one text, speed for all together,
   and the share of words that are those of a model without a limit given the same words before.
 """
 
-import dataclasses
+import json
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -21,52 +22,49 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import tables, turns
-from deq_flax.config import Config, make_task, phases_of, read_run_config
-from deq_flax.equilibrium import Solver
+from benchmarks.language import curve
+from deq_flax.config import Config, make_task, read_run_config
+from deq_flax.equilibrium import Picard, Solver, fixed_point
 from deq_flax.generate import default_memory
 from deq_flax.models.generation import Generator, Sampling
 from deq_flax.pretrained import load_model
-from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from deq_flax.train.phases import make_phases
 
 TEXTS, PROMPT, TOKENS = 8, 32, 64
 """Texts that are generated, the words of their prompts, and those that are added."""
 
 
-def anytime(workdir: Path, config: Config, evaluations: list[int]) -> list[float]:
-    """Perplexity on the validation text after so many evaluations each."""
-    assert config.deq is not None
-    plain = {"gradient": "unroll", "gradient_options": {}, "eval_unrolled": True, "max_steps": max(evaluations)}
-    plain |= {"eval_max_steps": 0, "max_steps_jitter": 0, "consistency_weight": 0.0}
-    config = dataclasses.replace(config, deq=dataclasses.replace(config.deq, **plain))
-    found = evaluate_checkpoint(
-        make_task(config),
-        workdir,
-        phases=phases_of(config),
-        mesh=config.mesh,
-        options=EvalOptions(max_steps_sweep=tuple(evaluations)),
-        seed=0,
-    )
-    return [row["ppl"] for row in found.sweep if row["split"] == "valid"]
+def anytime(config: Config, model: Any, evaluations: list[int]) -> list[tuple[float, float]]:
+    """For each number of plain iterations: perplexity on the validation text, and the share of sequences that have settled.
 
-
-def solved(config: Config, model: Any, limit: int) -> tuple[float, float, float]:
-    """Perplexity, evaluations and the share of converged sequences of full solves of the validation text."""
+    Settled: the relative residual is at most the tolerance of training.
+    """
     assert config.deq is not None
-    task = make_task(config)
-    solve = make_phases(dataclasses.replace(config.deq, eval_max_steps=limit)).evaluation.solve()
-    graphdef, state = nnx.split(model)
+    task, tol, (graphdef, state) = make_task(config), config.deq.tol, nnx.split(model)
 
     @jax.jit
-    def score(state: Any, batch: Any, carry: Any) -> tuple[Any, ...]:
-        _, out = task.loss(nnx.merge(graphdef, state), batch, carry, solve=solve)
-        return out.carry, out.metrics["loss"].total, out.metrics["loss"].count, out.stats.nfe, out.stats.converged.mean()
+    def score(state: Any, batch: Any, carry: Any, count: jax.Array) -> tuple[Any, ...]:
+        def iterate(f: Any, z0: Any) -> tuple[Any, None]:
+            z = jax.lax.fori_loop(0, count, lambda _, z: f(z), z0)
+            return fixed_point(lambda _: f(z), z, solver=Picard(tol=tol, max_steps=1)), None
 
-    carry, sums, batches = task.fresh_carry(model, task.eval_batch_size), np.zeros(4), task.eval_batches("valid")
-    for i in range(len(batches)):
-        carry, *numbers = score(state, batches[i], carry)
-        sums += np.asarray(numbers)
-    return float(np.exp(sums[0] / sums[1])), *(sums[2:] / len(batches))
+        _, out = task.loss(nnx.merge(graphdef, state), batch, carry, solve=iterate)
+        return out.carry, out.metrics["loss"].total, out.metrics["loss"].count, out.stats.converged.mean()
+
+    batches, rows = task.eval_batches("valid"), []
+    for count in evaluations:
+        carry, sums = task.fresh_carry(model, task.eval_batch_size), np.zeros(3)
+        for i in range(len(batches)):
+            carry, *numbers = score(state, batches[i], carry, count)
+            sums += np.asarray(numbers)
+        rows.append((float(np.exp(sums[0] / sums[1])), float(sums[2] / len(batches))))
+    return rows
+
+
+def solved(workdir: Path) -> tuple[float, float]:
+    """Perplexity and evaluations of a solve with the limits of training, from the end of the run."""
+    metrics = json.loads((workdir / "eval.json").read_text())["metrics"]["valid"]
+    return metrics["ppl"], metrics["forward_nfe"]
 
 
 def text_of(generator: Generator, prompts: list[np.ndarray]) -> np.ndarray:
@@ -116,28 +114,62 @@ def generation(config: Config, model: Any, limits: list[int], name: str) -> list
     return rows
 
 
+def draw(workdirs: list[Path], anytimes: dict[str, dict[int, float]], file: str) -> None:
+    """Draw perplexity against minutes of training, and against evaluations: name -> evaluations -> perplexity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for workdir in workdirs:
+        minutes, perplexity, _ = curve(workdir)
+        (line,) = left.semilogy(minutes, perplexity, marker="o", ms=4, label=workdir.name)
+        if found := anytimes.get(workdir.name):
+            right.plot(list(found), list(found.values()), marker="o", ms=4, color=line.get_color(), label=workdir.name)
+        else:
+            right.axhline(perplexity[-1], color=line.get_color(), ls=":", lw=1)
+    left.set(xlabel="minutes of training", ylabel="perplexity, valid")
+    right.set(xlabel="evaluations of f", xscale="symlog", yscale="log")
+    right.set_xticks(sorted({n for found in anytimes.values() for n in found}))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_minor_formatter("{x:.0f}")
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = tables.parser(__doc__)
     parser.add_argument("workdirs", nargs="+", type=Path, help="of runs")
     parser.add_argument("--evaluations", nargs="+", type=int, default=[0, 1, 2, 4, 8, 16], help="of the table of perplexities")
-    parser.add_argument("--limits", nargs="*", type=int, default=[1, 2, 3, 4, 6, 8, 12], help="of generation; none: skip it")
-    parser.add_argument("--full", type=int, default=60, help="limit of a full solve (60)")
+    parser.add_argument("--limits", nargs="*", type=int, default=[1, 2, 4, 8], help="of generation; none: skip it")
+    parser.add_argument("--draw", help="draw the figure to this file")
     arguments = parser.parse_args()
-    curves, rows = [], []
+    curves, rows, anytimes = [], [], {}
     for workdir in arguments.workdirs:
-        config, model = read_run_config(workdir), load_model(workdir).model
-        perplexity, evaluations, converged = solved(config, model, arguments.full)
-        curve = [f"{ppl:.1f}" for ppl in anytime(workdir, config, arguments.evaluations)]
-        curves.append([f"`{workdir.name}`", *curve, f"{perplexity:.1f}", f"{evaluations:.1f}", f"{converged:.0%}"])
+        config = read_run_config(workdir)
+        if config.deq is None:
+            continue
+        model, (ppl, evaluations) = load_model(workdir).model, solved(workdir)
+        found = anytime(config, model, arguments.evaluations)
+        anytimes[workdir.name] = {n: ppl for n, (ppl, _) in zip(arguments.evaluations, found, strict=True)}
+        shown = [f"{ppl:.1f} ({settled:.0%})" for ppl, settled in found]
+        curves.append([f"`{workdir.name}`", *shown, f"{ppl:.1f}", f"{evaluations:.1f}"])
         print(" | ".join(curves[-1]), flush=True)
         if arguments.limits:
             rows += generation(config, model, arguments.limits, workdir.name)
-    head = ["model", *map(str, arguments.evaluations), "solved", "evaluations", "converged"]
-    text = f"{turns.machine(['jax'])}. Perplexity on the validation text by evaluations:\n\n{tables.markdown(head, curves)}"
+    head = ["model", *map(str, arguments.evaluations), "solved", "evaluations of a solve"]
+    what = "Perplexity on the validation text, and the share of sequences that have settled"
+    text = f"{turns.machine(['jax'])}. {what}:\n\n{tables.markdown(head, curves)}"
     if rows:
         head = ["model", "limit", "evaluations", "words/s, one text", f"words/s, {TEXTS} texts", "same words"]
         text += f"\nGreedy generation, {TOKENS} words, processor time:\n\n{tables.markdown(head, rows)}"
     tables.publish("few evaluations", text, arguments.write)
+    if arguments.draw:
+        draw(arguments.workdirs, anytimes, arguments.draw)
 
 
 if __name__ == "__main__":
