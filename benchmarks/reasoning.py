@@ -1,0 +1,277 @@
+"""What models of recurrent depth learn, and how far it carries, by gradient, solver, model and seed.
+
+    pip install -r requirements.txt -r requirements-plot.txt
+    python -m benchmarks.reasoning --folder runs/reasoning [--only gradients] [--minutes 60] [--list] [--write]
+
+Runs are made in order, each in a workdir of its own that `--mode eval`, `solve` and `plot` read. A run that has its result,
+FOLDER/results/NAME.json, is not made again; one that was stopped continues from its checkpoint. `--minutes`: begin no run later
+than that. `--write` makes the tables and figures of docs/reasoning.md from the results that are there.
+
+Seconds are those of processor time, in one thread with XLA_FLAGS=--xla_cpu_multi_thread_eigen=false, so that other programs on
+the machine do not count. Those of a step are measured at the trained weights. Memory is the compiler's: the temporary arrays of
+a training step.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+from benchmarks import reasoning_report, training
+
+Changes = dict[str, Any]
+"""Changes to a config: 'section.key' -> value."""
+
+TIMED_STEPS = 8
+"""Training steps that are timed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, and evaluations of its checkpoint."""
+
+    group: str
+    """Table that it belongs to."""
+    name: str
+    """Its row there."""
+    config: str
+    """FILE or FILE:VARIANT."""
+    changes: Changes
+    seed: int = 0
+    evaluations: dict[str, Changes] = field(default_factory=dict)
+    """More evaluations by name, besides that at the end of training."""
+
+    @property
+    def stem(self) -> str:
+        """The name of its files."""
+        words = "".join(c if c.isalnum() else " " for c in f"{self.group} {self.name}").split()
+        return f"{'_'.join(words).lower()}_{self.seed}"
+
+    def everything(self) -> Changes:
+        """All changes to the config."""
+        return self.changes | {"train.seed": self.seed}
+
+
+def unrolled(**options: Any) -> Changes:
+    """Plain iteration of a random number of steps, of which the last are differentiated."""
+    return {"deq.gradient": "unroll", "deq.gradient_options": {"remat": False} | options}
+
+
+def solved(gradient: str, solver: str, adjoint: str = "broyden", **options: Any) -> Changes:
+    """A solved equilibrium. Histories are of ten pairs: the default keeps all steps of an evaluation."""
+    kept = {name: {"memory": 10} if name in ("anderson", "broyden") else {} for name in (solver, adjoint)}
+    return {
+        "deq.gradient": gradient,
+        "deq.gradient_options": options,
+        "deq.solver": solver,
+        "deq.solver_options": kept[solver],
+        "deq.backward_solver": adjoint,
+        "deq.backward_solver_options": kept[adjoint],
+        "deq.max_steps_jitter": 0,
+    }
+
+
+GRADIENTS = {
+    "Unroll(last=1)": unrolled(last=1),
+    "Unroll(last=2)": unrolled(last=2),
+    "Unroll(last=8)": unrolled(last=8),
+    "Unroll of all steps": unrolled(),
+    "JacobianFree, Anderson": solved("jacobian_free", "anderson"),
+    "Neumann(2), Anderson": solved("neumann", "anderson", terms=2),
+    "PhantomGradient, Anderson": solved("phantom", "anderson"),
+    "Implicit, Anderson": solved("implicit", "anderson", "anderson"),
+    "Implicit, Broyden": solved("implicit", "broyden"),
+    "Implicit, Broyden and GMRES": solved("implicit", "broyden", "gmres"),
+    "Reversible": solved("reversible", "picard"),
+    "SHINE, Broyden": solved("shine", "broyden"),
+}
+"""Row -> changes to a config."""
+
+_QUIET: Changes = {"train.eval_every": 0, "train.checkpoint_every": 10_000, "data.pictures": 0}
+
+MAZE = _QUIET | {
+    **{"data.size": 7, "data.test_sizes": (13,), "data.valid_examples": 100, "data.test_examples": 100},
+    **{"deq.max_steps": 24, "deq.max_steps_jitter": 16, "deq.eval_max_steps": 150},
+    **{"train.steps": 400, "optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 40},
+}
+SUDOKU = _QUIET | {
+    **{"data.valid_examples": 100, "data.test_examples": 200, "data.eval_batch_size": 200},
+    **{"deq.max_steps": 20, "deq.max_steps_jitter": 14, "deq.eval_max_steps": 150, "train.steps": 400},
+}
+BITS = _QUIET | {"data.test_sizes": (64, 128, 256, 512), "data.valid_examples": 100, "data.test_examples": 100}
+FEED_FORWARD: Changes = {
+    **{"model.initial": "zero", "deq.max_steps": 1, "deq.max_steps_jitter": 0, "deq.eval_max_steps": 1},
+    **{"deq.eval_unrolled": True, "deq.gradient_options": {"remat": False}},
+}
+"""One application of f from zero: explicit blocks, whose number is their depth."""
+PREFIX_SUMS: dict[str, Changes] = {
+    "10 to 30 steps": {},
+    "10 steps": {"deq.max_steps": 10, "deq.max_steps_jitter": 0},
+    "feed-forward, 16 blocks": FEED_FORWARD | {"model.blocks": 16, "model.width": 18},
+}
+THOUSAND: Changes = {"data.test_sizes": (512,), "data.test_examples": 1000}
+LONG: Changes = {
+    **{"data.test_sizes": (4096,), "data.test_examples": 10, "data.eval_batch_size": 10, "data.valid_examples": 10},
+    "deq.eval_max_steps": 3000,
+}
+ABLATION: dict[str, Changes] = {
+    "1,200 steps instead of 400": {"train.steps": 1200},
+    "1,200 steps, free steps 0 to 40 instead of 16": {"train.steps": 1200, "deq.max_steps": 48, "deq.max_steps_jitter": 40},
+    "free steps 0 to 40 instead of 16": {"deq.max_steps": 48, "deq.max_steps_jitter": 40},
+    "no free steps": {"deq.max_steps": 8, "deq.max_steps_jitter": 0},
+    "start at zero": {"model.initial": "zero"},
+    "width 48 instead of 32": {"model.width": 48},
+    "noise 0.1 in every step": unrolled(last=8, noise=0.1),
+    "Jacobian loss": {"deq.jacobian_weight": 0.5, "deq.jacobian_frequency": 0.3},
+}
+"""Changes to Unroll(last=8) on mazes."""
+STATES: dict[str, Changes] = {
+    "equilibrium": {},
+    "Transformer, 4 blocks": FEED_FORWARD
+    | {"model.name": "attention_reasoner", "model.width": 64, "model.heads": 4, "model.blocks": 4},
+}
+
+
+FURTHER: dict[str, Changes] = {
+    "sweep": {"eval.max_steps_sweep": (5, 10, 20, 40, 80)},
+    "restarts": {"eval.restarts": 4},
+}
+"""Evaluations by longer iteration, and from several starts."""
+
+
+def runs() -> Iterator[Run]:
+    """All runs, in order of value."""
+    for name, changes in GRADIENTS.items():
+        more = FURTHER if name == "Unroll(last=8)" else {}
+        yield Run("gradients, mazes", name, "configs/maze.py", MAZE | changes, evaluations=more)
+    for name, changes in GRADIENTS.items():
+        more = FURTHER if name == "Unroll(last=8)" else {}
+        yield Run("gradients, sudoku", name, "configs/sudoku.py:four", SUDOKU | changes, evaluations=more)
+    for seed in range(3):
+        for name, changes in PREFIX_SUMS.items():
+            more = {"thousand": THOUSAND} if name == "10 to 30 steps" else {}
+            yield Run("prefix sums", name, "configs/prefix_sums.py", BITS | changes, seed, more)
+    for name, changes in ABLATION.items():
+        yield Run("mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes)
+
+
+def perform(run: Run, folder: Path) -> None:
+    """Train, unless the result is there."""
+    from deq_flax.config import make_task, phases_of, to_dict
+    from deq_flax.errors import UserError
+    from deq_flax.train.loop import train
+
+    workdir, file = folder / run.stem, folder / "results" / f"{run.stem}.json"
+    if file.exists():
+        return
+    print(f"== {run.stem}", flush=True)
+    config, start = training.resolved(run.config, run.everything()), process_time()
+    task = make_task(config)
+    record = to_dict(replace(config, model=task.model_options))
+    parts = {name: getattr(config, name) for name in ("optimizer", "train", "mesh", "checkpoint")}
+    try:
+        result = train(task, workdir=workdir, config=record, phases=phases_of(config), **parts)
+    except UserError as error:  # nothing finite: a result too
+        _write(file, {"run": asdict(run), "failed": str(error)})
+        return
+    if result.interrupted:
+        raise SystemExit("stopped: the same command continues")
+    found = {"run": asdict(run), "metrics": result.metrics, "seconds": process_time() - start}
+    _write(file, found | step_costs(config, workdir))
+
+
+def evaluate(run: Run, folder: Path) -> None:
+    """Make the further evaluations of a run that has not failed, unless their results are there."""
+    from deq_flax.config import make_task, phases_of
+    from deq_flax.train.evaluate import evaluate_checkpoint
+
+    trained = folder / "results" / f"{run.stem}.json"
+    if not trained.exists() or "failed" in json.loads(trained.read_text(encoding="utf-8")):
+        return
+    for name, changes in run.evaluations.items():
+        file = trained.with_name(f"{run.stem}.{name}.json")
+        if file.exists():
+            continue
+        print(f"== {file.stem}", flush=True)
+        config, start = training.resolved(run.config, run.everything() | changes), process_time()
+        result = evaluate_checkpoint(
+            make_task(config),
+            folder / run.stem,
+            phases=phases_of(config),
+            mesh=config.mesh,
+            options=config.eval,
+            seed=run.seed,
+        )
+        found = {"run": asdict(run), "evaluation": name, "metrics": result.metrics, "sweep": result.sweep}
+        _write(file, found | {"seconds": process_time() - start})
+
+
+def step_costs(config: Any, workdir: Path) -> dict[str, float]:
+    """Parameters, seconds of a training step at the trained weights, evaluations of f in it, and its temporary megabytes."""
+    import jax
+
+    from benchmarks.memory import peak
+    from deq_flax.checkpoints.checkpoints import Checkpoints
+    from deq_flax.devices.mesh import put_batch
+
+    it = training.Training(config)
+    with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
+        it.run.restore(checkpoints, "")
+    compiled = it.traced().lower().compile()
+    batches, state, laps, evaluations = it.task.train_batches(0), it.run.state, [], []
+    for number in range(TIMED_STEPS + 1):
+        batch = put_batch(it.run.devices, next(batches), it.task.batch_size)
+        start = process_time()
+        state, metrics = jax.block_until_ready(compiled(state, batch, it.phases.scalars(number), jax.numpy.int32(number)))
+        laps.append(process_time() - start)
+        evaluations.append(float(metrics["forward_nfe"].total / metrics["forward_nfe"].count))
+    return {
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
+        "seconds_a_step": sum(laps[1:]) / TIMED_STEPS,
+        "evaluations_a_step": sum(evaluations[1:]) / TIMED_STEPS,
+        "megabytes": peak(compiled)[1],
+    }
+
+
+def _write(file: Path, found: Mapping[str, Any]) -> None:
+    from deq_flax.run_log.results import replace_file, to_json
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, f"{to_json(found, indent=1)}\n".encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="holds a workdir for each run, and results")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="runs whose 'GROUP: NAME, seed SEED' contains one of these texts"
+    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run later than that")
+    parser.add_argument("--list", action="store_true", help="list the runs; x: it has its result")
+    parser.add_argument("--write", action="store_true", help="write tables and figures to docs/")
+    arguments = parser.parse_args()
+    if arguments.write:
+        reasoning_report.write(arguments.folder)
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(arguments.folder / "cache"))
+    start = perf_counter()
+    chosen = [run for text in arguments.only for run in runs() if text in f"{run.group}: {run.name}, seed {run.seed}"]
+    if arguments.list:
+        for run in chosen:
+            print("x " * (arguments.folder / "results" / f"{run.stem}.json").exists() + run.stem)
+        return
+    for make in (perform, evaluate):
+        for run in chosen:
+            if perf_counter() - start < 60 * arguments.minutes:
+                make(run, arguments.folder)
+                jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()

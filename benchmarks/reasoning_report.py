@@ -1,0 +1,183 @@
+"""Tables and figures of docs/reasoning.md from the results of `benchmarks.reasoning`."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks import tables
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Name of a run -> its results, one for each seed; in the order of the table."""
+
+
+def read(folder: Path, group: str, evaluation: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The results of a group by run; `evaluation`: those of that further evaluation, not those at the end of training."""
+    from benchmarks.reasoning import runs
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs():
+        file = folder / "results" / f"{run.stem}{f'.{evaluation}' if evaluation else ''}.json"
+        if run.group == group and file.exists():
+            found.setdefault(run.name, []).append(json.loads(file.read_text(encoding="utf-8")))
+    return found
+
+
+def numbers(results: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    """A metric of the test split, of every seed; diverged runs and metrics that are not there give none."""
+    found = [result.get("metrics", {}).get("test", {}).get(metric) for result in results]
+    return [value for value in found if value is not None]
+
+
+def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """The mean, with the least and the largest behind it where there are several different ones."""
+    if not values:
+        return "-"
+    text, least, largest = form(mean(values)), form(min(values)), form(max(values))
+    return text if least == largest else f"{text} ({least} to {largest})"
+
+
+def percent(value: float) -> str:
+    """A share: no rounding makes it 0% or 100%."""
+    digits = 0 if value in (0, 1) else 1 if 0.001 <= value <= 0.999 else 2
+    return f"{100 * value:.{digits}f}%"
+
+
+def costs(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cells: evaluations of f, seconds and megabytes of a training step."""
+    some = [result for result in results if "megabytes" in result]
+    forms = {"evaluations_a_step": "{:.1f}", "seconds_a_step": "{:.2f}", "megabytes": "{:.1f}"}
+    return [spread([result[name] for result in some], form.format) for name, form in forms.items()]
+
+
+def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
+    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step."""
+    head = ["gradient, solver"]
+    for size in sizes:
+        head += [f"exact{size}", f"residual{size}", f"converged{size}"]
+    body = []
+    for name, results in rows.items():
+        line = [name]
+        for size in sizes:
+            line += [
+                spread(numbers(results, f"exact_match{size}"), percent),
+                spread(numbers(results, f"residual{size}"), "{:.0e}".format),
+                spread(numbers(results, f"converged{size}"), percent),
+            ]
+        body.append([*line, *costs(results)])
+    return tables.markdown([*head, "evaluations a step", "s a step", "MB"], body)
+
+
+def in_code(rows: Rows) -> Rows:
+    """The rows with their names as code."""
+    return {f"`{name}`": results for name, results in rows.items()}
+
+
+def mazes(folder: Path) -> str:
+    rows = in_code(read(folder, "gradients, mazes"))
+    return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13") + seeds(rows)
+
+
+def sudoku(folder: Path) -> str:
+    rows = in_code(read(folder, "gradients, sudoku"))
+    return gradients(rows, sizes=[""]) + seeds(rows)
+
+
+def seeds(rows: Rows) -> str:
+    """A line on the seeds of the rows."""
+    used = sorted({result["run"]["seed"] for results in rows.values() for result in results})
+    return f"\nSeeds {', '.join(map(str, used))}; with several, mean (least to largest).\n" if used else ""
+
+
+def prefix_sums(folder: Path) -> str:
+    rows, thousand = read(folder, "prefix sums"), read(folder, "prefix sums", "thousand")
+    if "10 to 30 steps" not in rows:  # what the others stand beside
+        return ""
+    body = []
+    for name, results in rows.items():
+        line = [name, spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
+        line += [spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_64", "_128", "_256", "_512")]
+        line += [
+            spread(numbers(results, f"{metric}_512"), form)
+            for metric, form in (("steps", "{:.0f}".format), ("converged", percent))
+        ]
+        line += [spread(numbers(thousand.get(name, []), "exact_match_512"), percent)]
+        body.append(line)
+    head = ["model", "parameters", "32", "64", "128", "256", "512", "steps, 512", "converged, 512", "1,000 of 512"]
+    return tables.markdown(head, body) + seeds(rows)
+
+
+def ablation(folder: Path) -> str:
+    if not read(folder, "mazes"):
+        return ""
+    base = {"as in the table above, `Unroll(last=8)`": read(folder, "gradients, mazes").get("Unroll(last=8)", [])}
+    rows = base | read(folder, "mazes")
+    return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13") + seeds(rows)
+
+
+def longer(folder: Path) -> str:
+    """What longer iteration and several starts gain, with the steps of the returned iterate."""
+    body = []
+    for puzzle, sizes in (("mazes", {"7": "", "13": "_13"}), ("sudoku", {"4": ""})):
+        swept = read(folder, f"gradients, {puzzle}", "sweep").get("Unroll(last=8)", [])
+        restarted = read(folder, f"gradients, {puzzle}", "restarts").get("Unroll(last=8)", [])
+        for size, suffix in sizes.items():
+            for result in swept:
+                rows = [row for row in result["sweep"] if row["split"] == "test"]
+                for row in [*rows, result["metrics"]["test"] | {"max_steps": 150}]:
+                    body.append([f"{puzzle}, {size}", f"limit {row['max_steps']}", *_scores(row, suffix)])
+            for result in restarted:
+                row = result["metrics"]["test"]
+                body.append([f"{puzzle}, {size}", "4 starts, lowest residual", *_scores(row, suffix)])
+                body.append([f"{puzzle}, {size}", "4 starts, vote", percent(row[f"exact_match_vote{suffix}"]), "", ""])
+    return tables.markdown(["puzzles, side", "evaluation", "exact match", "residual", "steps"], body) if body else ""
+
+
+def _scores(row: Mapping[str, Any], size: str) -> list[str]:
+    return [percent(row[f"exact_match{size}"]), f"{row[f'residual{size}']:.0e}", f"{row[f'steps{size}']:.0f}"]
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """The figures by file name in docs/figures: exact answers against size, and against applications of f."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from deq_flax.plot_puzzles import against_limit, by_size, draw_exact
+
+    found: dict[str, Any] = {}
+    sizes, rows = {}, read(folder, "prefix sums")
+    for name, results in rows.items():
+        shares = [by_size(result["metrics"]["test"], 32) for result in results if "metrics" in result]
+        sizes[name] = [(size, mean(share[size] for share in shares)) for size in sorted(shares[0])] if shares else []
+    if "10 to 30 steps" in sizes:
+        found["prefix_sums_by_size"] = draw_exact(pyplot, sizes, xlabel="bits", trained=[32])
+    for result in read(folder, "gradients, mazes", "sweep").get("Unroll(last=8)", []):
+        config = {"data": {"size": 7}, "deq": {"eval_max_steps": 150}}
+        found["mazes_by_iterations"] = draw_exact(
+            pyplot, against_limit(result | {"config": config}), xlabel="limit on applications of f"
+        )
+    return found
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "gradients on mazes": mazes,
+    "gradients on sudoku": sudoku,
+    "prefix sums": prefix_sums,
+    "mazes": ablation,
+    "longer iteration": longer,
+}
+"""Name of the place in docs/reasoning.md -> its table."""
+
+
+def write(folder: Path) -> None:
+    """Write the tables and draw the figures of results that are there."""
+    for name, make in TABLES.items():
+        if text := make(folder):
+            tables.publish(name, text, str(DOCS / "reasoning.md"))
+    for name, figure in figures(folder).items():
+        figure.savefig(DOCS / "figures" / f"{name}.png", dpi=110)

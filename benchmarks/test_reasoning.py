@@ -1,0 +1,51 @@
+"""The runs of docs/reasoning.md: distinct, made once, and reported as they came out."""
+
+import json
+
+import pytest
+
+from benchmarks import reasoning, reasoning_report, training
+
+
+def test_the_runs_are_distinct_and_their_configs_are_valid():
+    runs = list(reasoning.runs())
+    assert len({run.stem for run in runs}) == len(runs)
+    for run in {(run.group, run.name): run for run in runs}.values():
+        training.resolved(run.config, run.everything())
+        for changes in run.evaluations.values():
+            training.resolved(run.config, run.everything() | changes)
+
+
+def test_every_table_has_its_place():
+    text = (reasoning_report.DOCS / "reasoning.md").read_text()
+    for name in reasoning_report.TABLES:
+        assert text.count(f"<!-- begin {name} -->\n") == 1 and text.count(f"<!-- end {name} -->\n") == 1
+
+
+def test_a_row_has_the_mean_and_the_extremes_of_its_seeds():
+    of = lambda share: {"run": {"seed": int(10 * share)}, "metrics": {"test": {"exact_match": share, "residual": 1e-5}}}  # noqa: E731
+    failed = {"run": {"seed": 9}, "failed": "not finite"}
+    rows = {"a": [of(0.5), of(1.0)], "b": [of(0.9996)], "c": [failed]}
+    lines = reasoning_report.gradients(rows, sizes=[""]).splitlines()
+    assert lines[2].startswith("| a | 75.0% (50.0% to 100%) | 1e-05 | - |")
+    assert lines[3].startswith("| b | 99.96% |") and lines[4].startswith("| c | - | - |")
+
+
+@pytest.mark.slow
+def test_a_run_is_made_once(tmp_path, capsys):
+    small = {"data.size": 6, "data.test_sizes": (9,), "data.train_examples": 8, "data.valid_examples": 1}
+    small |= {"data.test_examples": 2, "data.batch_size": 4, "model.width": 4, "train.steps": 2}
+    evaluations = {"short": {"deq.eval_max_steps": 3}}
+    run = reasoning.Run("bits", "as they are", "configs/prefix_sums.py", small, seed=1, evaluations=evaluations)
+    reasoning.perform(run, tmp_path)
+    reasoning.evaluate(run, tmp_path)
+    assert "step 2/2" in capsys.readouterr().out
+    file = tmp_path / "results" / "bits_as_they_are_1.json"
+    found = json.loads(file.read_text())
+    assert {"exact_match", "exact_match_9"} <= set(found["metrics"]["test"]) and found["megabytes"] > 0
+    assert found["evaluations_a_step"] > 10 and found["seconds_a_step"] > 0
+    short = json.loads((file.parent / "bits_as_they_are_1.short.json").read_text())
+    assert short["metrics"]["test"]["steps"] <= 3
+    reasoning.perform(run, tmp_path)
+    reasoning.evaluate(run, tmp_path)
+    assert capsys.readouterr().out == ""
