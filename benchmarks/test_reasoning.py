@@ -34,7 +34,7 @@ def test_a_row_has_the_mean_and_the_extremes_of_its_seeds():
 @pytest.mark.slow
 def test_a_run_is_made_once(tmp_path, capsys):
     small = {"data.size": 6, "data.test_sizes": (9,), "data.train_examples": 8, "data.valid_examples": 1}
-    small |= {"data.test_examples": 2, "data.batch_size": 4, "model.width": 4, "train.steps": 2}
+    small |= {"data.test_examples": 2, "data.batch_size": 4, "model.width": 4, "train.steps": 2, "mesh.data": 1}
     evaluations = {"short": {"deq.eval_max_steps": 3}}
     run = reasoning.Run("bits", "as they are", "configs/prefix_sums.py", small, seed=1, evaluations=evaluations)
     reasoning.perform(run, tmp_path)
