@@ -110,7 +110,6 @@ class DEQOptions:
         ]:
             if getattr(self, name) < 0:
                 raise UserError(f"deq.{name} must not be negative, but is {getattr(self, name)}")
-        object.__setattr__(self, "consistency_steps", tuple(self.consistency_steps))
         solver, gradient, _ = self.training_solver(), self.training_gradient(), self.pretraining_gradient()
         if isinstance(gradient, SHINE) and not isinstance(solver, Broyden):
             raise UserError(

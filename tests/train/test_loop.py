@@ -77,18 +77,24 @@ def test_intervals_may_change_when_a_run_is_resumed(folder, uninterrupted, tmp_p
     assert [line["step"] for line in metrics(tmp_path) if line["split"] == "train"] == [1, 2, 3, 4, 6, 8]
 
 
+def lines_of_a_run_that_resumes(c, tmp_path):
+    """Train in `whole`, and in `crashed` with a crash on the way; both must end alike. Returns the lines of metrics.jsonl."""
+    with pytest.raises(RuntimeError, match="crash"):
+        run(c, tmp_path / "crashed", crash_at(5))
+    for name in ("crashed", "whole"):
+        run(c, tmp_path / name)
+    steps = c["train"]["steps"]
+    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "whole")
+    assert arrays(tmp_path / "crashed", steps) == arrays(tmp_path / "whole", steps)
+    return metrics(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_a_proposal_and_its_refinement_train_and_resume_too(folder, tmp_path):
     """With a consistency loss beside; the refinement learns too."""
     model = {"name": "proposal_deq", "proposal_blocks": 1, "pre_norm": True}
     c = config(folder, model=model, deq={"consistency_weight": 0.1, "pretrain_steps": 2})
-    with pytest.raises(RuntimeError, match="crash"):
-        run(c, tmp_path / "crashed", crash_at(5))
-    for name in ("crashed", "whole"):
-        run(c, tmp_path / name)
-    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "whole")
-    assert arrays(tmp_path / "crashed", 8) == arrays(tmp_path / "whole", 8)
-    lines = metrics(tmp_path / "whole")
+    lines = lines_of_a_run_that_resumes(c, tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"] and 1 < lines[-1]["forward_nfe"] <= 8
     scale_D = load_model(tmp_path / "whole").model.scale_D[...]
     assert scale_D.std() > 1e-3, "the scale is learned"
@@ -97,13 +103,7 @@ def test_a_proposal_and_its_refinement_train_and_resume_too(folder, tmp_path):
 @pytest.mark.slow
 def test_explicit_layers_train_and_resume_too(folder, tmp_path):
     c = explicit(config(folder, train={"steps": 12}))
-    with pytest.raises(RuntimeError, match="crash"):
-        run(c, tmp_path / "crashed", crash_at(5))
-    for name in ("crashed", "whole"):
-        run(c, tmp_path / name)
-    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "whole")
-    assert arrays(tmp_path / "crashed", 12) == arrays(tmp_path / "whole", 12)
-    lines = metrics(tmp_path / "whole")
+    lines = lines_of_a_run_that_resumes(c, tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"] and "forward_nfe" not in lines[0]
     loaded = load_model(tmp_path / "whole")
     assert isinstance(loaded.model, TransformerXL) and len(loaded.model.cells) == 2
