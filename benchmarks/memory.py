@@ -50,7 +50,7 @@ WT103 = {
     "base, reversible": ("base", {"deq.gradient": "reversible"}),
     "reg: memory 300, Jacobian loss": ("reg", {}),
     "ift: Broyden 35 both ways": ("ift", {}),
-    "deq_lm: 12 evaluations unrolled, rematerialised": ("deq_lm", {}),
+    "deq_lm: 12 evaluations unrolled, rematerialized": ("deq_lm", {}),
     "explicit: 12 layers": ("explicit", {}),
 }
 

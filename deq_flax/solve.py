@@ -95,7 +95,7 @@ def solve(model: Any, config: Config, inputs: np.ndarray, steps: int | None) -> 
 
     @jax.jit
     def run(inputs: jax.Array) -> Any:
-        f, z0 = model.equation(inputs)
+        f, z0, *_ = model.equation(inputs)
         solution = fixed_point(f, z0, solver=solver, gradient=gradient)
 
         def read(z: Any) -> Any:

@@ -39,7 +39,7 @@ def test_the_model_of_a_config_takes_its_puzzles(name, variant):
 
     def logits(state, inputs):
         model = nnx.merge(graphdef, state)
-        f, z0 = model.equation(inputs)
+        f, z0, _ = model.equation(inputs)
         return model.answer(f(z0))[0]
 
     for size in (config.data.size, *config.data.test_sizes):

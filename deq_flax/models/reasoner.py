@@ -48,8 +48,10 @@ class ReasonerOptions(ModelOptions):
 class Equation(NamedTuple):
     """The equation z = f(z) of a batch of puzzles."""
 
-    f: Callable[[Any], Any]
+    f: Callable[..., Any]
+    """(z, embedded puzzle) -> z; without a puzzle, with this one."""
     z0: Any
+    x_BSD: jax.Array
 
 
 class Reasoner(PuzzleModel):
@@ -96,13 +98,17 @@ class Reasoner(PuzzleModel):
     def equation(self, inputs: jax.Array, state: Any = None, key: jax.Array | None = None) -> Equation:
         """The equation of a batch of puzzles, from `state` or, where that is None, from the initial state."""
         x_BSD = self.embed(inputs)
-        return Equation(lambda z: self.evaluate(z, x_BSD), self.initial_state(inputs, key) if state is None else state)
+
+        def f(z: Any, x_BSD: jax.Array = x_BSD) -> Any:
+            return self.evaluate(z, x_BSD)
+
+        return Equation(f, self.initial_state(inputs, key) if state is None else state, x_BSD)
 
     def __call__(
         self, inputs: jax.Array, state: Any = None, *, solve: Solve | None = None, key: jax.Array | None = None
     ) -> PuzzleOutput:
-        f, z0 = self.equation(inputs, state, key)
-        solution, jacobian_loss = (fixed_point(f, z0), None) if solve is None else solve(f, z0)
+        f, z0, x_BSD = self.equation(inputs, state, key)
+        solution, jacobian_loss = (fixed_point(f, z0), None) if solve is None else solve(f, z0, x_BSD)
         logits, halt_B = self.answer(solution.value)
         return PuzzleOutput(logits, jax.lax.stop_gradient(solution.value), halt_B, solution.stats, jacobian_loss)
 

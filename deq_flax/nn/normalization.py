@@ -98,7 +98,7 @@ class GroupNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """Zero mean and unit variance of each channel over a batch (Ioffe and Szegedy 2015, arXiv:1502.03167).
 
-    Training normalizes by the biased variance of the batch and moves the running mean and the *unbiased* variance towards the
+    Training normalizes by the biased variance of the batch and moves the running mean and the *unbiased* variance toward the
     batch's by the share `momentum`; evaluation normalizes by the running statistics and leaves them unchanged. `nnx.BatchNorm`
     keeps the biased variance, so it would not reproduce the published models.
 
@@ -128,7 +128,7 @@ class BatchNorm(nnx.Module):
         return _rescale(x_BHWC, mean_C[None], factor_C[None], self.scale_C, self.bias_C)
 
     def _update(self, mean_C: jax.Array, variance_C: jax.Array, count: int) -> None:
-        """Move the running statistics towards those of a batch of `count` pixels."""
+        """Move the running statistics toward those of a batch of `count` pixels."""
         for running, now in ((self.mean_C, mean_C), (self.variance_C, variance_C * (count / max(count - 1, 1)))):
             old = running[...]
             running[...] = (old + self.momentum * (lax.stop_gradient(now) - old)).astype(old.dtype)

@@ -95,7 +95,7 @@ class ReasoningTask:
     def _check_fit(self) -> None:
         """Raise UserError unless the model takes the puzzles of every size; nothing is computed."""
         graphdef, state = nnx.split(abstract_model(self.model_options))
-        solve: Solve = lambda f, z0: (fixed_point(f, z0, gradient=Unroll(1)), None)  # noqa: E731
+        solve: Solve = lambda f, z0, *inputs: (fixed_point(f, z0, *inputs, gradient=Unroll(1)), None)  # noqa: E731
         for size, examples in ((self._data.size, self.puzzles.train), *self.puzzles.larger.items()):
             inputs = jax.ShapeDtypeStruct((1, *examples.inputs.shape[1:]), jnp.int32)
             try:
@@ -131,7 +131,7 @@ class ReasoningTask:
         return Slots(state, puzzle, jnp.zeros(batch_size, jnp.int32), jnp.ones(batch_size, bool))
 
     def equation(self, model: Any, batch: Batch, carry: Any) -> tuple[Callable[[Any], Any], Any]:
-        f, z0 = model.equation(batch["inputs"])
+        f, z0, *_ = model.equation(batch["inputs"])
         return f, z0
 
     def loss(

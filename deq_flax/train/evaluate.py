@@ -41,9 +41,9 @@ class EvalOptions:
     restarts: int = 1
     """Random starts that each puzzle is solved from; the answer of lowest residual counts, that of most starts beside it."""
     slots: int = 0
-    """Solve each batch of images through this many slots of each device, so that an image that has converged makes room for the
-    next one: faster where images need different numbers of evaluations, with a data.eval_batch_size of many times the slots.
-    forward_nfe then counts evaluations of as many images. 0: all images of a batch at once."""
+    """Solve each batch of images or puzzles through this many slots of each device, so that one that has converged makes room
+    for the next: faster where they need different numbers of evaluations, with a data.eval_batch_size of many times the slots.
+    forward_nfe then counts evaluations of as many samples. 0: all samples of a batch at once."""
 
     def check(self, max_steps: int | None) -> None:
         """Raise UserError for an option that does not suit the equilibrium; `max_steps`: its limit, None without one."""

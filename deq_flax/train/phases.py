@@ -248,6 +248,8 @@ class PhaseSolve:
         if self.slots:
             if not inputs:
                 raise UserError("eval.slots: this model solves all samples of a batch at once; set it to 0")
+            if isinstance(self.gradient, Unroll):
+                raise UserError("eval.slots: an unrolled iteration does not stop; set it to 0, or deq.eval_unrolled to False")
             queue = fixed_point_queue(f, z0, *inputs, slots=self.slots, solver=self.solver, max_steps=self.max_steps)
             return queue, None
         solution = fixed_point(

@@ -28,7 +28,7 @@ def make(name, **changed):
 
 
 def unrolled(steps):
-    return lambda f, z0: (fixed_point(f, z0, gradient=Unroll(steps)), None)
+    return lambda f, z0, *inputs: (fixed_point(f, z0, *inputs, gradient=Unroll(steps)), None)
 
 
 def rms(x):
@@ -41,7 +41,7 @@ def test_a_call_reads_the_state_that_the_solve_returns(name):
 
     @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
     def run():
-        f, z0 = model.equation(INPUTS)
+        f, z0, _ = model.equation(INPUTS)
         output, expected = model(INPUTS, solve=unrolled(2)), f(f(z0))
         continued, at_once = model(INPUTS, output.state, solve=unrolled(1)), f(expected)
         return output, expected, model.read(expected), continued.logits, model.answer(at_once)[0]
@@ -124,7 +124,7 @@ def test_a_contractive_cell_has_one_equilibrium_whatever_the_start():
     for layer in (model.join, *model.blocks, model.out):
         layer.kernel_HWIO[...] = 0.1 * layer.kernel_HWIO[...]
     model.out.bias_O[...] = jnp.linspace(-3.0, 3.0, 6)  # a direction that the norm keeps
-    solve = lambda f, z0: (fixed_point(f, z0, solver=Picard(tol=1e-6, max_steps=200)), None)  # noqa: E731
+    solve = lambda f, z0, *inputs: (fixed_point(f, z0, *inputs, solver=Picard(tol=1e-6, max_steps=200)), None)  # noqa: E731
     run = jax.jit(lambda z0: model(INPUTS, z0, solve=solve))
     outputs = [run(model.initial_state(INPUTS, jax.random.key(i))) for i in range(2)]
     assert all(output.stats.converged.all() for output in outputs)

@@ -1,6 +1,5 @@
 """The classification task: every image counts once, in every metric."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -8,11 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deq_flax.config import phases_of, resolve
-from deq_flax.devices.mesh import MeshOptions, make_mesh
 from deq_flax.errors import UserError
 from deq_flax.train.evaluate import evaluate, measure
-from deq_flax.train.step import make_eval_step, split_model
 from tests.tasks.images import classification, write_labeled
 from tests.train.small import evaluation_of, make_task, solve_of
 
@@ -56,11 +52,7 @@ def test_every_image_is_scored_once(folder, task, model, measured):
 
 def test_slots_change_no_score(folder, task, model, measured):
     """Four images at a time through three slots: the numbers are those of whole batches, up to rounding."""
-    mesh = make_mesh(MeshOptions(data=1))
-    graphdef, params, variables = split_model(model)
-    phase = dataclasses.replace(phases_of(resolve(classification(folder))).evaluation, slots=3)
-    step = make_eval_step(task, graphdef, mesh, phase)
-    summary = evaluate(task, model, step, mesh, params, variables, "valid")
+    summary = evaluate(*evaluation_of(classification(folder), task, model, slots=3), "valid")
     whole = measured[1]
     np.testing.assert_allclose([summary[k] for k in ("loss", "accuracy")], [whole[k] for k in ("loss", "accuracy")], rtol=1e-5)
     np.testing.assert_allclose(summary["forward_residual"], whole["forward_residual"], rtol=1e-3)

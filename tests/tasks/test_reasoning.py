@@ -58,6 +58,26 @@ def measured():
     return task, summary, answers
 
 
+@pytest.mark.parametrize("sections", [{}, {"loss": {"segments": 2}}], ids=["one segment", "two segments"])
+def test_slots_change_no_score(measured, sections):
+    """Four puzzles at a time through three slots: the numbers are those of whole batches, up to rounding."""
+    c = config(**sections)
+    task = make_task(c)
+    model = task.build_model(nnx.Rngs(0))
+    whole = evaluate(*evaluation_of(c, task, model), "test")
+    queued = evaluate(*evaluation_of(c, task, model, slots=3), "test")
+    assert queued.pop("forward_nfe") > whole.pop("forward_nfe")
+    assert queued == pytest.approx(whole, rel=1e-4) and whole["steps"] > 1
+
+
+def test_slots_need_a_solve(measured):
+    """An unrolled iteration, which `eval_unrolled` asks for, has no samples that stop."""
+    task, *_ = measured
+    unrolled = evaluation_of(config(deq={"eval_unrolled": True}), task, task.build_model(nnx.Rngs(0)), slots=3)
+    with pytest.raises(UserError, match=r"eval\.slots.*eval_unrolled"):
+        evaluate(*unrolled, "test")
+
+
 @pytest.mark.parametrize(("size", "suffix"), [(6, ""), (9, "_9")])
 def test_every_puzzle_is_scored_once_at_its_size(measured, size, suffix):
     """The numbers are those of all five puzzles, though the last batch holds one and three copies."""

@@ -74,11 +74,12 @@ def solve_of(config):
     return phases_of(resolve(config)).evaluation.solve()
 
 
-def evaluation_of(config, task, model):
+def evaluation_of(config, task, model, *, slots=0):
     """The first arguments of `evaluate` and `measure`, on one device."""
     mesh = make_mesh(MeshOptions(data=1))
     graphdef, params, variables = split_model(model)
-    step = make_eval_step(task, graphdef, mesh, phases_of(resolve(config)).evaluation)
+    phase = dataclasses.replace(phases_of(resolve(config)).evaluation, slots=slots)
+    step = make_eval_step(task, graphdef, mesh, phase)
     return task, model, step, mesh, params, variables
 
 

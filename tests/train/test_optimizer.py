@@ -87,7 +87,7 @@ def test_each_minimizes_a_quadratic(name):
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "radam", "lamb"])
-def test_weight_decay_pulls_towards_zero(name):
+def test_weight_decay_pulls_toward_zero(name):
     x = run(lambda x: 0 * x, np.array([1.0, -1.0]), 20, name=name, learning_rate=0.01, weight_decay=0.1)
     assert np.all(np.abs(x) < 1.0)
     assert np.all(np.abs(run(lambda x: 0 * x, np.array([1.0, -1.0]), 5, name=name)) == 1.0)
