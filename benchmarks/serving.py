@@ -37,14 +37,16 @@ def layers(name: str, solver: Any, *, count: int = 1024) -> Case:
     keys = jax.random.split(jax.random.key(0), 3)
     W = jax.random.normal(keys[0], (128, 128)) / 128**0.5
     x = jax.random.normal(keys[1], (count, 8, 128))
-    gain = jnp.minimum(0.2 * jnp.exp(0.6 * jax.random.normal(keys[2], (count, 1, 1))), 0.95)
+    gain = jnp.minimum(0.12 * jnp.exp(jax.random.normal(keys[2], (count, 1, 1))), 0.95)
     return Case(name, lambda z, x, gain: jnp.tanh(gain * (z @ W) + x), jnp.zeros_like(x), (x, gain), solver, 32)
 
 
 def images(trained: Any, count: int) -> tuple[Any, Any, Any]:
     """The equations of a multiscale DEQ for images of the training set."""
+    import jax.numpy as jnp
+
     examples = trained.task.images.train.read(np.arange(count), None)
-    f, z0, injection = trained.run.model.equation(trained.task.normalize(examples["images"]))
+    f, z0, injection = trained.run.model.equation(trained.task.normalize(jnp.asarray(examples["images"])))
     return f, z0, (injection,)
 
 
