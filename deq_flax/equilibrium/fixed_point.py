@@ -64,8 +64,9 @@ def fixed_point(
       batched: False if the leaves of z0 have no batch axis: a single problem. f then gets them as they are, and the arrays of
         the statistics have no batch axis either. This is the way for an f that couples what it gets: statistics of a batch,
         nodes of a graph. With True each sample is a problem of its own, and f should treat it so. `stats.converged` is true of
-        the returned value even if f does not, but convergence suffers, and the residuals of samples at the limit are those
-        seen when their iterates were found, among others of other samples.
+        the returned value even if f does not, but convergence suffers, the residuals of samples at the limit are those seen
+        when their iterates were found, among others of other samples, and the gradient may be far from the exact one: of an
+        adjoint equation that did not converge, see `probe`, or of `Reversible`, wrong.
       has_aux: f returns a pair (z, aux). `Solution.aux` is then the aux at the returned iterate, a pytree of anything,
         differentiable in the iterate and in all that f depends on. This takes one more evaluation of f, which `stats.nfe`
         does not count. `on_failure` applies to the iterate only: aux keeps its direct dependence on parameters.
@@ -103,8 +104,10 @@ def fixed_point(
     fz0 = check_map(lambda z: evaluate(z)[0], z0, solver)
     axes = varying((z0, fz0)) | checked(solver.axis_name)
 
+    flat = flat_map(lambda z: evaluate(z)[0], flatten, unflatten)
+
     def flat_f(x: jax.Array) -> jax.Array:
-        return cast(flatten(evaluate(unflatten(x))[0]), axes)
+        return cast(flat(x), axes)
 
     x0 = cast(jax.lax.stop_gradient(flatten(z0)), axes)
     x, stats = gradient(flat_f, x0, solver, max_steps, probe)
@@ -147,6 +150,22 @@ def flattener(z: Any) -> tuple[Callable[[Any], jax.Array], Callable[[jax.Array],
         return jax.tree.unflatten(structure, pieces)
 
     return flatten, unflatten
+
+
+def flat_map(f: Callable[[Any], Any], flatten: Callable[[Any], jax.Array], unflatten: Callable[[jax.Array], Any]) -> FlatMap:
+    """Return f as a map of flat states.
+
+    Where a leaf has a narrower dtype than the flat array, what `unflatten` rounds off is added to f(z) as a constant: the
+    residual, f(z) - z, is then that of the rounded state, which f gets and the solution has.
+    """
+
+    def flat_f(x: jax.Array) -> jax.Array:
+        z = unflatten(x)
+        fx = flatten(f(z))
+        rounded = any(leaf.dtype != x.dtype for leaf in jax.tree.leaves(z))
+        return fx + jax.lax.stop_gradient(x - flatten(z)) if rounded else fx
+
+    return flat_f
 
 
 def _check_state(z: Any) -> None:

@@ -39,13 +39,13 @@ class LinearSolver(Protocol):
 def solve_scaled(
     solver: LinearSolver, jacobian: FlatMap, b: jax.Array, axis_name: AxisName | None
 ) -> tuple[jax.Array, SolverStats]:
-    """Solve x = jacobian(x) + b, (B, N), with each sample of b scaled to near 1, and scale the solution back.
+    """Solve x = jacobian(x) + b, (B, N), in units in which each sample of b is near 1.
 
-    Norms and products of a b of 1e-30 or 1e30 would under- or overflow in float32. The scales are powers of two: nothing is
-    rounded.
+    Norms and products of a b of 1e-30 or 1e30 would under- or overflow in float32. The scales S are powers of two: nothing is
+    rounded. The equation in y = S^-1 x is y = S^-1 J S y + S^-1 b: where samples see each other, J does not commute with S.
     """
     scale = power_of_two(b, axis_name)
-    x, stats = solver.solve_linear(jacobian, b / scale)
+    x, stats = solver.solve_linear(lambda y: jacobian(scale * y) / scale, b / scale)
     return scale * x, replace(stats, absolute_residual=scale[:, 0] * stats.absolute_residual)
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.shards import AxisName, axes_of, cast, settled, varying
-from deq_flax.equilibrium.solution import FlatMap, SolverStats, norms, relative_residual
+from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, norms, relative_residual
 
 StopMode = Literal["relative", "absolute"]
 
@@ -135,7 +135,11 @@ class _Loop(NamedTuple):
     alive: jax.Array
     """(B,): every evaluation was finite."""
     coupled: jax.Array
-    """The residual of a sample that had stopped has changed: samples see each other."""
+    """The residual of a sample that had stopped has changed, or may have: samples see each other."""
+    unchecked: jax.Array
+    """A sample has just stopped, and all have, but others are returned at another iterate than it was evaluated among."""
+    floor: jax.Array
+    """(B,): the rounding error of ||z_0||, below which f(z) does not count as smaller."""
     first: jax.Array
     """(B,): ||f(z_0)||, the size from which the solve starts."""
     best: _Best
@@ -216,13 +220,13 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
 
     def keep_going(s: _Loop) -> jax.Array:
         # At the limit, samples return iterates of different steps: if they are coupled, one more evaluation measures those.
-        return (s.k < limit + s.coupled.astype(jnp.int32)) & jnp.any(s.active)
+        return (s.k < limit + s.coupled.astype(jnp.int32)) & (jnp.any(s.active) | s.unchecked)
 
     def advance(s: _Loop, fz: jax.Array) -> _Loop:
         g = fz - s.z
         absolute, size = norms(lambda fz, z: (fz - z, fz), fz, s.z, axis_name=solver.axis_name)
         first = jnp.where(s.k == 0, size, s.first)
-        relative = relative_residual(absolute, jnp.maximum(size, first * jnp.finfo(first.dtype).eps))
+        relative = relative_residual(absolute, jnp.maximum(size, jnp.minimum(s.floor, first * jnp.finfo(first.dtype).eps)))
         residual = relative if solver.stop == "relative" else absolute
         # On the way to zero the relative residual does not fall, so iterates below the first size are ranked by the absolute
         # one. Where f is zero from the start, the rank is infinite at every other state: compare absolute ones there too.
@@ -256,7 +260,9 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
             z, state = solver.step(s.k, s.z, g, s.solver)
         state = freeze(going, state, s.solver)
         z = jnp.where((active & (s.k + 1 < limit))[:, None], z, best.z)
-        return _Loop(s.k + 1, z, active, alive, coupled, first, best, state, traces, trajectory)
+        last = ~jnp.any(active) | (s.k + 1 >= limit)
+        unchecked = last & jnp.any(running & (residual <= solver.tol)) & jnp.any(running & ~better)
+        return _Loop(s.k + 1, z, active, alive, coupled | unchecked, unchecked, s.floor, first, best, state, traces, trajectory)
 
     def start(z0: jax.Array) -> _Loop:
         batch = z0.shape[:1]
@@ -268,6 +274,8 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
             active=jnp.ones(batch, bool),
             alive=jnp.ones(batch, bool),
             coupled=jnp.zeros((), bool),
+            unchecked=jnp.zeros((), bool),
+            floor=norm(z0, solver.axis_name) * jnp.finfo(z0.dtype).eps,
             first=infinite,
             best=_Best(z0, infinite, infinite, infinite, jnp.zeros(batch, z0.dtype)),
             solver=solver.init(z0),

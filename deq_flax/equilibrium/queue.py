@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.fixed_point import check_map, check_max_steps, check_solver, flattener
+from deq_flax.equilibrium.fixed_point import check_map, check_max_steps, check_solver, flat_map, flattener
 from deq_flax.equilibrium.loop import Solver, iteration, never_frozen, select_samples, statistics
 from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import Solution, SolverStats
@@ -92,7 +92,7 @@ def fixed_point_queue(
         )
 
     def body(s: _Queue) -> _Queue:
-        fz = flatten(f(unflatten(s.loops.z[:, 0]), *s.inputs))
+        fz = flat_map(lambda z: f(z, *s.inputs), flatten, unflatten)(s.loops.z[:, 0])
         loops = jax.vmap(loop.advance)(s.loops, fz[:, None])
         done = ~jax.vmap(loop.keep_going)(loops) & (s.problem < problems)
         s = s._replace(evaluations=s.evaluations + 1, loops=loops)

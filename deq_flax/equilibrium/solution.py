@@ -23,11 +23,11 @@ class SolverStats:
     steps: jax.Array
     """(B,): step number of the returned iterate; 0 is the initial guess. Indexes the traces."""
     relative_residual: jax.Array
-    """(B,): ||r(z)|| / max(||f(z)||, eps ||f(z_0)||) of the returned iterate, eps the rounding unit of the dtype.
+    """(B,): ||r(z)|| / max(||f(z)||, eps min(||z_0||, ||f(z_0)||)) of the returned iterate, eps the rounding unit of the dtype.
 
     Near a solution of zero, ||r(z)|| / ||f(z)|| need not fall, however small z becomes. So f(z) counts as no smaller than the
     rounding errors of where the solve started: a floor without units, and so low that a start a million times too large leads
-    to no false convergence, as a fixed number or a larger share of ||f(z_0)|| does.
+    to no false convergence, as a fixed number or a larger share of ||z_0|| does. A start from zero has no floor.
     """
     absolute_residual: jax.Array
     """(B,): ||r(z)|| of the returned iterate."""
@@ -131,8 +131,8 @@ def power_of_two(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
     return largest / jnp.frexp(largest)[0]
 
 
-def scale_of_first(k: jax.Array, g: jax.Array, scale: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Return a power of two near the norm of g, (B, 1), in step k = 0, and the given one, which is that, in later steps.
+def scale_of(g: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Return a power of two near the norm of each residual g, (B, N) -> (B, 1).
 
     A solver divides residuals by it before it takes inner products, which in float32 range from 1e-38 to 1e38. The sum of
     squares is the one that the loop has taken; where it is 0 or infinite, a guess is good enough.
@@ -140,7 +140,7 @@ def scale_of_first(k: jax.Array, g: jax.Array, scale: jax.Array, axis_name: Axis
     square = total(jnp.sum(g * g, axis=-1), axis_name)[:, None]
     far = 2.0 ** (0.625 * jnp.finfo(g.dtype).maxexp)
     near = jnp.where(square == 0, 1.0 / far, jnp.minimum(jnp.sqrt(square), far))
-    return jnp.where(k == 0, power_of_two(near), scale)
+    return power_of_two(near)
 
 
 def relative_residual(absolute: jax.Array, size: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_flax import Anderson, Broyden, Picard, fixed_point
+from deq_flax import GMRES, SHINE, Anderson, Broyden, Implicit, Picard, backward_probe, fixed_point
 
 RNG = np.random.default_rng(0)
 W, X = RNG.normal(size=(5, 5)) / 5**0.5, RNG.normal(size=(6, 5))
@@ -69,3 +69,47 @@ def test_rounding_is_no_coupling():
         run = jax.jit(lambda z: fixed_point(f, z, solver=Picard(max_steps=8)).stats)
         stats = jax.device_get(run(jnp.zeros((4, 2))))
     assert 0 < stats.converged.sum() < 4 and stats.nfe == 8
+
+
+@pytest.mark.parametrize(("limit", "nan_below"), [(2, -9.0), (20, -1.0)], ids=["at the limit", "beside one that dies"])
+def test_a_sample_that_stops_last_is_true_among_what_the_others_return(limit, nan_below):
+    """Sample 0 solves its equation where sample 1 is at -3, an iterate that is not returned."""
+
+    def pair(z):
+        a, b = z[:1], z[1:]
+        return jnp.concatenate([1 + a * (3 - b), jnp.where(b < nan_below, jnp.nan, 3 - 2 * b)])
+
+    sol = jax.jit(lambda z: fixed_point(pair, z, solver=Picard(max_steps=limit)))(jnp.zeros((2, 1)))
+    residual = abs(pair(sol.value) - sol.value)[:, 0]
+    assert not (sol.stats.converged * residual).any() and (limit > 2 or sol.stats.nfe == 3)
+
+
+LINEAR = 0.3 * np.eye(3) + 0.4 / 3
+WEIGHTS = np.array([1.0, 100.0, 1e-3])
+"""Of a loss: the cotangents of the samples differ by 1e5."""
+
+
+@pytest.mark.parametrize("solver", [Picard(1e-8), Anderson(1e-8), Broyden(1e-8), GMRES(1e-8)], ids=lambda s: type(s).__name__)
+def test_a_gradient_whose_adjoint_solve_has_converged_is_exact(solver):
+    """As one that has not may be far from it, the report tells which; Picard's method converges."""
+
+    def loss(x, probe):
+        f = lambda z: jnp.asarray(LINEAR) @ z + x  # noqa: E731
+        return jnp.asarray(WEIGHTS) @ fixed_point(f, jnp.zeros((3, 1)), gradient=Implicit(solver), probe=probe).value[:, 0]
+
+    with jax.enable_x64(True):
+        slope, report = jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.ones((3, 1)), backward_probe()))
+    exact = np.linalg.solve(np.eye(3) - LINEAR.T, WEIGHTS)
+    error = np.linalg.norm(slope[:, 0] - exact) / np.linalg.norm(exact)
+    assert error <= 1e-6 if report[1] <= 1e-8 else not isinstance(solver, Picard)
+
+
+def test_a_refined_shared_inverse_is_that_of_the_whole():
+    def loss(x):
+        f = lambda z: jnp.asarray(LINEAR) @ z + x  # noqa: E731
+        sol = fixed_point(f, jnp.zeros((3, 1)), solver=Broyden(1e-10), gradient=SHINE(refine_steps=200))
+        return jnp.asarray(WEIGHTS) @ sol.value[:, 0]
+
+    with jax.enable_x64(True):
+        slope = jax.device_get(jax.jit(jax.grad(loss))(jnp.ones((3, 1))))
+    np.testing.assert_allclose(slope[:, 0], np.linalg.solve(np.eye(3) - LINEAR.T, WEIGHTS), rtol=1e-6)

@@ -122,3 +122,16 @@ def test_named_inputs_reach_the_cell_and_are_differentiated():
     x = jnp.ones((2, 3))
     slope = jax.jit(jax.grad(lambda g: layer(jnp.zeros_like(x), x, gain=g, mode="half").value.sum()))(1.0)
     np.testing.assert_allclose(slope, 12.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [Anderson(3e-3), Broyden(1e-3)], ids=repr)
+def test_a_residual_in_bfloat16_is_that_of_the_state_which_is_returned(solver):
+    """The solver's iterates are float32; f and the caller get them rounded."""
+    rng = np.random.default_rng(0)
+    w, x = (0.6 * rng.normal(size=(16, 16)) / 4).astype(np.float32), rng.normal(size=(50, 16)).astype(np.float32)
+    f = lambda z: jnp.tanh(z.astype(jnp.float32) @ w + x).astype(jnp.bfloat16)  # noqa: E731
+    sol = jax.jit(lambda z: fixed_point(f, z, solver=solver))(jnp.zeros((50, 16), jnp.bfloat16))
+    z, fz = (np.asarray(a, float) for a in (sol.value, f(sol.value)))
+    residual = np.linalg.norm(fz - z, axis=1) / np.linalg.norm(fz, axis=1)
+    np.testing.assert_allclose(sol.stats.relative_residual, residual, rtol=5e-3, atol=1e-7)
+    assert sol.stats.converged.any()

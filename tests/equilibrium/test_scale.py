@@ -66,6 +66,7 @@ def test_gradient_is_invariant_to_the_scale_of_the_loss(gradient):
 
 SOLVERS = [
     Picard(relaxation=0.7),
+    Picard(adaptive=True),
     Anderson(),
     Broyden(),
     Broyden(line_search=True),
@@ -97,18 +98,33 @@ def test_a_state_of_any_scale_is_solved_alike(solver):
         np.testing.assert_array_equal(array, np.broadcast_to(array[0], array.shape))
 
 
-@pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS[2:], ids=repr)
 def test_away_from_the_scale_of_the_start_nothing_is_claimed_falsely(solver):
     """From 1e-30, next to the unstable solution 0 of z = tanh(2 z), and from 1e30, where tanh is flat."""
     start = np.repeat(np.float32([[1e-30], [1e30], [-1e-25]]), 4, axis=1) * np.float32([1, 2, 3, 4])
     sol = jax.device_get(jax.jit(lambda z: fixed_point(lambda z: jnp.tanh(2 * z), z, solver=solver))(start))
     z = sol.value.astype(float)
     fz = np.tanh(2 * z)
-    first = np.linalg.norm(np.tanh(2 * start.astype(float)), axis=1)
-    size = np.maximum(np.linalg.norm(fz, axis=1), np.finfo(np.float32).eps * first)
-    residual = np.linalg.norm(fz - z, axis=1) / size
+    floor = np.finfo(np.float32).eps * np.linalg.norm(np.minimum(abs(start), abs(np.tanh(2 * start))).astype(float), axis=1)
+    residual = np.linalg.norm(fz - z, axis=1) / np.maximum(np.linalg.norm(fz, axis=1), floor)
     np.testing.assert_allclose(sol.stats.relative_residual, residual, rtol=1e-2, atol=5e-7)
     np.testing.assert_array_equal(sol.stats.converged == 1, sol.stats.relative_residual <= solver.tol)
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)
+def test_one_huge_evaluation_makes_nothing_converge(solver):
+    """z = exp(-z) from -20 to -30: f(z0) is up to 1e13, and its rounding error larger than the solution."""
+    start = np.linspace(-30, -20, 5, dtype=np.float32)[:, None]
+    sol = jax.device_get(jax.jit(lambda z: fixed_point(lambda z: jnp.exp(-z), z, solver=solver))(start))
+    fz = np.exp(-sol.value.astype(float))
+    assert sol.stats.converged.all() and (abs(fz - sol.value) <= 2e-6 * fz).all()
+
+
+@pytest.mark.parametrize("far", [1e10, 1e20, 1e30])
+def test_anderson_goes_on_when_residuals_have_fallen_below_the_range_of_the_first(far):
+    w, x, _ = problem(batch=2)
+    stats = jax.jit(lambda z: fixed_point(lambda z: cell(z, w, x), z, solver=Anderson()).stats)(np.full_like(x, far))
+    assert stats.converged.all()
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])

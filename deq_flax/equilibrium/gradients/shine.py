@@ -62,7 +62,7 @@ class SHINE:
             unit = cotangent / scale
             direction = self._direction(state, unit, solver.axis_name)
             if self.refine_steps:
-                direction, _ = solve(lambda y: pullback(y)[0] + unit, direction, refiner)
+                direction, _ = solve(lambda y: pullback(scale * y)[0] / scale + unit, direction, refiner)
                 direction = _differentiated_once(direction)
             return scale * direction, None, None
 

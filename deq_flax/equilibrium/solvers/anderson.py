@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.shards import total
-from deq_flax.equilibrium.solution import scale_of_first
+from deq_flax.equilibrium.solution import scale_of
 
 
 class AndersonState(NamedTuple):
@@ -17,11 +17,11 @@ class AndersonState(NamedTuple):
     relaxed: jax.Array
     """(B, m, N): z_i + relaxation g_i."""
     residuals: jax.Array
-    """(B, m, N): g_i / scale."""
+    """(B, m, N): g_i in units of its scale."""
     gram: jax.Array
     """(B, m, m): their inner products; each step replaces one row and column."""
-    scale: jax.Array
-    """(B, 1): a power of two near g_0."""
+    scales: jax.Array
+    """(B, m): a power of two near the norm of each g_i."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,22 @@ class Anderson(Solver):
         batch, size = z.shape
         slots = min(self.memory, self.max_steps)
         blank = jnp.zeros((batch, slots, size), z.dtype)
-        return AndersonState(blank, blank, jnp.zeros((batch, slots, slots), z.dtype), jnp.ones((batch, 1), z.dtype))
+        return AndersonState(blank, blank, jnp.zeros((batch, slots, slots), z.dtype), jnp.ones((batch, slots), z.dtype))
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: AndersonState) -> tuple[jax.Array, AndersonState]:
         slots = state.gram.shape[1]
         slot = k % slots
-        scale = scale_of_first(k, g, state.scale, self.axis_name)
+        scale = scale_of(g, self.axis_name)
         unit = g / scale
         # Both writes come before the reads: XLA then updates the buffers in place instead of copying them every step.
         relaxed = jax.lax.dynamic_update_index_in_dim(state.relaxed, z + self.relaxation * g, slot, axis=1)
         residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, unit, slot, axis=1)
         row = total(jnp.einsum("bmn,bn->bm", residuals, unit), self.axis_name)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
+        scales = jax.lax.dynamic_update_index_in_dim(state.scales, scale[:, 0], slot, axis=1)
         age = (slot - jnp.arange(slots, dtype=jnp.int32)) % slots
-        weights = _weights(gram, age < self._window(k, slots), self.ridge)
-        return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scale)
+        weights = _weights(gram, scales / scale, age < self._window(k, slots), self.ridge)
+        return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scales)
 
     def _window(self, k: jax.Array, slots: int) -> jax.Array:
         """Return the number of newest iterates that are combined in step k."""
@@ -85,14 +86,18 @@ class Anderson(Solver):
         return jnp.where(k < slots, k + 1, kept + (k - slots) % (slots + 1 - kept))
 
 
-def _weights(gram: jax.Array, used: jax.Array, ridge: float) -> jax.Array:
-    """Return weights (B, m) that sum to one and minimize a^T gram a, over the slots in `used` (m,)."""
+def _weights(gram: jax.Array, scales: jax.Array, used: jax.Array, ridge: float) -> jax.Array:
+    """Return weights (B, m) that sum to one and minimize |sum_i a_i g_i|^2, over the slots in `used` (m,).
+
+    `gram` has the inner products of g_i / scales_i; scales (B, m) are relative to that of the newest.
+    """
     slots = gram.shape[1]
-    scale = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
-    inverse = jnp.where(used[None] & (scale > 0), 1.0 / scale, 0.0)
+    size = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
+    inverse = jnp.where(used[None] & (size > 0), 1.0 / size, 0.0)
     unit = gram * inverse[:, :, None] * inverse[:, None, :]
     unit = unit + (ridge + jnp.finfo(gram.dtype).eps) * jnp.eye(slots, dtype=gram.dtype)[None]
     # Slots without an iterate have an empty row and a zero right-hand side, so they get weight zero.
+    inverse = inverse / scales
     a = inverse * _solve_positive(unit, inverse)
     return a / jnp.sum(a, axis=1, keepdims=True)
 

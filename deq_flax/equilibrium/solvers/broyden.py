@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver, select_samples
 from deq_flax.equilibrium.shards import AxisName, settled, total
-from deq_flax.equilibrium.solution import norm, scale_of_first
+from deq_flax.equilibrium.solution import norm, scale_of
 
 
 class BroydenState(NamedTuple):
@@ -107,7 +107,7 @@ class Broyden(Solver):
         )
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: BroydenState) -> tuple[jax.Array, BroydenState]:
-        state = state._replace(scale=scale_of_first(k, g, state.scale, self.axis_name))
+        state = state._replace(scale=jnp.where(k == 0, scale_of(g, self.axis_name), state.scale))
         g = g / state.scale
         if state.search is not None:
             return _step_with_search(z, g, state, state.search, self.axis_name)

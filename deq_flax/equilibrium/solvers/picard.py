@@ -8,13 +8,16 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.shards import total
+from deq_flax.equilibrium.solution import scale_of
 
 
 class AdaptiveState(NamedTuple):
     """The last step of an adaptive iteration."""
 
     residual: jax.Array
-    """(B, N): g = f(z) - z where it started."""
+    """(B, N): g = f(z) - z where it started, in units of `scale`."""
+    scale: jax.Array
+    """(B, 1): a power of two near the norm of that g."""
     relaxation: jax.Array
     """(B,): its weight of f(z)."""
 
@@ -44,17 +47,19 @@ class Picard(Solver):
     def init(self, z: jax.Array) -> AdaptiveState | None:
         if not self.adaptive:
             return None
-        return AdaptiveState(jnp.zeros_like(z), jnp.full(z.shape[:1], self.relaxation, z.dtype))
+        batch = z.shape[:1]
+        return AdaptiveState(jnp.zeros_like(z), jnp.ones((*batch, 1), z.dtype), jnp.full(batch, self.relaxation, z.dtype))
 
     def step(
         self, k: jax.Array, z: jax.Array, g: jax.Array, state: AdaptiveState | None
     ) -> tuple[jax.Array, AdaptiveState | None]:
         if state is None:
             return z + self.relaxation * g, None
-        fall = state.residual - g
+        fall = state.residual - g / state.scale
         along = total(jnp.sum(state.residual * fall, axis=1), self.axis_name)
         square = total(jnp.sum(fall * fall, axis=1), self.axis_name)
         known = (k > 0) & (square > 0)
         best = jnp.clip(state.relaxation * along / jnp.where(known, square, 1.0), 0.05, 5.0)
         relaxation = jnp.where(known, best, state.relaxation)
-        return z + relaxation[:, None] * g, AdaptiveState(g, relaxation)
+        scale = scale_of(g, self.axis_name)
+        return z + relaxation[:, None] * g, AdaptiveState(g / scale, scale, relaxation)
