@@ -33,7 +33,7 @@ from deq_flax.models.generation import Generator, Sampling
 from deq_flax.pretrained import load_model
 from deq_flax.train.phases import DEQOptions, make_phases
 
-_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_FLAGS = flags.FlagValues()  # not the global ones, so that this module can be imported beside other commands
 _CONFIG = cli.config_flag(_FLAGS)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "a workdir, its checkpoints folder, or the folder of one step", flag_values=_FLAGS

@@ -123,7 +123,7 @@ def _keep_tensor(x: jax.Array, spec: P) -> jax.Array:
 
 
 def _spec(shape: tuple[int, ...], names: tuple[Any, ...], mesh: Mesh) -> P:
-    """`names`: mesh axes by axis of the array, which may split it so where they are `tensor`."""
+    """The PartitionSpec of an array whose Param has `names` as its `out_sharding`; names other than `tensor` do not count."""
     axes: list[str | None] = [None] * len(shape)
     parts = mesh.shape[TENSOR]
     splits = [i for i, name in enumerate(names) if name == TENSOR and parts > 1 and shape[i] % parts == 0]

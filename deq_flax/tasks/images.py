@@ -34,7 +34,7 @@ class ImageTask:
     """An image model on images; a base for the tasks, which add data and loss.
 
     Args:
-      images: the data.
+      images: the data set.
       data, model: these sections of the config.
       head: the head of the model that the task needs.
       seed: decides order and augmentation.

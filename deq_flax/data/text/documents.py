@@ -9,7 +9,7 @@ from deq_flax.errors import UserError
 from deq_flax.untrusted.files import check_regular
 
 PIECE_BYTES = 1 << 16
-"""Bytes of a piece, about; a longer line is cut, between characters."""
+"""Approximate size of a piece in bytes; a longer line is cut between characters."""
 
 
 @dataclass
