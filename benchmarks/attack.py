@@ -4,8 +4,8 @@
 
 Every file is read as the commands read it, in a process that is watched: it may take 10 seconds of its processor's time, 1 GB
 of memory besides the size of the file, and a message of one line and 1,000 characters; it may start no process, open no socket
-and write only below the folder of its case. Whatever else happens is listed. Nothing hostile leaves a temporary folder. The room
-`commands` runs whole commands, which are not watched: it judges their exit code, their output, their files and their time.
+and write only below the folder of its case. Whatever else happens is listed. Nothing hostile leaves a temporary folder. The
+room `commands` runs whole commands, which are not watched: it judges their exit code, their output, their files and their time.
 """
 
 import argparse
