@@ -251,7 +251,7 @@ def _override(mapping: dict[str, Any], key: str, text: str | None) -> None:
 
 
 def takes_no_text(mapping: Mapping[str, Any], key: str) -> bool:
-    """Return whether `--config.KEY` alone sets a key, as for an option that is true or false."""
+    """Return True if `--config.KEY` alone sets a key, as for an option that is true or false."""
     section, _, name = key.partition(".")
     types = section_types(mapping)
     return section in types and options.hints_of(types[section]).get(name) is bool

@@ -136,7 +136,7 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary | Tokenizer, text: str) ->
 
     Args:
       prompt: words separated by spaces, or any text for a tokenizer; '' stands for the beginning of a line or document.
-      vocabulary: that of the model.
+      vocabulary: the vocabulary of the model.
       text: name of the training text, which decides how the prompt is split into words.
 
     Raises:

@@ -44,7 +44,7 @@ BATCH = 64
 """Pieces that are encoded in parallel."""
 
 Piece = tuple[str, bool]
-"""Text, and whether it ends a document."""
+"""A text, and True if it ends a document."""
 
 
 def main(folder: str) -> dict[str, Any]:

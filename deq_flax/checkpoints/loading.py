@@ -67,7 +67,7 @@ def load_params_except_head(path: str | Path, params: Any, variables: Any, head:
 
     Args:
       path: as for `load_params`.
-      params, variables: those of the initialized model, nested dictionaries of arrays.
+      params, variables: parameters and variables of the initialized model, nested dictionaries of arrays.
       head: name of the head. Arrays whose path begins with it and a '/' may be missing or differ in shape; those that fit are
         loaded too.
 

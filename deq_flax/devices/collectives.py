@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its HLO text: kind, bytes, and whether they are within a loop."""
+"""The collectives of a compiled program, read from its HLO text: their kinds, bytes and loops."""
 
 import math
 import re

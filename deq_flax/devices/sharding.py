@@ -90,7 +90,7 @@ def gathered_specs(specs: Specs) -> Specs:
 
 
 def gather(params: Any, specs: Specs) -> Any:
-    """Within a `shard_map`: stored shards -> parameters gathered over `fsdp`."""
+    """Gather stored shards to parameters that are whole over `fsdp`, within a `shard_map`."""
 
     def one(x: jax.Array, spec: P) -> jax.Array:
         if FSDP in spec:
@@ -101,7 +101,7 @@ def gather(params: Any, specs: Specs) -> Any:
 
 
 def reduce_scatter(gradient: Any, specs: Specs, mesh: Mesh) -> Any:
-    """Within a `shard_map`: gradients of gathered parameters -> the stored shards of their mean over devices."""
+    """Reduce gradients of gathered parameters to the stored shards of their mean over devices, within a `shard_map`."""
 
     def one(x: jax.Array, spec: P) -> jax.Array:
         if FSDP not in spec:

@@ -175,7 +175,7 @@ class ReasoningTask:
         return last._replace(stats=stats)
 
     def _from_many_starts(self, model: Any, batch: Batch, solve: Solve | None) -> tuple[PuzzleOutput, dict[str, jax.Array]]:
-        """For each puzzle the output of lowest residual over the starts, and what the other starts say (B,).
+        """The output of lowest residual over the starts, for each puzzle, and metrics (B,) of how the starts agree.
 
         `exact_match_vote`: true where the most frequent answer is right; among equally frequent ones the lower residual counts.
         `agreement`: true where all starts give the same answer, the measure of path independence (Anil et al. 2022).
@@ -303,7 +303,7 @@ def _place(name: str) -> tuple[int, int]:
 
 
 def _of_solver(stats: SolverStats | None) -> dict[str, jax.Array]:
-    """For each puzzle the steps taken, the relative residual of the state that was read, and whether it has converged."""
+    """Metrics of each puzzle: the steps taken, the relative residual of the state that was read, and 1 if it has converged."""
     if stats is None:
         return {}
     return {"steps": stats.steps, "residual": stats.relative_residual, "converged": stats.converged}

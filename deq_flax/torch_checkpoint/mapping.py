@@ -25,7 +25,7 @@ class Row:
     ours: str
     """Attributes from our model on, with '/' between them."""
     axes: tuple[int | None, ...]
-    """For each axis of the original tensor the axis of our array that it becomes, None if it is of size 1 and dropped."""
+    """The axis of our array that each axis of the original tensor becomes, None for one of size 1, which is dropped."""
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The original's shape for an array of ours of this shape."""

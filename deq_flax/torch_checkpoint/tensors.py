@@ -93,7 +93,7 @@ class Tensor:
         return np.lib.stride_tricks.as_strided(elements[self.offset :], self.shape, steps, writeable=False)
 
     def same_elements(self, other: "Tensor") -> bool:
-        """True if both are the same view of the same storage."""
+        """Return True if both are the same view of the same storage."""
         return self.storage is other.storage and (self.offset, self.shape, self.strides) == (
             other.offset,
             other.shape,

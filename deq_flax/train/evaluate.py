@@ -144,7 +144,7 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint on valid and test.
 
     Args:
-      task: its model must have the checkpoint's shapes; everything else may differ, and is evaluated as the task has it.
+      task: a task whose model has the shapes of the checkpoint; in everything else the task counts, not the checkpoint.
       path: a run's workdir (the best checkpoint is taken), its checkpoints folder, or the folder of one step.
       phases: phases of the task's model.
       mesh: section `mesh` of the config.

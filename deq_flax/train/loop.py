@@ -93,7 +93,7 @@ def train(
       task: the task.
       workdir: holds checkpoints, metrics.jsonl, config.json, the vocabulary and TensorBoard events.
       config: the whole resolved config, as plain data, for the record.
-      phases: how each step solves, from section `deq`.
+      phases: the way each step solves, from section `deq`.
       optimizer, train, mesh, checkpoint: these sections of the config.
 
     Raises:
