@@ -4,7 +4,8 @@
 
 Every file is read as the commands read it, in a process that is watched: it may take 10 seconds of its processor's time, 1 GB
 of memory besides the size of the file, and a message of one line and 1,000 characters; it may start no process, open no socket
-and write only below the folder of its case. Whatever else happens is listed. Nothing hostile leaves a temporary folder.
+and write only below the folder of its case. Whatever else happens is listed. Nothing hostile leaves a temporary folder. The
+room `commands` runs whole commands, which are not watched: it judges their exit code, their output, their files and their time.
 """
 
 import argparse
@@ -33,9 +34,9 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("weights", "images", "datasets", "checkpoints", "workdirs", "commands")
 SECONDS = 10
 PATIENCE = 20
-"""Seconds after which a process is ended, whether or not it uses its processor."""
+"""Seconds after which a process is ended, busy or not."""
 SLOW = 400
-"""The same for whole commands."""
+"""Seconds after which a whole command is ended."""
 BYTES = 1 << 30
 CEILING = 4 << 30
 """Bytes after which an allocation fails, so that the attack does not take the whole machine."""
@@ -224,10 +225,10 @@ def _results(worker: subprocess.Popen, patience: int, errors: Path) -> Iterator[
 
 def main() -> None:
     parser = tables.parser(__doc__)
-    parser.add_argument("--rooms", default=",".join(ROOMS), help=f"which of {', '.join(ROOMS)}")
-    parser.add_argument("--only", default="", help="cases whose class or name contains this")
+    parser.add_argument("--rooms", default=",".join(ROOMS), help=f"rooms to try, of {', '.join(ROOMS)}")
+    parser.add_argument("--only", default="", help="only cases whose class or name contains this")
     parser.add_argument("--every", type=int, default=1, help="only every so many-th case")
-    parser.add_argument("--seed", type=int, default=0, help="of the random damage")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random damage")
     parser.add_argument("--verbose", action="store_true", help="list every case, not the findings alone")
     for hidden in ("--worker", "--numbers", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

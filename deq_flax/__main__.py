@@ -24,7 +24,7 @@ class Command(NamedTuple):
     extra: str = "train"
     """The extra whose packages it needs."""
     arguments: tuple[str, ...] = ()
-    """Arguments before those that are given."""
+    """Arguments that stand before those of the command line."""
 
 
 COMMANDS = {

@@ -22,7 +22,7 @@ from deq_flax.compilation.stand_in import without_data
 from deq_flax.config_files import run_config
 from deq_flax.errors import UserError
 
-_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_FLAGS = flags.FlagValues()  # not the global ones, so that this module can be imported beside other commands
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,

@@ -5,7 +5,7 @@ fills in the rest. Every default, type and line of documentation stands in the s
 
 | section | dataclass |
 |---|---|
-| data | `Data` of the task: `TextOptions`, `ImageOptions`, `SceneOptions` |
+| data | `Data` of the task: `TextOptions`, `ImageOptions`, `SceneOptions`, `PuzzleOptions` |
 | model | `Options` of the model that `model.name` names |
 | deq | `train.phases.DEQOptions`; only for models with an equilibrium |
 | loss | `Loss` of the task, if it has such a section |
@@ -36,7 +36,7 @@ from deq_flax.train.phases import DEQOptions, Phases, make_phases
 from deq_flax.untrusted.files import read_json
 
 MAX_REASON = 600
-"""Characters of a message about a file, which may quote it."""
+"""Most characters of a message about a file, which may quote it."""
 
 Override = tuple[str, str | None]
 """A key, such as 'train.steps', and the text that the command line gives it; None: no text, as for
@@ -124,7 +124,7 @@ def phases_of(config: Config) -> Phases:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain data, as config.json and checkpoints hold it; `resolve` takes it back."""
+    """The config as nested plain data, which config.json and checkpoints hold and `resolve` takes back."""
     return {name: part for name, part in dataclasses.asdict(config).items() if part is not None}
 
 
@@ -157,7 +157,7 @@ def read_config(path: Path, *, vocab_size: int = 0) -> Config:
 
 
 def flattened(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """('section.key', value) of nested plain data."""
+    """Yield ('section.key', value) for each key of nested plain data."""
     for name, value in mapping.items():
         if isinstance(value, Mapping) and value and not prefix:
             yield from flattened(value, f"{name}.")
@@ -251,7 +251,7 @@ def _override(mapping: dict[str, Any], key: str, text: str | None) -> None:
 
 
 def takes_no_text(mapping: Mapping[str, Any], key: str) -> bool:
-    """Return whether `--config.KEY` alone sets a key, as for an option that is true or false."""
+    """Return True if `--config.KEY` alone sets a key, as for an option that is true or false."""
     section, _, name = key.partition(".")
     types = section_types(mapping)
     return section in types and options.hints_of(types[section]).get(name) is bool

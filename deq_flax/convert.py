@@ -49,7 +49,7 @@ from deq_flax.torch_checkpoint import (
 )
 from deq_flax.train.step import split_model
 
-_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_FLAGS = flags.FlagValues()  # not the global ones, so that this module can be imported beside other commands
 _CONFIG = cli.config_flag(_FLAGS)
 _TO_TORCH = flags.DEFINE_bool(
     "to_torch", False, "write a state_dict that the original code loads, from a checkpoint of ours", flag_values=_FLAGS
@@ -67,7 +67,7 @@ WHERE_TOLD = {
     "cutoffs": "the original training script sets them by data set, 20000,40000,200000 for WikiText-103",
     "downsample": "MODEL.DOWNSAMPLE_TIMES in the original experiment's YAML file",
 }
-"""Where to read options that a file of weights may not show."""
+"""Places to read options from that a file of weights may not show."""
 
 
 def main(source: str, destination: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from deq_flax.models.generation import Generator, Sampling
 from deq_flax.pretrained import load_model
 from deq_flax.train.phases import DEQOptions, make_phases
 
-_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_FLAGS = flags.FlagValues()  # not the global ones, so that this module can be imported beside other commands
 _CONFIG = cli.config_flag(_FLAGS)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "a workdir, its checkpoints folder, or the folder of one step", flag_values=_FLAGS
@@ -136,7 +136,7 @@ def encode_prompt(prompt: str, vocabulary: Vocabulary | Tokenizer, text: str) ->
 
     Args:
       prompt: words separated by spaces, or any text for a tokenizer; '' stands for the beginning of a line or document.
-      vocabulary: that of the model.
+      vocabulary: the vocabulary of the model.
       text: name of the training text, which decides how the prompt is split into words.
 
     Raises:

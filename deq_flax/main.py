@@ -26,6 +26,7 @@ from deq_flax.run_log.results import append_evaluation, write_evaluation
 from deq_flax.task import Task
 from deq_flax.train.evaluate import Evaluation, evaluate_checkpoint
 from deq_flax.train.loop import train
+from deq_flax.untrusted.files import shown
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -173,12 +174,16 @@ def _refuse_another_config(config: Mapping[str, Any], workdir: Path) -> None:
         key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
     ]
     if differing:
-        print(_table([{"key": key, "there": old.get(key, "-"), "here": new.get(key, "-")} for key in differing]))
+        named = [f"{key} ({_shown(old, key)} there, {_shown(new, key)} here)" for key in differing[:3]]
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(
-            f"{workdir} holds a run of another config, which differs in {', '.join(differing[:3])}{more}: choose another "
+            f"{workdir} holds a run of another config, which differs in {', '.join(named)}{more}: choose another "
             "--workdir, or start from its weights with --config.checkpoint.init_from"
         )
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return shown(repr(values[key])) if key in values else "no value"
 
 
 if __name__ == "__main__":

@@ -74,14 +74,14 @@ def parse(text: str, hint: Any, where: str) -> Any:
 
 
 def hints_of(cls: Any) -> dict[str, Any]:
-    """Name -> type of every option that `cls` takes."""
+    """The types of the options that `cls` takes, by name."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 @functools.cache
 def docs_of(cls: type) -> dict[str, str]:
-    """Name -> documentation of every option: the string literal below the field, on one line."""
+    """The documentation of every option by name: the string literal below the field, on one line."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if base is object or not dataclasses.is_dataclass(base):

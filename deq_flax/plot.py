@@ -23,7 +23,7 @@ from deq_flax.plot_puzzles import draw_puzzles, read_evaluation
 from deq_flax.run_log.metrics_file import Lines, read_metrics
 from deq_flax.task import HasPictures
 
-_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_FLAGS = flags.FlagValues()  # not the global ones, so that this module can be imported beside other commands
 _CONFIG = cli.config_flag(_FLAGS)
 _WORKDIR = flags.DEFINE_string("workdir", None, "the workdir of the run", flag_values=_FLAGS)
 _MODEL = flags.DEFINE_bool("model", True, "--nomodel: the curves only, without the checkpoint and the data", flag_values=_FLAGS)

@@ -28,10 +28,10 @@ def draw_model(pyplot: Any, task: Any, deq: DEQOptions | None, workdir: Path) ->
     """Matplotlib figures, or images, (H, W, 3) uint8, by name.
 
     Args:
-      pyplot: Matplotlib's.
+      pyplot: Matplotlib's pyplot module.
       task: an image task.
-      deq: the section of the run's config; None: the model has no equilibrium.
-      workdir: that of the run; the best checkpoint is used.
+      deq: section `deq` of the run's config; None: the model has no equilibrium.
+      workdir: workdir of the run, whose best checkpoint is used.
     """
     devices = make_mesh(MeshOptions(data=1, fsdp=1, tensor=1))
     model, graphdef, weights, _ = load(task, workdir, devices)
@@ -57,9 +57,9 @@ def branch_residuals(f: Callable[[Any], Any], z0: Any, solver: Solver) -> jax.Ar
     """(S, J): the largest ||f(z) - z|| / ||f(z)|| of branch j in the batch, at the best z within s evaluations of f.
 
     Args:
-      f: its fixed point is solved for.
+      f: the map whose fixed point is solved for.
       z0: the initial guess; its leaves, (B, ...), are the branches.
-      solver: S is its limit on evaluations.
+      solver: the solver, whose limit on evaluations is S.
     """
 
     def at(limit: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ def load_model(path: str | Path, config: Config | None = None) -> Pretrained:
 
     Args:
       path: a run's workdir or its checkpoints folder (the best checkpoint is taken), or the folder of one step.
-      config: of the model to load the weights into, if not the checkpoint's own.
+      config: config of the model to load the weights into; None: the checkpoint's own.
 
     Raises:
       UserError: there is no checkpoint, it is damaged, it was not written by this package, or does not fit `config`.

@@ -33,7 +33,7 @@ _BOTH: dict[str, Any] = {
 }
 
 TRM = _BOTH | {"model.initial": "zero"}
-"""Of `model` the width and what the puzzle needs are a config's own, and `train.steps`."""
+"""The recipe of TRM; a config adds the width of the model, what its puzzle needs of it, and `train.steps`."""
 
 EQR = _BOTH | {"model.relaxation": 0.95, "deq.gradient_options": _UNROLLED | {"noise": 0.01}}
-"""As TRM, but relaxed, from random states, with noise."""
+"""The recipe of EqR: that of TRM with relaxation, random initial states and noise."""

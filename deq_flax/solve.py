@@ -28,7 +28,7 @@ from deq_flax.pretrained import load_model
 from deq_flax.tasks.puzzle_pictures import DRAWINGS, captioned, draw_course, in_a_row
 from deq_flax.train.phases import make_phases
 
-_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_FLAGS = flags.FlagValues()  # not the global ones, so that this module can be imported beside other commands
 _CONFIG = cli.config_flag(_FLAGS)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "a workdir, its checkpoints folder, or the folder of one step", flag_values=_FLAGS
@@ -41,7 +41,7 @@ _STEPS = flags.DEFINE_integer(
 _OUTPUT = flags.DEFINE_string("output", ".", "folder of the pictures", flag_values=_FLAGS)
 
 MOST_STEPS = 1000
-"""Every iterate is kept: a limit where none is asked for."""
+"""Limit on the applications of f without --steps: every iterate is kept."""
 ROWS, STRIP, FRAMES = 14, 7, 60
 """Iterates in the table, the strip and the animation, at most."""
 SHOWN = 96
@@ -89,7 +89,7 @@ def solve(model: Any, config: Config, inputs: np.ndarray, steps: int | None) -> 
     cli.require(limit >= 1, f"--steps must be at least 1, not {limit}")
     gradient, iterates = phase.gradient, limit
     if isinstance(gradient, Unroll):
-        # Its last iterate is the one after all steps; a solver's is the last one it has evaluated.
+        # The last iterate of an unrolled iteration comes after its last step; that of a solver is the last one evaluated.
         gradient, iterates = dataclasses.replace(gradient, steps=limit), limit + 1
     solver = dataclasses.replace(phase.solver, max_steps=iterates, trajectory_steps=tuple(range(iterates)))
 

@@ -1,4 +1,4 @@
-"""The Task protocol: all that the trainer knows of language modeling, classification or segmentation.
+"""The Task protocol: all that the trainer knows of language modeling, classification, segmentation or reasoning.
 
 A task joins data, model, loss and metrics. The trainer owns time: steps, phases, the optimizer, checkpoints, the run log,
 devices. Everything a task remembers from one batch to the next (Transformer-XL memory, for one) is the *carry*: an explicit
@@ -94,8 +94,8 @@ class Task(Protocol):
         """The scalar to minimize, the next carry, the metrics, and the statistics of the solve.
 
         Args:
-          solve: how to solve for the equilibrium, handed to the model as it is; None: with the library's defaults, or a model
-            without an equilibrium.
+          solve: how to solve for the equilibrium, handed to the model as it is; None: with the library's defaults. A model
+            without an equilibrium gets None too.
           key: the random key of a training step. None is evaluation: nothing is random, running statistics are used.
         """
         ...
@@ -117,7 +117,7 @@ class HasEquation(Protocol):
     """A task whose equation can be solved outside of the loss: for the spectral radius, and for plots."""
 
     def equation(self, model: Any, batch: Batch, carry: Carry) -> tuple[Callable[[Any], Any], Any]:
-        """(f, z0) of a batch in evaluation."""
+        """The equation of a batch in evaluation: (f, z0)."""
         ...
 
 

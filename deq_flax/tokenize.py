@@ -30,7 +30,7 @@ from deq_flax.data.text.documents import Documents
 from deq_flax.data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from deq_flax.errors import UserError
 
-_FLAGS = flags.FlagValues()  # of its own, so that this module can be imported beside other commands
+_FLAGS = flags.FlagValues()  # not the global ones, so that this module can be imported beside other commands
 _INPUT = flags.DEFINE_multi_string("input", None, "text file or folder; may be repeated", flag_values=_FLAGS)
 _VALID = flags.DEFINE_multi_string("valid", [], "the same for the validation split", flag_values=_FLAGS)
 _TEST = flags.DEFINE_multi_string("test", [], "the same for the test split", flag_values=_FLAGS)
@@ -44,7 +44,7 @@ BATCH = 64
 """Pieces that are encoded in parallel."""
 
 Piece = tuple[str, bool]
-"""Text, and whether it ends a document."""
+"""A text, and True if it ends a document."""
 
 
 def main(folder: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def blocks(page):
         end = match.end()
 
 
-SLOW = ("choosing.md", "getting_started.md", "extending/", "coming_from/")
+SLOW = ("checkpoints.md", "choosing.md", "getting_started.md", "extending/", "coming_from/")
 """Pages that train for seconds, or repeat the programs of others."""
 
 
@@ -119,5 +119,5 @@ def test_every_key_of_a_config_that_a_page_names_exists():
     for page in sorted(DOCS.rglob("*.md")):
         code = " ".join(re.findall(r"`[^`\n]+`|^[^`\n]*--config[^`\n]*$", page.read_text(), re.MULTILINE))
         named = re.findall(rf"(?:(?<=`)|(?<=--config\.))((?:{SECTIONS})\.\w+)(?=[=` .,])", code)
-        files = {f"{name}.{end}" for name in SECTIONS.split("|") for end in ("py", "json", "jsonl")}
+        files = {f"{name}.{end}" for name in SECTIONS.split("|") for end in ("py", "json", "jsonl", "csv")}
         assert set(named) - known - files <= {"train.loop", "train.phases"}, page.name

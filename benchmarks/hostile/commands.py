@@ -20,6 +20,10 @@ TINY = {"train.steps": 4, "train.log_every": 1, "train.eval_every": 0, "deq.max_
 TINY |= {"deq.pretrain_steps": 0, "model.d_model": 16, "model.d_embed": 16, "model.n_head": 2, "model.d_head": 8}
 TINY |= {"model.d_inner": 16, "data.eval_batch_size": 64, "data.eval_seq_len": 64, "deq.jacobian_weight": 0.0}
 WITHIN = 300
+WARNING = re.compile("WARNING:(deq_flax:| )cannot (write|read) ")
+"""Lines that a command may log besides its one error: what it has lost and does without."""
+STACK = re.compile(r"Traceback|[Ss]tack trace|^\s+@ +0x|Fatal Python error|Check failure", re.MULTILINE)
+"""Signs of a stack, Python's or C++'s."""
 
 
 def training(workdir: Path, *more: str) -> list[str]:
@@ -37,13 +41,13 @@ def run(arguments: Sequence[str], *, before: str = "", redirect: str = "") -> su
 
 
 def judge(done: subprocess.CompletedProcess) -> None:
-    """As for files: return after success, UserError after one line and code 2."""
+    """As for files: return after success, UserError after code 2 and one line, beside which there are only known warnings."""
     from deq_flax.errors import UserError
 
-    lines = done.stderr.strip().splitlines()
-    if done.returncode == 2 and lines and lines[-1].startswith("error: ") and "Traceback" not in done.stderr:
-        raise UserError(lines[-1])
-    if done.returncode or "Traceback" in done.stderr or "Check failure" in done.stderr:
+    said = [line for line in done.stderr.splitlines() if not WARNING.match(line)]
+    if done.returncode == 2 and len(said) == 1 and said[0].startswith("error: "):
+        raise UserError(said[0])
+    if done.returncode or said:
         raise RuntimeError(f"code {done.returncode}: {done.stderr[-600:]}")
 
 
@@ -118,7 +122,7 @@ def one_killed(number: int, path: Path) -> None:
         code = processes[1 - number][0].wait(timeout=60)
         text = (path / f"out{1 - number}").read_text(errors="replace")
         reason = re.search(r"^error: process .*another process has ended.*|.*another task died.*", text, re.MULTILINE)
-        if not code or not reason or "Traceback" in text:
+        if not code or not reason or STACK.search(text):
             raise RuntimeError(f"code {code} after {time.monotonic() - start:.0f} s: {text[-600:]}")
         raise UserError(f"code {code} after {time.monotonic() - start:.0f} s: {reason[0][:200]}")
     finally:

@@ -416,9 +416,11 @@ def special() -> Iterator[tuple[str, Callable[[Path], Path]]]:
 def _socket(path: Path) -> Path:
     import socket
 
+    before = os.getcwd()
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(path.parent)
+        os.chdir(path.parent)  # the path of a socket must be short
         server.bind(path.name)
+    os.chdir(before)
     return path
 
 

@@ -94,15 +94,15 @@ class Checkpoints:
         The arrays may be donated as soon as this returns.
 
         Args:
-          step: its number. A step that is on disk already is left unchanged.
+          step: number of the checkpoint. A step that is on disk already is left unchanged.
           params, rest, ema: pytrees of arrays and numbers; random keys as their raw bits. `ema`: the moving average of the
             parameters, None if none is kept.
           meta: JSON, by convention with the resolved config under "config". The keys step, metrics, arrays, versions and
             checksum are added.
-          metrics: `loss` among them decides which checkpoint is best.
+          metrics: numbers by name, of which `loss` decides which checkpoint is best.
 
         Returns:
-          Whether a checkpoint is being written: False if the step exists.
+          True if a checkpoint is being written, False if the step exists.
 
         Raises:
           DiskError: the disk refused this checkpoint or the previous one; older ones are kept.
@@ -141,7 +141,7 @@ class Checkpoints:
         """The checkpoint of one step, in the structure of the templates.
 
         Args:
-          step: its number.
+          step: number of the checkpoint.
           params, rest, ema: templates: pytrees of arrays, `jax.ShapeDtypeStruct` or numbers. A leaf with a sharding is
             restored to it, a NumPy leaf as NumPy. None: the item is not read. Without an ema on disk the result's is None.
           variables: a template for the entry `variables` of `rest`, to read that entry alone; instead of `rest`.
@@ -211,7 +211,7 @@ class Checkpoints:
         return sorted(losses, key=lambda step: (losses[step], -step))
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager. It is opened at the first save, when `restore_latest` has renamed damaged steps."""
+        """Return Orbax's manager, opened at the first save: by then `restore_latest` has renamed damaged steps."""
         if self._manager is None:
             self._losses |= self._stored_losses()
             policy = _LatestAndBest(self._losses, self._options.keep_latest, self._options.keep_best)
@@ -221,7 +221,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _raising_disk_errors(self, *, any_failure: bool = False) -> Generator[None]:
-        """Turn a refusal of the disk into DiskError. `any_failure`: of errors of background writing, all types count."""
+        """Turn a refusal of the disk into DiskError. `any_failure`: an error of any of these types is a refusal."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -234,7 +234,7 @@ class Checkpoints:
             raise DiskError(f"cannot write a checkpoint to {self._directory}: {what}") from error
 
     def _discard_manager(self) -> None:
-        """After a failure the manager's own state is unreliable: the next save opens another, which deletes partial files."""
+        """Close the manager after a failure, which leaves its state unreliable; the next one deletes partial files."""
         manager, self._manager = self._manager, None
         if manager is not None:
             with contextlib.suppress(Exception):
@@ -245,8 +245,8 @@ class Checkpoints:
 class _LatestAndBest:
     """An Orbax preservation policy: the latest and, besides, the best.
 
-    Not Orbax's own. Its `best_fn` with `max_to_keep` deletes the newest checkpoint where it is worse than the others, and its
-    `BestN` reads a metrics file of every step when opened, so that one damaged file would end the run.
+    Orbax's own policies do not serve: `best_fn` with `max_to_keep` deletes the newest checkpoint where it is worse than the
+    others, and `BestN` reads a metrics file of every step when opened, so that one damaged file would end the run.
     """
 
     losses: dict[int, float]
@@ -269,7 +269,7 @@ def _loss(record: Mapping[str, Any]) -> float:
 
 
 def _require_writable(directory: Path) -> None:
-    """Write and delete a file: permission bits are no evidence for root, nor on network disks."""
+    """Raise UserError unless a file can be written and deleted: permission bits prove nothing for root or on network disks."""
     if not is_first():
         return
     probe = directory / f".probe-{time.time_ns()}"

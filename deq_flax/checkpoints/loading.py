@@ -67,8 +67,9 @@ def load_params_except_head(path: str | Path, params: Any, variables: Any, head:
 
     Args:
       path: as for `load_params`.
-      params, variables: the initialized model's, nested dictionaries of arrays.
-      head: arrays whose path begins with it and a '/' may be missing or differ in shape; those that fit are loaded too.
+      params, variables: parameters and variables of the initialized model, nested dictionaries of arrays.
+      head: name of the head. Arrays whose path begins with it and a '/' may be missing or differ in shape; those that fit are
+        loaded too.
 
     Raises:
       UserError: there is no checkpoint, it is damaged, or names, shapes or dtypes differ outside the head.
@@ -101,7 +102,7 @@ def _fits(leaf: Any, entry: Mapping[str, Any]) -> bool:
 
 
 def _one_step(path: str | Path) -> Path:
-    """The folder of the checkpoint that `path` means, of several the best."""
+    """The folder of the checkpoint that `path` means; of a run's, the best one."""
     folder = _find(path)
     if is_step(folder):
         return folder

@@ -22,10 +22,10 @@ class RetryingSaver:
     With several processes a failed save ends the run: they cannot know whose part of it failed.
 
     Args:
-      checkpoints: where to.
+      checkpoints: the checkpoints of the run, to which the saves are added.
       meta: JSON that every checkpoint stores, see `Checkpoints.save`.
-      may_save: called before each save: whether all lines of the run log are on disk. Where they are not, a save counts as
-        refused: a run resumed from that checkpoint would never write them again.
+      may_save: called before each save; returns True if all lines of the run log are on disk. Otherwise the save counts as
+        refused: a run resumed from that checkpoint would never write the missing lines.
     """
 
     def __init__(self, checkpoints: Checkpoints, meta: Mapping[str, Any], *, may_save: Callable[[], bool] = lambda: True):
@@ -37,7 +37,7 @@ class RetryingSaver:
 
         Args:
           step, metrics: as for `Checkpoints.save`.
-          trees: its `params`, `rest` and, unless None, `ema`, by these names.
+          trees: the arguments `params`, `rest` and, unless None, `ema` of `Checkpoints.save`, by these names.
           meta: JSON that this checkpoint stores beside that of every checkpoint.
         """
         self._check_previous(wait=True)

@@ -154,7 +154,7 @@ def read_record(folder: Path, *, step: int | None = None) -> dict[str, Any]:
 
 
 def _is_record(record: Mapping[str, Any]) -> bool:
-    """Whether a record has all that reading a checkpoint relies on, of the right types."""
+    """Return True if a record has all that reading a checkpoint relies on, of the right types."""
     step, metrics, arrays = record.get("step"), record.get("metrics", ()), record.get("arrays")
     whole = type(step) is int and 0 <= step < MAX_STEP and isinstance(arrays, dict) and isinstance(arrays.get("params"), dict)
     if not whole or not (metrics is None or isinstance(metrics, dict)):
@@ -165,7 +165,7 @@ def _is_record(record: Mapping[str, Any]) -> bool:
 
 
 def _is_window(window: Any) -> bool:
-    """Whether this holds sums and counts by name, numbers or arrays of them as nested lists."""
+    """Return True if a value holds sums and counts by name, numbers or arrays of them as nested lists."""
     try:
         return all(np.asarray(x, np.float64).size for total, count in window.values() for x in (total, count))
     except (AttributeError, TypeError, ValueError):
@@ -173,7 +173,7 @@ def _is_window(window: Any) -> bool:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether this describes an array, as `describe` does."""
+    """Return True if a value describes an array, as `describe` does."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not isinstance(entry.get("shape"), list):
         return False
     sums = [entry[kind] for kind in ("crc32", "sum32") if kind in entry]
@@ -256,7 +256,7 @@ def read_tree(folder: Path, item: str, template: Any, described: Mapping[str, An
 
 
 def _check_files(item: Path) -> None:
-    """Raise OSError or ValueError for what Orbax would wait for, or read without end."""
+    """Raise OSError or ValueError for a file that Orbax would wait for, such as a pipe, or parse without bound."""
     for parent, _, names in os.walk(item):
         for name in names:
             check_regular(Path(parent) / name)
@@ -314,7 +314,7 @@ def _is_distributed(leaf: Any) -> bool:
 
 def _restore_argument(leaf: Any) -> ocp.RestoreArgs:
     sharding = _sharding(leaf)
-    # Of several processes each reads whole arrays: all find the same damage, so that none waits for another in vain.
+    # Each of several processes reads whole arrays: all find the same damage, so that none waits for another in vain.
     if sharding is None or jax.process_count() > 1:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=sharding)

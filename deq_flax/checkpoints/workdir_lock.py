@@ -26,7 +26,7 @@ from deq_flax.untrusted.files import parse_json
 BEAT = 15.0
 """Seconds between two signs of life of a holder."""
 PATIENCE = 60.0
-"""Seconds without one, seen from another machine, after which its holder counts as dead."""
+"""Seconds without a sign of life, watched from another machine, after which a holder counts as dead."""
 
 _log = logging.getLogger("deq_flax")
 
@@ -36,11 +36,11 @@ class _Seen(NamedTuple):
 
     text: str
     beat: int
-    """Its time of modification in ns."""
+    """Time at which the file was last modified, in ns."""
 
     @property
     def holder(self) -> dict[str, Any]:
-        """What the holder has written of itself; empty while it is being written, or if its disk was full."""
+        """The holder's description of itself; empty while it is being written, or if the disk was full."""
         with contextlib.suppress(ValueError):
             found = parse_json(self.text)
             if isinstance(found, dict):
@@ -133,7 +133,7 @@ class WorkdirLock:
         return True
 
     def _is_stale(self, seen: _Seen) -> bool:
-        """Whether the holder has died. False: look again. UserError: it is alive."""
+        """Return True if the holder has died, False if the lock has changed. UserError: the holder is alive."""
         holder = seen.holder
         if holder.get("machine") == _machine():
             if _is_alive(holder.get("pid"), holder.get("started")):
@@ -156,9 +156,9 @@ class WorkdirLock:
         return UserError(f"{self._workdir} is in use by {seen}: wait for it, stop it, or choose another --workdir")
 
     def _take_over(self, stale: _Seen) -> bool:
-        """Replace a stale lock by this one. False: look again, another process has been faster.
+        """Replace a stale lock by this one. Returns False if another process has been faster.
 
-        Of several that find the same stale lock, one creates the mark of it, and nobody else replaces that lock then.
+        Of several processes that find the same stale lock, only the one that creates its mark replaces it.
         """
         name = self._path.name
         mark = self._path.with_name(f".{name}.{hashlib.sha256(stale.text.encode()).hexdigest()[:16]}")
@@ -168,7 +168,7 @@ class WorkdirLock:
             end = time.monotonic() + PATIENCE
             while mark.exists() and time.monotonic() < end:
                 time.sleep(min(0.05, PATIENCE / 10))
-            mark.unlink(missing_ok=True)  # of a process that died in between
+            mark.unlink(missing_ok=True)  # left by a process that died before it had replaced the lock
             return False
         try:
             seen = _read(self._path)
@@ -206,7 +206,7 @@ def _read(path: Path) -> _Seen | None:
 
 
 def _machine() -> str:
-    """A name of what process ids belong to: this boot of this machine, and the container's namespace of processes."""
+    """The name of the place where process ids are unique: this boot of this machine, and the container's namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -215,21 +215,21 @@ def _machine() -> str:
 
 
 def _is_alive(pid: Any, started: Any) -> bool:
-    """Whether a process of this machine exists that has this id and started then."""
+    """Return True if a process of this machine has this id and started at this time."""
     if not (isinstance(pid, int) and 0 < pid < 2**31):
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is another user's
+    except PermissionError:  # a process of another user
         pass
     now = _start_of(pid)
     return not now or now == started
 
 
 def _start_of(pid: int) -> str:
-    """When a process of this machine started, in the system's unit; '' if the system does not tell, 'ended' for a zombie."""
+    """The start time of a process of this machine, in the system's unit; '' if it is not known, 'ended' for a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -53,9 +53,9 @@ _ACCELERATORS = {"v4": ("v4", 3), "v5litepod": ("v5e", 2), "v5p": ("v5p", 3), "v
 
 
 def topology_of(accelerator: str) -> str:
-    """Return the default topology of an accelerator type of Cloud TPU: 'v5e:4x4' for 'v5litepod-16'. Other names stay.
+    """Return the default topology of an accelerator type of Cloud TPU: 'v5e:4x4' for 'v5litepod-16'.
 
-    The number is that of chips, but of v4 and v5p that of cores, two a chip.
+    Other names are returned unchanged. Its number counts chips; for v4 and v5p it counts cores, two to a chip.
     """
     kind, _, number = accelerator.partition("-")
     if kind not in _ACCELERATORS or not number.isdecimal() or not (count := int(number)) or count & (count - 1):
@@ -85,5 +85,5 @@ def topology_devices(name: str) -> tuple[Chip, Sequence[Any]]:
     jax.config.update("jax_platforms", "cpu")
     try:
         return CHIPS[kind], topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # of several types, by what is wrong
+    except Exception as error:  # its type depends on what is wrong
         raise UserError(f"no topology {name!r} ({' '.join(str(error).split())[:150]}); {known}") from error

@@ -22,12 +22,12 @@ from deq_flax.train.step import TrainState, make_eval_step, make_train_step, spl
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A step as the compiler made it."""
+    """A step of a run, compiled."""
 
     name: str
     """'train' or 'eval'."""
     compiled: jax.stages.Compiled | None
-    """None: the compiler refuses a program that needs more memory than there is."""
+    """The program; None if the compiler refused it, because it needs more memory than there is."""
     seconds: float
     """Time to trace and compile it."""
     kept: dict[str, int]
@@ -46,8 +46,8 @@ def compile_steps(
     """Yield each step of a config, compiled for given devices.
 
     Args:
-      config: with a data set that needs no files; see `stand_in.without_data`.
-      devices: of a topology, or of this machine.
+      config: a config with a data set that needs no files; see `stand_in.without_data`.
+      devices: the devices of a topology, or of this machine.
       names: the steps to compile, of 'train' and 'eval'. The training step is that after pretraining.
       jacobian_loss: compile the training step with the Jacobian loss.
 

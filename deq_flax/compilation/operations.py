@@ -10,9 +10,9 @@ from deq_flax.compilation.program import loop_name
 
 
 def operations_by_part(jaxpr: Any) -> dict[str, float]:
-    """Count the operations of one iteration of each solver's loop, and those outside; names as of `program.Part`.
+    """Count the operations of one iteration of each solver's loop, and those outside; named as in `program.Part`.
 
-    The solver's own products, of its history, are overhead and do not count. Of the branches of a conditional the cheapest
+    Products that a solver takes with its history are overhead and do not count. Of the branches of a conditional the cheapest
     counts: a cluster of rare words is skipped in most batches.
     """
     counts: dict[str, float] = defaultdict(float)
@@ -69,7 +69,7 @@ def _is_fixed(variable: Any, fixed: set[Any]) -> bool:
 def _programs(equation: Any) -> list[Any]:
     """The programs within an equation."""
     params = equation.params
-    if equation.primitive.name == "call_hi_primitive":  # of jax 0.12: a custom_root, or its linear map, before it is lowered
+    if equation.primitive.name == "call_hi_primitive":  # jax 0.12 has these for a custom_root and its linear map
         primitive = params["_prim"]
         shapes = jax.tree.unflatten(primitive.in_tree, [v.aval for v in equation.invars])
         return [jax.make_jaxpr(primitive.expand)(*shapes).jaxpr]

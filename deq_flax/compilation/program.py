@@ -1,8 +1,8 @@
-"""What a compiled TPU program costs by the compiler's own account: cycles by part, and its largest operations.
+"""The cost of a compiled TPU program by the compiler's own account: cycles by part, and its largest operations.
 
-The compiler writes an estimate of cycles beside most operations of its text. Where a loop's number of iterations depends on
-data, as that of a solver's, its body is a part of its own, and within such a part counts once; other loops count as often as
-they run. Of the branches of a conditional the cheapest counts, as it does of the products in `operations.py`.
+The compiler writes an estimate of cycles beside most operations of its text. The body of a loop whose number of iterations
+depends on data, such as a solver's, is a part of its own, and is counted once. Loops within it are counted with it, and all
+other loops as often as they run. Of the branches of a conditional the cheapest counts, as in `operations.py`.
 """
 
 import re
@@ -31,14 +31,14 @@ class Operation:
     """Estimated cycles, times the iterations of loops around it whose number is known."""
     opcode: str
     op_name: str
-    """The program's own name of it, such as 'jit(step)/shard_map/jvp()/while/body/dot_general'."""
+    """Name of the operation in the program, such as 'jit(step)/shard_map/jvp()/while/body/dot_general'."""
     line: str
     """FILE:LINE of the package's code that it comes from; '' if there is none."""
 
 
 @dataclass
 class Part:
-    """A part of a program: an iteration of a loop, or what is outside of all."""
+    """A part of a program: an iteration of a loop, or everything outside of loops."""
 
     name: str
     """'forward iteration', 'adjoint iteration', 'outside', or the op_name of another loop."""
@@ -144,7 +144,7 @@ def _first(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _source_lines(hlo: str) -> dict[int, str]:
-    """FILE:LINE by stack frame: of the innermost frame in this package, outside of its solvers' generic loop if possible."""
+    """FILE:LINE for each stack frame: the innermost line in this package, outside of its solvers' generic loop if possible."""
     tables = {name: dict(_table(hlo, name)) for name in ("FileNames", "FileLocations", "StackFrames")}
     files = {key: text.strip('"') for key, text in tables["FileNames"].items()}
     places = {}

@@ -16,7 +16,7 @@ DOES_NOT_FIT = (
     "set mesh.fsdp to split what is stored, lower data.batch_size, raise train.accumulate, or set memory=10 in "
     "deq.solver_options and deq.backward_solver_options"
 )
-"""What to do about a step that needs more memory than there is."""
+"""Advice for a step that needs more memory than there is."""
 
 
 def report(step: CompiledStep, chip: Chip | None, deq: DEQOptions | None) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def report(step: CompiledStep, chip: Chip | None, deq: DEQOptions | None) -> dic
 
     Args:
       step: the compiled step.
-      chip: its device; None for one of this machine, whose compiler estimates no cycles.
-      deq: the limits on iterations; None without an equilibrium.
+      chip: the chip it is compiled for; None for devices of this machine, whose compiler estimates no cycles.
+      deq: section `deq` of the config, for its limits on iterations; None without an equilibrium.
     """
     if step.compiled is None:
         held = step.kept | {"temporary": step.refused}

@@ -1,4 +1,4 @@
-"""Shared by all data sets: splits, access to files, checks of options, and batches by number.
+"""Common parts of all data sets: splits, access to files, checks of options, and batches by number.
 
 Training batches form a `grain.MapDataset` whose element i is the batch of step i, a function of i and the seed alone. A run
 therefore resumes from the number of its step, without any iterator state.
@@ -78,7 +78,7 @@ def train_dataset(examples: Examples, batch_size: int, *, seed: int, rows: slice
     takes 30 us an example, and `batch` adds 10 us of Python for each. A slice of a permutation is a whole batch at once.
 
     Args:
-        examples: at least one batch of them.
+        examples: the examples, at least one batch.
         batch_size: B.
         seed: determines orders and augmentation; not negative.
         rows: the rows of each batch to return; None: all. All rows are read, since their augmentation is drawn together.
@@ -124,7 +124,7 @@ class EvalBatches:
     each process reads only its own rows.
 
     Args:
-        examples: at least one.
+        examples: the examples, at least one.
         batch_size: B.
         rows: the rows of each batch to read and return; None: all.
     """
@@ -161,7 +161,7 @@ def data_path(path: str, wanted: str) -> Path:
 
     Args:
         path: the value of `data.path`.
-        wanted: what to set it to, for the message.
+        wanted: description of what the path must name, for the message.
 
     Raises:
         UserError: `path` is empty, does not exist or cannot be accessed.
@@ -207,7 +207,7 @@ def check_member(info: zipfile.ZipInfo, limit: int) -> None:
     """Check what a zip file states about a member before it is opened.
 
     Raises:
-        BadZipFile: it would have more than `limit` bytes, it is encrypted, or compressed by another method than deflate, the
+        BadZipFile: the member has more than `limit` bytes, is encrypted, or is compressed by another method than deflate, the
             only one that `zipfile` decompresses within bounded memory.
     """
     if info.flag_bits & 1:

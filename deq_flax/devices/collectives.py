@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its HLO text: kind, bytes, and whether they are within a loop."""
+"""The collectives of a compiled program, read from its HLO text: their kinds, bytes and loops."""
 
 import math
 import re
@@ -19,7 +19,7 @@ class Collective:
     bytes: int
     """Size of its result on a device; for a reduce-scatter, of its operand."""
     in_loop: bool
-    """Whether it is in the body or condition of a while loop."""
+    """True if it is in the body or condition of a while loop."""
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -39,7 +39,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def table(found: list[Collective]) -> dict[str, tuple[int, int]]:
-    """Kind -> (number of collectives, bytes in total)."""
+    """Sum up collectives by kind: {kind: (number, bytes in total)}."""
     count, size = Counter(), Counter()
     for collective in found:
         count[collective.kind] += 1

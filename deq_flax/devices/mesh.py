@@ -122,7 +122,7 @@ def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays on the devices, from copies that every process has whole. `shardings`: a pytree of them, or one for all leaves."""
+    """Arrays on the devices, from copies that every process has whole. `shardings`: a pytree of them, or one for all."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
     if isinstance(shardings, NamedSharding):

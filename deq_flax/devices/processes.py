@@ -26,7 +26,7 @@ PATIENCE = 60
 _LOST = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|[Gg]loo|[Hh]eartbeat|[Cc]onnection (?:reset|closed|refused)|Socket closed"
 )
-"""What the errors of a collective say when another process has ended."""
+"""Words by which to recognize the errors of a collective after another process has ended."""
 
 _log = logging.getLogger("deq_flax")
 
@@ -42,7 +42,7 @@ def distributed(
     Args:
       coordinator: HOST:PORT of process 0, which all must be able to reach; 'auto' under Slurm, Open MPI, on Cloud TPU and in a
         Kubernetes JobSet; None for a single process.
-      num_processes, process_id: the number of processes, and which of them, from 0, this one is; not with 'auto'.
+      num_processes, process_id: the number of processes, and the index of this one, from 0; not with 'auto'.
       patience: seconds to wait for the other processes at the start, and for a sign of life from each of them later.
 
     An exception in the block ends the process at once, with its usual exit code: the other processes wait for this one in

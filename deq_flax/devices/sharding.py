@@ -90,7 +90,7 @@ def gathered_specs(specs: Specs) -> Specs:
 
 
 def gather(params: Any, specs: Specs) -> Any:
-    """Within a `shard_map`: stored shards -> parameters gathered over `fsdp`."""
+    """Gather stored shards to parameters that are whole over `fsdp`, within a `shard_map`."""
 
     def one(x: jax.Array, spec: P) -> jax.Array:
         if FSDP in spec:
@@ -101,7 +101,7 @@ def gather(params: Any, specs: Specs) -> Any:
 
 
 def reduce_scatter(gradient: Any, specs: Specs, mesh: Mesh) -> Any:
-    """Within a `shard_map`: gradients of gathered parameters -> the stored shards of their mean over devices."""
+    """Reduce gradients of gathered parameters to the stored shards of their mean over devices, within a `shard_map`."""
 
     def one(x: jax.Array, spec: P) -> jax.Array:
         if FSDP not in spec:
@@ -123,7 +123,7 @@ def _keep_tensor(x: jax.Array, spec: P) -> jax.Array:
 
 
 def _spec(shape: tuple[int, ...], names: tuple[Any, ...], mesh: Mesh) -> P:
-    """`names`: mesh axes by axis of the array, which may split it so where they are `tensor`."""
+    """The PartitionSpec of an array whose Param has `names` as its `out_sharding`; names other than `tensor` do not count."""
     axes: list[str | None] = [None] * len(shape)
     parts = mesh.shape[TENSOR]
     splits = [i for i, name in enumerate(names) if name == TENSOR and parts > 1 and shape[i] % parts == 0]

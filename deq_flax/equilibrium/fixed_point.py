@@ -54,7 +54,7 @@ def fixed_point(
         solution. It gets no gradient.
       *args: pytrees, passed to f unchanged.
       solver: forward solver; default `Broyden()`.
-      gradient: how the solution is differentiated; default `Implicit()`.
+      gradient: way to differentiate the solution; default `Implicit()`.
       max_steps: lower limit on evaluations for this call; may be traced, so that it can change without recompiling. A traced
         one is clipped to the range from 1 to the solver's limit, or to the steps of `Unroll`.
       probe: `backward_probe()`, to get statistics of the adjoint solve.

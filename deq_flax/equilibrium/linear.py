@@ -70,7 +70,7 @@ class GMRES:
     restart: int = 20
     """Directions kept, after which the Krylov space is rebuilt. Memory: 2 x restart copies of x."""
     axis_name: AxisName | None = None
-    """Axes of `jax.shard_map` over which x is spread, as of `Solver`; None: those of the forward solver."""
+    """Axes of `jax.shard_map` over which x is spread, as for `Solver`; None: those of the forward solver."""
 
     def __post_init__(self):
         check_limits("GMRES", self.tol, self.max_steps)

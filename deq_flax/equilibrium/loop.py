@@ -133,11 +133,11 @@ class _Loop(NamedTuple):
     z: jax.Array
     active: jax.Array
     alive: jax.Array
-    """(B,): every evaluation was finite."""
+    """(B,): true while every evaluation has been finite."""
     coupled: jax.Array
-    """The residual of a sample that had stopped has changed, or may have: samples see each other."""
+    """True once the residual of a stopped sample has changed, or may have: samples depend on each other."""
     unchecked: jax.Array
-    """A sample has just stopped, and all have, but others are returned at another iterate than it was evaluated among."""
+    """True where the loop would end, a sample has stopped in the last evaluation, and others return an earlier iterate."""
     floor: jax.Array
     """(B,): the rounding error of ||z_0||, below which f(z) does not count as smaller."""
     first: jax.Array
@@ -163,9 +163,9 @@ def solve(f: FlatMap, z0: jax.Array, solver: Solver, max_steps: jax.Array | int 
         remains the upper bound.
 
     Returns:
-      The best iterate, (B, N), and statistics. It is the one within the tolerance, else that of the lowest residual, which as
-      the solver stops is absolute or relative to the larger of ||f(z)|| and ||f(z0)||. A sample whose first evaluation is not
-      finite returns its z0, with a non-finite residual and `converged` 0.
+      The best iterate, (B, N), and statistics. The best is the one within the tolerance, else that of the lowest residual: the
+      absolute one, or the one relative to the larger of ||f(z)|| and ||f(z0)||, by the solver's stop mode. A sample whose first
+      evaluation is not finite returns its z0, with a non-finite residual and `converged` 0.
     """
     z, stats, _ = solve_with_state(f, z0, solver, max_steps, freeze=never_frozen)
     return z, stats
@@ -208,9 +208,9 @@ class Iteration(NamedTuple):
     start: Callable[[jax.Array], _Loop]
     """Initial guess (B, N) -> state of the loop."""
     keep_going: Callable[[_Loop], jax.Array]
-    """Whether some sample has not stopped."""
+    """State -> True while some sample has not stopped."""
     advance: Callable[[_Loop, jax.Array], _Loop]
-    """State, and f of its iterates `z` -> next state."""
+    """(state, f of its iterates `z`) -> next state."""
 
 
 def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freeze: Freeze) -> Iteration:
@@ -234,7 +234,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
         tied = jnp.isinf(rank) & jnp.isinf(s.best.rank) & (absolute < s.best.absolute)
         running = s.active & (s.k < limit)
         better = running & ((rank < s.best.rank) | tied | (residual <= solver.tol) | (s.k == 0))
-        # By more than rounding, which on some devices changes from one evaluation to the next.
+        # A change by more than rounding, which on some devices differs from one evaluation to the next.
         moved = jnp.abs(absolute - s.best.absolute) > 1e-3 * s.best.absolute + 8 * jnp.finfo(fz.dtype).eps * size
         coupled = s.coupled | jnp.any(s.alive & ~running & moved)
         measured = better | (coupled & ~running)

@@ -113,7 +113,7 @@ def _all(x: jax.Array) -> jax.Array:
 
 @_all.def_vmap
 def _all_of_the_batch(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
-    """One answer for a whole vmap: `lax.cond` then still takes one branch, where with an answer for each it takes both."""
+    """Give one answer for a whole vmap: `lax.cond` then still takes one branch; with an answer for each, it takes both."""
     return _all(x), False
 
 

@@ -36,7 +36,7 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """Divides the log-probabilities; 0: the most likely word is always taken."""
+    """Divisor of the log-probabilities; 0: the most likely word is always taken."""
     top_k: int = 0
     """Words to draw from, the most likely ones; 0: all."""
     top_p: float = 1.0
@@ -66,7 +66,7 @@ class State(NamedTuple):
     token_B: jax.Array
     """The next words, which the memory does not hold yet, int32."""
     position_B: jax.Array
-    """Number of tokens before them, int32."""
+    """Number of tokens before the next words, int32."""
     nfe: jax.Array
     """Evaluations of f in the last solve: for the last tokens, or the last chunk of the prompts."""
 
@@ -75,8 +75,8 @@ class Generator:
     """Generation of texts with a language model that has an equilibrium, and that is left unchanged.
 
     Args:
-      model: on the default device.
-      solver: for every solve.
+      model: the model, on the default device.
+      solver: solver of the equilibria.
       sampling: the choice of the next word.
       memory: number of tokens to remember, at least 1.
       words: choose among the first `words` of the model's words only; None: among all.

@@ -37,7 +37,7 @@ def fresh_memory(cells: Cells, batch_size: int, length: int, dtype: DTypeLike) -
 def layer_contexts(
     cells: Cells, x_BLD: jax.Array, memory: LayerMemory, keys: Sequence[jax.Array | None] | jax.Array
 ) -> tuple[Context, ...]:
-    """What every evaluation of the layers shares, for segments like x: memory, positions, and a dropout mask for each key."""
+    """The constants of all evaluations of the layers, for segments like x: memory, positions, a dropout mask for each key."""
     (batch_size, length, d_model), n_memory = x_BLD.shape, memory.states_BNMD.shape[2]
     positions_KD = position_encoding(n_memory + length, d_model, x_BLD.dtype)
     contexts = []
@@ -62,9 +62,9 @@ def next_layer_memory(memory: LayerMemory, inputs: Sequence[jax.Array], count: j
     """The memory after a segment, without gradient: the last M of the old and new entries.
 
     Args:
-      memory: before the segment.
-      inputs: of every layer, (B, L, D) each.
-      count: read only as many positions of each sample's segment, (B,); None: all of them.
+      memory: the memory before the segment.
+      inputs: the inputs of every layer, (B, L, D) each.
+      count: number of positions of each sample's segment to read, (B,); None: all of them.
     """
     new_BNLD = jnp.stack(inputs, axis=1)
     states_BNMD = push(memory.states_BNMD, new_BNLD, axis=2, count=count)

@@ -21,8 +21,8 @@ class ClassificationHead(nnx.Module):
     """One bottleneck per branch, their sum from fine to coarse, the mean over pixels, and a linear layer.
 
     Args:
-      channels: of the branches.
-      num_classes: K.
+      channels: the channels of each branch.
+      num_classes: number of classes, K.
       head_channels: inner channels of each branch's bottleneck; four times as many leave it.
       final_channels: channels before the linear layer.
       momentum: as in `BatchNorm`.
@@ -75,8 +75,8 @@ class SegmentationHead(nnx.Module):
     """All branches enlarged to the size of the finest, a 1x1 convolution of them, and a last convolution to the classes.
 
     Args:
-      channels: of the branches.
-      num_classes: K.
+      channels: the channels of each branch.
+      num_classes: number of classes, K.
       last_kernel: size of the last convolution, 1 or 3.
       momentum: as in `BatchNorm`.
       dtype: as in `convolve`.

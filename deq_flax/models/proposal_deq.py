@@ -86,7 +86,7 @@ class ProposalDEQ(EquilibriumTransformer):
         scale_11D = self.scale_D[...][None, None]
 
         def refine(z_BLD: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-            """What the blocks of f add to their input, and the input of each."""
+            """The update that the blocks of f add to their input, and the input of each block."""
             y_BLD = z_BLD + offset_BLD
             out_BLD, inputs = run_layers(self.cells[n:], y_BLD, contexts[n:])
             return out_BLD - y_BLD, inputs

@@ -20,7 +20,7 @@ from deq_flax.nn.linear import normal_param, zeros_param
 from deq_flax.nn.precision import compute_dtype, contract, wide
 
 MIN_TAIL_LOGITS = 2**17
-"""With at most this many logits, a tail cluster is computed for all tokens rather than only for those in it."""
+"""Number of logits up to which a tail cluster is computed for all tokens rather than only for those in it."""
 
 Bounds = tuple[int, int, int]
 """(first word, end word, features) of a cluster."""

@@ -17,7 +17,7 @@ DEFAULT_LOCAL_SIZE = 1000
 """The attention span, in tokens, of local_size 0."""
 
 MASKED = -1e30
-"""Added to the scores of masked keys: finite, so that no NaN arises, and yet its exponential is exactly 0."""
+"""Number added to the scores of masked keys: finite, so that no NaN arises, and yet its exponential is exactly 0."""
 
 
 def inverse_frequencies(d_model: int) -> np.ndarray:

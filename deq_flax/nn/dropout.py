@@ -26,7 +26,7 @@ def draw_masks(
 ) -> list[jax.Array | None]:
     """A mask as in `draw_mask` for each (rate, shape): independent, but from a single draw.
 
-    A single one, because each call of a random generator is a large program to compile.
+    All come from one draw because each call of a random generator is a large program to compile.
     """
     sizes = [0 if key is None or rate == 0 else math.prod(shape) for rate, shape in wanted]
     if key is None or not any(sizes):

@@ -14,10 +14,10 @@ from jax.typing import DTypeLike
 from deq_flax.nn.precision import contract
 
 Split = Literal["outputs", "inputs"]
-"""Which features of a layer may be split over the mesh axis `tensor`."""
+"""The features of a layer that may be split over the mesh axis `tensor`."""
 
 Axes = tuple[str | None, ...]
-"""For each axis of a parameter the mesh axis that it may be split over, or None."""
+"""The mesh axis that each axis of a parameter may be split over, or None."""
 
 TENSOR = "tensor"
 

@@ -40,7 +40,7 @@ class MultiscaleOptions:
     expansion: int = 5
     """Inner channels of a branch's residual block, as a multiple of its channels."""
     big_kernels: tuple[int, ...] = ()
-    """For each branch, how many of its block's two kernels are 5x5 instead of 3x3: 0 to 2; (): none."""
+    """Number of 5x5 kernels, 0 to 2, among the two of each branch's block, instead of 3x3; (): none."""
     groups: int = 8
     """Groups of the group norms; those after fusion have half as many."""
     fuse_norm_affine: bool = False
@@ -77,7 +77,7 @@ class Context(NamedTuple):
     blocks: tuple[tuple[jax.Array, jax.Array], ...]
     """The two kernels of each branch's block."""
     spread: tuple[tuple[jax.Array | None, jax.Array | None], ...]
-    """For each source branch its kernels (to finer targets, to coarser ones), all targets side by side; None: no targets."""
+    """Kernels of each source branch (to finer targets, to coarser ones), all targets side by side; None: no targets."""
     onward: tuple[tuple[tuple[jax.Array, ...], ...], ...]
     """[target][source]: the remaining kernels on the way to a target that is two or more levels coarser."""
     post: tuple[jax.Array, ...]
@@ -90,7 +90,7 @@ class Block(nnx.Module):
     """The residual block of one branch: two convolutions, with `expansion` times the channels in between.
 
     Args:
-      n_big: how many of the two kernels are 5x5 instead of 3x3.
+      n_big: number of 5x5 kernels among the two, instead of 3x3.
       dtype: as in `convolve`.
     """
 

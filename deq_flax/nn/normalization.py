@@ -70,7 +70,7 @@ class GroupNorm(nnx.Module):
     """Zero mean and unit variance over each group of channels of an image (Wu and He 2018, arXiv:1803.08494).
 
     Args:
-      affine: whether a scale and a bias for each channel follow.
+      affine: add a scale and a bias for each channel.
 
     Raises:
       ValueError: the channels cannot be divided into that many groups.

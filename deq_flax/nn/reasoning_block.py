@@ -36,7 +36,7 @@ class BlockOptions:
     inner_multiple: int = 8
     """The inner features are rounded up to a multiple of this number; 256 in HRM and TRM."""
     mixer: Literal["attention", "cells"] = "attention"
-    """How cells exchange information: attention, or a gated layer over all cells of a puzzle of one size."""
+    """Exchange of information between cells: attention, or a gated layer over all cells of a puzzle of one size."""
     positions: Literal["none", "sequence", "grid"] = "sequence"
     """Rotary positions of attention: none, of the cells row by row, or of rows and columns."""
 

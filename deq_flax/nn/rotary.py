@@ -14,11 +14,11 @@ def rotary_angles(shape: tuple[int, ...], width: int) -> np.ndarray:
     The frequencies fall from 1 to 1/10000 in geometric order. On a grid each axis has half of the features.
 
     Args:
-      shape: of the puzzle.
-      width: E; it must divide by twice the number of axes.
+      shape: shape of the puzzle.
+      width: features of a head, E, a multiple of twice the number of axes.
 
     Raises:
-      ValueError: it does not.
+      ValueError: width is no such multiple.
     """
     axes = len(shape)
     if width % (2 * axes):

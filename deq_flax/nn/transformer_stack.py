@@ -15,7 +15,7 @@ class TransformerStack(nnx.Module):
     """Several blocks in sequence as one cell. All share the injection and the memory; each has its own weights.
 
     Args:
-      options: those of each block.
+      options: the options of each block.
       blocks: number of blocks.
     """
 

@@ -12,7 +12,7 @@ from deq_flax.untrusted.files import check_regular, parse_json
 Lines = Sequence[Mapping[str, Any]]
 
 MAX_LINE = 1 << 20
-"""Bytes of a line."""
+"""Largest size of a line in bytes."""
 MAX_STEP = 1 << 53
 
 

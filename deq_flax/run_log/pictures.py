@@ -20,7 +20,7 @@ Draw = Callable[[Any, Any], dict[str, np.ndarray]]
 def make_pictures(task: Task, graphdef: nnx.GraphDef, mesh: Mesh, solve: Solve | None) -> Draw:
     """A function that draws the pictures of a task under given weights; no pictures where the task has none.
 
-    `solve`: of evaluation, as in `Task.loss`.
+    `solve`: the argument `solve` of `Task.loss` in evaluation.
     """
     batch = task.picture_batch() if isinstance(task, HasPictures) else None
     if batch is None or not isinstance(task, HasPictures):

@@ -34,7 +34,7 @@ def progress_line(step: int, steps: int, metrics: Mapping[str, Any], split: str 
     Args:
       step, steps: updates done, and in total.
       metrics: as in `metrics.jsonl`; any may be missing.
-      split: begins the line unless 'train'.
+      split: name of the split; it begins the line unless it is 'train'.
     """
     parts = [f"{'' if split == 'train' else split + ' '}step {step:>{len(str(steps))}}/{steps}"]
     for text, *needs in _FIELDS:
@@ -83,11 +83,11 @@ class _Row:
 
 
 def parameter_table(params: Mapping[str, Any], *, max_rows: int = 40) -> str:
-    """A table of the parameters with their number in total: a row an array or, beyond `max_rows`, a row a top-level module.
+    """A table of the parameters and their total: a row for each array or, beyond `max_rows`, for each top-level module.
 
     Args:
       params: nested dictionaries of arrays, or of shapes and dtypes.
-      max_rows: arrays to list at most.
+      max_rows: largest number of arrays that get a row each.
     """
     overview = parameter_overview.get_parameter_overview(dict(params), include_stats=False)
     arrays = parameter_overview.flatten_dict(dict(params))

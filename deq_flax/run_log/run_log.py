@@ -95,7 +95,7 @@ class RunLog:
         self._add_events(step, [summary.scalar(f"{split}/{name}", float(x)) for name, x in numbers.items()])
 
     def flush(self) -> bool:
-        """Try again to write the lines that the disk has refused. Returns whether all lines are on disk."""
+        """Try again to write the lines that the disk has refused. Returns True if all lines are on disk."""
         with self._tolerating_disk_errors():
             self._append(self._pending)
             self._pending = b""

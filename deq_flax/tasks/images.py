@@ -34,7 +34,7 @@ class ImageTask:
     """An image model on images; a base for the tasks, which add data and loss.
 
     Args:
-      images: the data.
+      images: the data set.
       data, model: these sections of the config.
       head: the head of the model that the task needs.
       seed: decides order and augmentation.
@@ -90,7 +90,7 @@ class ImageTask:
         return (images_BHWC / 255 - self._mean_C[None, None, None]) / self._std_C[None, None, None]
 
     def skipped_images(self, split: str) -> dict[str, float]:
-        """In evaluation, the number of damaged images of all splits that were skipped so far, if any."""
+        """The number of damaged images of all splits that evaluation has skipped so far, if any."""
         count = len(self.images.damaged.names)
         return {"skipped_images": float(count)} if count and split != "train" else {}
 

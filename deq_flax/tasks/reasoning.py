@@ -40,7 +40,7 @@ class ReasoningLoss:
     cross_entropy: Literal["softmax", "stablemax"] = "softmax"
     """Probabilities of the symbols: softmax, or stablemax, whose logarithms of large scores stay finite in narrow types."""
     segments: int = 1
-    """Steps that a puzzle is worked on at most, each from the state where the one before ended."""
+    """Most steps that a puzzle is worked on, each from the state where the one before ended."""
     eval_segments: int = 0
     """Segments of evaluation; 0: segments."""
     halt_weight: float = 0.0
@@ -56,7 +56,7 @@ class ReasoningLoss:
 
 
 class Slots(NamedTuple):
-    """What the slots of a batch remember: the carry of training with several segments."""
+    """The memory of a batch's slots: the carry of training with several segments."""
 
     state: Any
     """The model's state, (B, ...)."""
@@ -65,7 +65,7 @@ class Slots(NamedTuple):
     segments_B: jax.Array
     """int32: segments that the puzzle was worked on."""
     free_B: jax.Array
-    """bool: the puzzle is done with, and the slot takes the next one."""
+    """bool: true where the puzzle is done with, so that the slot takes the next one."""
 
 
 class ReasoningTask:
@@ -154,7 +154,7 @@ class ReasoningTask:
         return self._scored(slots.puzzle, output, Slots(output.state, slots.puzzle, segments_B, free_B))
 
     def _worked_out(self, model: Any, inputs: jax.Array, key: jax.Array | None, solve: Solve | None) -> PuzzleOutput:
-        """The output after all segments of evaluation; evaluations and steps are those of all of them.
+        """The output after all segments of evaluation; its evaluations and steps are sums over the segments.
 
         `key` draws the start; None: the fixed one.
         """
@@ -175,10 +175,10 @@ class ReasoningTask:
         return last._replace(stats=stats)
 
     def _from_many_starts(self, model: Any, batch: Batch, solve: Solve | None) -> tuple[PuzzleOutput, dict[str, jax.Array]]:
-        """For each puzzle the output of lowest residual over the starts, and what the other starts say (B,).
+        """The output of lowest residual over the starts, for each puzzle, and metrics (B,) of how the starts agree.
 
-        `exact_match_vote`: whether the answer of most starts is right; of equally frequent ones that of lower residual counts.
-        `agreement`: whether all starts give the same answer, the measure of path independence (Anil et al. 2022).
+        `exact_match_vote`: true where the most frequent answer is right; among equally frequent ones the lower residual counts.
+        `agreement`: true where all starts give the same answer, the measure of path independence (Anil et al. 2022).
         """
         keys = jax.random.split(jax.random.key(1), self._restarts)
         outputs = jax.lax.map(lambda key: self._worked_out(model, batch["inputs"], key, solve), keys)
@@ -186,7 +186,7 @@ class ReasoningTask:
         rows = jnp.arange(residual_KB.shape[1])
 
         def chosen(leaf: jax.Array, start_B: jax.Array) -> jax.Array:
-            return leaf[start_B, rows] if leaf.ndim > 1 else leaf.sum()  # evaluations have no batch axis: those of all count
+            return leaf[start_B, rows] if leaf.ndim > 1 else leaf.sum()  # the number of evaluations has no batch axis: a sum
 
         best_B = best_start(residual_KB)
         answers_KBC = jnp.argmax(outputs.logits, axis=-1).reshape(*residual_KB.shape, -1)
@@ -199,7 +199,7 @@ class ReasoningTask:
         return jax.tree.map(lambda leaf: chosen(leaf, best_B), outputs), extra
 
     def _done(self, halt_B: jax.Array | None, segments_B: jax.Array, key: jax.Array) -> jax.Array:
-        """Which puzzles leave their slots: after the last segment, or where the head takes the answer for right.
+        """Choose the puzzles that leave their slots: after the last segment, or where the head takes the answer for right.
 
         Sometimes a puzzle stays for a random number of segments at least (Wang et al. 2025, section 2, adaptive computation).
         """
@@ -214,7 +214,7 @@ class ReasoningTask:
     def _scored(
         self, batch: Batch, output: PuzzleOutput, carry: Any, extra: Mapping[str, jax.Array] = MappingProxyType({})
     ) -> tuple[jax.Array, LossOutput]:
-        """Loss, metrics and carry of an output; metrics of another size than that trained on end in it.
+        """Loss, metrics and carry of an output. Names of metrics end in the puzzles' size, unless it is the size trained on.
 
         `extra`: more metrics, a number for each puzzle.
         """
@@ -303,7 +303,7 @@ def _place(name: str) -> tuple[int, int]:
 
 
 def _of_solver(stats: SolverStats | None) -> dict[str, jax.Array]:
-    """For each puzzle the steps taken, the relative residual of the state that was read, and whether it has converged."""
+    """Metrics of each puzzle: the steps taken, the relative residual of the state that was read, and 1 if it has converged."""
     if stats is None:
         return {}
     return {"steps": stats.steps, "residual": stats.relative_residual, "converged": stats.converged}

@@ -47,7 +47,7 @@ class SegmentationTask(ImageTask):
     ) -> tuple[jax.Array, LossOutput]:
         """Mean cross entropy, weighted by class, of the pixels that count (in training, the hard ones).
 
-        In evaluation, of the probabilities averaged over the scales, flips and windows of an image.
+        In evaluation it is that of the probabilities averaged over the scales, flips and windows of an image.
         """
         images = self.normalize(batch["images"])
         labels = batch["labels"].astype(jnp.int32)

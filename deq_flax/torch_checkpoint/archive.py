@@ -15,7 +15,7 @@ MAX_FLOOR, MAX_CEILING = 1 << 26, 1 << 29
 """The uncompressed sizes of all entries may sum to MAX_FLOOR + MAX_RATIO times the size of the file, in bytes, as long as that
 is at most MAX_CEILING more than the file has; and to twice its size in any case."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Those of torch.save and of NumPy. The others claim memory that the archive does not state."""
+"""Compression methods of torch.save and of NumPy, which are read. Others take memory that the archive does not state."""
 MAX_ENTRIES = 1 << 17
 CHUNK = 1 << 22
 """Bytes that are decompressed at a time."""

@@ -61,7 +61,7 @@ def _infer_transformer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     shared = len(tables) == 1 and n_clusters > 1
     options["cutoffs"] = None if shared else tuple(itertools.accumulate(rows[:-1]))
     if len(tables) > 1:
-        # All that divide the first cluster's features to those of the second.
+        # All values that divide the first cluster's features to those of the second.
         possible = range(max(features[0] // (features[1] + 1) + 1, 2), features[0] // features[1] + 1)
         fitting = (div for div in possible if all(n == features[0] // div**i for i, n in enumerate(features)))
         div_value = next(fitting, None)

@@ -25,7 +25,7 @@ class Row:
     ours: str
     """Attributes from our model on, with '/' between them."""
     axes: tuple[int | None, ...]
-    """For each axis of the original tensor the axis of our array that it becomes, None if it is of size 1 and dropped."""
+    """The axis of our array that each axis of the original tensor becomes, None for one of size 1, which is dropped."""
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The original's shape for an array of ours of this shape."""
@@ -150,12 +150,12 @@ def convert_tensors(family: Family, model: nnx.Module, file: TensorFile) -> tupl
 def export_tensors(
     family: Family, model: nnx.Module, arrays: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(original name, storage, array) for every tensor; tied tensors name the same storage.
+    """Yield (original name, storage, array) for every tensor; tied tensors name the same storage.
 
     Args:
-      family: its names and layouts are used.
-      model: of the options that `arrays` belong to.
-      arrays: by path, as `get_arrays` gives them.
+      family: the family whose names and layouts are written.
+      model: a model with the options that `arrays` belong to.
+      arrays: the arrays by path, as `get_arrays` gives them.
       buffers: values of buffers and counters to write; those that are absent take the model's value, and 0.
     """
     for slot in slots(family, model):

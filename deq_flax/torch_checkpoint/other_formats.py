@@ -29,16 +29,16 @@ SAFETENSORS = {
 """The types that are read, by their names in .safetensors files."""
 
 MAX_HEADER = 1 << 24
-"""Bytes of the header of a .safetensors file; a tensor takes about 100."""
+"""Most bytes of the header of a .safetensors file; a tensor takes about 100."""
 MAX_ARRAYS = 1 << 14
-"""Arrays in an .npz file: 100 us are needed to read the header of each."""
+"""Most arrays in an .npz file: 100 us are needed to read the header of each."""
 
 
 def read_safetensors(path: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
     """The tensors of a .safetensors file by name. It stays open until `files` is closed.
 
-    Read by `pread`, not through a memory map: pages of a map count as memory in use, and if the file is truncated meanwhile,
-    access to them ends the process.
+    Elements are read by `pread`, not through a memory map: pages of a map count as memory in use, and if the file is truncated
+    meanwhile, access to them ends the process.
 
     Raises:
       FormatError: the file is damaged, or holds a type that is not known here.
@@ -90,7 +90,7 @@ def _npy(archive: Archive, name: str) -> Tensor:
         version = np.lib.format.read_magic(head)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, column_major, dtype = read_header(head)
-    except Exception as error:  # of several types: the header is Python source, read as a literal
+    except Exception as error:  # any of several types: the header is Python source, read as a literal
         raise FormatError(f"is damaged: {shown(name)!r} has no header of an array") from error
     if dtype.hasobject or dtype.kind not in "fiub":
         raise FormatError(

@@ -22,7 +22,7 @@ _PARAMETRIZED = {"original0": "g", "original1": "v"}
 
 
 class TensorFile:
-    """The tensors of an open file by name. Shapes are known, elements are read on demand. To be used in a `with` statement.
+    """The tensors of an open file by name. Shapes are known, elements are read on demand, in a `with` block.
 
     Attributes:
       path: the file.

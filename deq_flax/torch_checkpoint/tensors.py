@@ -16,10 +16,10 @@ from deq_flax.untrusted.files import listed, shown
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_NDIM = 8
 MAX_SIZE = 1 << 40
-"""Product of a tensor's sizes other than 0."""
+"""Largest product of a tensor's nonzero sizes."""
 MAX_TENSORS = 1 << 16
 MAX_NAME = 1000
-"""Characters of a tensor's name."""
+"""Most characters of a tensor's name."""
 EXPANSION = 8
 EXPANSION_FLOOR, EXPANSION_CEILING = 1 << 20, 1 << 29
 """All different views together may have twice the bytes of their storages; or EXPANSION times, plus EXPANSION_FLOOR, as long as
@@ -84,7 +84,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The elements, a read-only array backed by storage read for this call. Errors as `Storage.read`."""
+        """The elements, a read-only array backed by storage read for this call. Errors are those of `Storage.read`."""
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         raw = self.storage.read()
@@ -93,7 +93,7 @@ class Tensor:
         return np.lib.stride_tricks.as_strided(elements[self.offset :], self.shape, steps, writeable=False)
 
     def same_elements(self, other: "Tensor") -> bool:
-        """True if both are the same view of the same storage."""
+        """Return True if both are the same view of the same storage."""
         return self.storage is other.storage and (self.offset, self.shape, self.strides) == (
             other.offset,
             other.shape,

@@ -20,7 +20,7 @@ def consistency_loss(f: Callable[[Any], Any], iterates: Any, z: Any) -> jax.Arra
     It trains f to map each iterate of a solve straight to the equilibrium z, so that later solves take fewer evaluations.
 
     Args:
-      f: of the equation z = f(z); its parameters get the gradient.
+      f: the map of the equation z = f(z); its parameters get the gradient.
       iterates: a pytree like z with a leading axis for the iterates z_k, as in `Solution.trajectory`.
       z: the equilibrium, a pytree of arrays (B, ...).
     """
@@ -37,9 +37,9 @@ def _total(parts: list[jax.Array]) -> jax.Array:
 
 @jax.custom_vjp
 def with_loss(z: Any, loss: jax.Array) -> Any:
-    """z as it is; whatever is differentiated through it gets the gradient of the scalar `loss` as well, as if it were added.
+    """Return z unchanged; what is differentiated through it gets the gradient of the scalar `loss` too, as if that were added.
 
-    So a loss of a solve needs no way of its own through model and task.
+    A loss that a solve computes thus needs no place in the results of the model.
     """
     return z
 

@@ -39,7 +39,8 @@ class EvalOptions:
     deq.eval_max_steps, or deq.max_steps where that is 0. 0: the initial guess alone, evaluated once for its residual. The last
     evaluation of a solver only measures what it returns; with gradient unroll and eval_unrolled it improves the state too."""
     restarts: int = 1
-    """Random starts that each puzzle is solved from; the answer of lowest residual counts, that of most starts beside it."""
+    """Random starts that each puzzle is solved from. The answer of lowest residual counts; that of most starts is scored beside
+    it."""
     slots: int = 0
     """Solve each batch of images or puzzles through this many slots of each device, so that one that has converged makes room
     for the next: faster where they need different numbers of evaluations, with a data.eval_batch_size of many times the slots.
@@ -143,12 +144,12 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint on valid and test.
 
     Args:
-      task: its model must have the checkpoint's shapes; everything else may differ, and is evaluated as the task has it.
+      task: a task whose model has the shapes of the checkpoint; in everything else the task counts, not the checkpoint.
       path: a run's workdir (the best checkpoint is taken), its checkpoints folder, or the folder of one step.
-      phases: of the task's model.
-      mesh: the section of the config.
+      phases: phases of the task's model.
+      mesh: section `mesh` of the config.
       options: section `eval`.
-      seed: of the model that the weights replace.
+      seed: seed of the initial parameters, which those of the checkpoint replace.
 
     Raises:
       UserError: there is no checkpoint, it does not fit, or an option needs an equilibrium that the model does not have.

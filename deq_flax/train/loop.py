@@ -93,7 +93,7 @@ def train(
       task: the task.
       workdir: holds checkpoints, metrics.jsonl, config.json, the vocabulary and TensorBoard events.
       config: the whole resolved config, as plain data, for the record.
-      phases: how each step solves, from section `deq`.
+      phases: the way each step solves, from section `deq`.
       optimizer, train, mesh, checkpoint: these sections of the config.
 
     Raises:
@@ -195,7 +195,7 @@ class Run:
         return restored.params, restored.variables
 
     def run(self, start: int, saver: RetryingSaver, run_log: RunLog) -> bool:
-        """Run steps `start` to the last. Returns whether a signal ended it early."""
+        """Run steps `start` to the last. Returns True if a signal ended the run early."""
         options = self.options
         batches = self.task.train_batches(start, local_rows(self.devices, self.task.batch_size))
         log = Log(self, run_log, start, self.window)
@@ -264,14 +264,14 @@ class Run:
 class Log:
     """Average metrics between log lines, one step behind the device, so that the host never waits for the step it just sent.
 
-    `window`: what `window` returned when the checkpoint of step `start` was saved.
+    `window`: the result of the method `window` when the checkpoint of step `start` was saved.
     """
 
     def __init__(self, run: Run, run_log: RunLog, start: int, window: Mapping[str, Any]):
         self._run, self.run_log = run, run_log
         self._pending: tuple[int, Metrics] | None = None
         self._totals: Metrics = {name: _average(*sums) for name, sums in window.items()}
-        self._since = start  # of the rates, which are those of this process
+        self._since = start  # start of the rates, which are those of this process
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Add the metrics of a step that has just been dispatched; read those of the step before."""

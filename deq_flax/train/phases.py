@@ -191,17 +191,17 @@ class Phase:
     """One kind of step. Static and hashable: each distinct phase is compiled once."""
 
     name: str
-    """For the progress lines."""
+    """Name in the progress lines."""
     solver: Solver | None = None
-    """None: the model has no equilibrium."""
+    """Forward solver; None: the model has no equilibrium."""
     gradient: Gradient | None = None
     jacobian_loss: bool = False
     """Add the Jacobian loss."""
     jacobian_through_equilibrium: bool = False
     consistency_weight: float = 0.0
-    """Of the consistency loss on the solver's trajectory."""
+    """Weight of the consistency loss on the solver's trajectory; 0: none."""
     limited: bool = True
-    """Whether the step's limit on evaluations applies; if not, only the solver's own does."""
+    """Apply the step's limit on evaluations, not the solver's own alone."""
     slots: int = 0
     """Solve each batch through a queue with as many slots; 0: all samples at once."""
 
@@ -238,7 +238,7 @@ class PhaseSolve:
     max_steps: jax.Array | int | None = None
     probe: jax.Array | None = None
     jacobian_key: jax.Array | None = None
-    """None: no Jacobian loss."""
+    """Random key of the Jacobian loss; None: no such loss."""
     jacobian_through_equilibrium: bool = False
     slots: int = 0
     consistency_weight: float = 0.0
@@ -287,7 +287,7 @@ class EquilibriumPhases(Phases):
     def __init__(self, deq: DEQOptions, seed: int):
         self._deq, self._seed = deq, seed
         gradient, through = deq.training_gradient(), deq.jacobian_through_equilibrium
-        # A number of steps that never changes is one of the program, not an argument of it.
+        # A number of steps that never changes is a constant of the program, not an argument.
         limited = deq.max_steps_jitter > 0 or not isinstance(gradient, Unroll)
         self._training = Phase(
             "equilibrium",

@@ -80,10 +80,11 @@ def state_shardings(
     """Shardings of the state's arrays: a tree for parameters and optimizer, one for all arrays of each other field.
 
     Args:
-      model: of which the shapes and the metadata of the Params are used.
-      optimizer, params: whose state is sharded; shapes suffice.
-      mesh: of the run.
-      ema: whether there is a running average of the parameters.
+      model: a model with the shapes and the metadata of the Params.
+      optimizer: the optimizer whose state is sharded.
+      params: the parameters; shapes suffice.
+      mesh: mesh of the run.
+      ema: keep a running average of the parameters.
     """
     by_param, everywhere = named_shardings(param_specs(model, mesh), mesh), replicated(mesh)
     return TrainState(
@@ -117,16 +118,16 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
 ) -> TrainStep:
-    """`step(state, batch, scalars, number, phase=)` -> (next state, metrics). `state` is donated; `phase` is static.
+    """Compile `step(state, batch, scalars, number, phase=)` -> (next state, metrics); `state` is donated, `phase` static.
 
     Randomness depends on the seed, the step's number and the part of the batch alone. An update whose loss or gradient is not
     finite leaves everything, the carry too, as it was, and is counted.
 
     Args:
-      shardings: of the state, before and after; see `state_shardings`.
-      seed: of dropout and of the Jacobian loss's vectors.
-      accumulate: micro-batches, taken one after the other; their gradients are averaged.
-      ema_decay: of the running average of the parameters.
+      shardings: shardings of the state, before and after; see `state_shardings`.
+      seed: seed of dropout and of the Jacobian loss's vectors.
+      accumulate: number of micro-batches, taken one after the other; their gradients are averaged.
+      ema_decay: decay of the running average of the parameters; 0: none.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
 
@@ -146,7 +147,7 @@ def make_train_step(
     def local(
         stored: Any, variables: Any, carry: Carry, batch: Batch, scalars: StepScalars, number: jax.Array, *, phase: Phase
     ) -> tuple:
-        """On each device: its part of the batch. Returns means over all devices, gradients in the parts that are stored."""
+        """Compute one device's part of the batch. Returns means over all devices, gradients in the parts that are stored."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), jax.lax.axis_index(BATCH))
         params = gather(stored, specs)
 
@@ -211,10 +212,10 @@ def make_train_step(
 
 
 def make_eval_step(task: Task, graphdef: Any, mesh: Mesh, phase: Phase) -> EvalStep:
-    """`step(params, variables, batch, carry, scalars)` -> (next carry, metrics).
+    """Compile `step(params, variables, batch, carry, scalars)` -> (next carry, metrics).
 
     Nothing is random, and nothing but the carry is remembered; `scalars` may limit the evaluations. `params` are whole on every
-    device, but for what `tensor` splits. `phase`: of evaluation.
+    device, but for what `tensor` splits. `phase`: the phase of evaluation.
     """
 
     def local(params: Any, variables: Any, batch: Batch, carry: Carry, scalars: StepScalars) -> tuple[Carry, Metrics]:

@@ -17,7 +17,7 @@ class Stop:
     """Name of the signal; empty before one has been received."""
 
     def requested(self, step: int) -> bool:
-        """Return whether to stop after `step`; to be called after every step.
+        """Return True if the run is to stop after `step`; to be called after every step.
 
         Several processes stop after the same step, though the signal reaches each at its own time.
         """

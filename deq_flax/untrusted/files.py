@@ -11,9 +11,9 @@ from typing import Any
 from deq_flax.errors import UserError
 
 MAX_JSON_BYTES = 1 << 23
-"""Size of a JSON file; the record of a checkpoint has 100 bytes an array."""
+"""Largest size of a JSON file in bytes; the record of a checkpoint has 100 bytes an array."""
 MAX_DEPTH = 32
-"""Lists and objects within each other; a checkpoint's record has six."""
+"""Most lists and objects within each other; a checkpoint's record has six."""
 SHOWN = 5
 """Names that a message lists."""
 WIDTH = 120
@@ -101,6 +101,6 @@ def listed(names: Iterable[object]) -> str:
 
 
 def _plain(value: object) -> str:
-    """Numbers as they are; of other things, which may be large or nested, their type."""
+    """A value as a message may show it: a number; of anything else, which may be large or nested, the type."""
     small = value is None or isinstance(value, bool) or (isinstance(value, int) and value.bit_length() < 64)
     return str(value) if small else type(value).__name__

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_INSTRUCTIONS = 1 << 20
-"""Of one pickle: a tensor takes about 40. A million take two seconds."""
+"""Most instructions of one pickle: a tensor takes about 40, and a million take two seconds."""
 MAX_BITS = 256
-"""Of an integer."""
+"""Most bits of an integer."""
 
 _LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -39,7 +39,7 @@ class NameRefusedError(PickleError):
 
 @dataclass(frozen=True)
 class Named:
-    """What a pickle gets for a name."""
+    """The stand-in that a pickle gets for a name."""
 
     value: Any
     """The table's entry."""
@@ -56,13 +56,13 @@ def unpickle(
 
     Args:
       stream: the content of a file.
-      table: what a pickle may name, (module, name) -> a function to be called, or a value. The arguments of all calls may have
-        no more elements together than the stream has bytes.
+      table: the names that a pickle may use, (module, name) -> a function to be called, or a value. The arguments of all calls
+        may have no more elements together than the stream has bytes.
       persistent_load: makes the object of a persistent reference. None: such a reference is refused.
-      encoding: of the byte strings of Python 2; None: they remain bytes.
+      encoding: encoding of the byte strings of Python 2; None: they remain bytes.
 
     Raises:
-      PickleError: see there. Functions of the table may raise others.
+      PickleError: the pickle is damaged or does something else. Functions of the table may raise other errors.
     """
     return _Machine(table, persistent_load, encoding, budget=stream.getbuffer().nbytes).run(stream)
 
@@ -109,7 +109,7 @@ class _Machine:
         self._marks.append(len(self._stack))
 
     def _popped(self) -> list[Any]:
-        """What lies above the last mark."""
+        """Take the values above the last mark off the stack, and return them."""
         place = self._marks.pop()
         items = self._stack[place:]
         del self._stack[place:]
@@ -175,7 +175,7 @@ class _Machine:
         set_state = getattr(self._stack[-1], "__setstate__", None)
         if set_state is not None:
             set_state(state)
-        elif not isinstance(self._stack[-1], dict):  # of a dictionary, attributes do not matter
+        elif not isinstance(self._stack[-1], dict):  # the attributes of a dictionary do not matter
             raise PickleError("it sets attributes on a name or a number")
 
     def _reference(self, _: Any) -> None:

@@ -36,9 +36,8 @@ class Propagation(nnx.Module):
 
 class GraphNetwork(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        nodes = np.arange(CHAINS * LENGTH).reshape(CHAINS, LENGTH)
-        left, right = nodes[:, :-1].ravel(), nodes[:, 1:].ravel()
-        edges = np.concatenate([left, right]), np.concatenate([right, left])
+        left = np.arange(CHAINS * LENGTH).reshape(CHAINS, LENGTH)[:, :-1].ravel()
+        edges = np.concatenate([left, left + 1]), np.concatenate([left + 1, left])
         self.encoder = nnx.Linear(2, width, use_bias=False, rngs=rngs)
         self.cell = Propagation(width, *edges, rngs=rngs)
         self.layer = Equilibrium(self.cell, solver=Broyden(tol=1e-5, max_steps=80), batched=False)

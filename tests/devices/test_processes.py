@@ -1,6 +1,7 @@
 """Laws of several processes: they are one run, which any other number of processes may continue."""
 
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from tests.commands import ROOT
 from tests.train.commands import arguments, finish, metrics, one_process, read_until, several
 
 STEPS = 30
+STACK = re.compile(r"Traceback|[Ss]tack trace|^ +@ +0x|Fatal Python error|Check failure", re.MULTILINE)
+"""Signs of a stack, Python's or C++'s."""
 
 
 @pytest.mark.parametrize(
@@ -133,3 +136,4 @@ def test_when_one_process_is_killed_the_other_ends_and_says_why(tmp_path, number
     code, out = finish(processes, timeout=90)
     assert code != 0 and time.monotonic() - start < 60
     assert "another process has ended" in out or "another task died" in out, out
+    assert not STACK.search(out), out

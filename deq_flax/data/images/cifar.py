@@ -23,7 +23,7 @@ from deq_flax.untrusted.pickles import unpickle
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
 MAX_BYTES = 1 << 28
-"""Size of a batch file; the published ones have 31 MB."""
+"""Largest size of a batch file; the published ones have 31 MB."""
 _CHUNK = 1000
 """Image files that are decoded between updates of the progress bar."""
 _BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
@@ -104,7 +104,7 @@ class _DType:
         self.name = name
 
     def __setstate__(self, state: Any) -> None:
-        """Ignore byte order and the like, which bytes do not have."""
+        """Ignore the state, such as a byte order, which arrays of bytes do not have."""
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -121,7 +121,7 @@ _TABLE = {
     ("numpy", "dtype"): _DType,
     ("_codecs", "encode"): _encode,
 }
-"""What a batch may name."""
+"""Names that a batch may use, with their stand-ins."""
 
 
 def _images(rows: np.ndarray) -> np.ndarray:

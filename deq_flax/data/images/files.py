@@ -29,18 +29,18 @@ THREADS = min(16, os.cpu_count() or 1)
 """Threads that decode; Pillow releases the GIL meanwhile."""
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
-"""Formats that are decoded, by Pillow's names. Of its others some start programs: PostScript, for one."""
+"""Formats that are decoded, by Pillow's names. Some of its other formats, such as PostScript, start programs."""
 MAX_BYTES = 1 << 28
-"""Size of an encoded image."""
+"""Largest size of an encoded image."""
 MAX_PIXELS, LARGE = 1 << 26, 1 << 24
-"""Pixels of an image; and of one that is decoded while no other large one is."""
+"""Most pixels of an image; and number of pixels above which images are decoded one at a time."""
 _PPM_HEADER = re.compile(rb"P[1-6](?:\s+(?:#[^\n]*\n\s*)*[0-9]{1,9}){2,3}\s")
-"""Pillow reads one byte at a time, however long the header is."""
+"""Header of a PPM file, of bounded length: Pillow reads it byte by byte, however long it is."""
 MAX_PLAIN_BYTES = 1 << 22
-"""Size of a PPM file whose pixels are decimal text, which takes Pillow a second for each megabyte."""
+"""Largest size of a PPM file whose pixels are decimal text, which takes Pillow a second for each megabyte."""
 
 _OUTSIDE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors that say nothing about a file."""
+"""Errors of the machine, which say nothing about the file."""
 
 _log = logging.getLogger("deq_flax")
 
@@ -155,7 +155,7 @@ def open_image(content: bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def decoding(*images: Image.Image) -> Generator[None]:
-    """Decode images in a `with` block: of large ones those of one block at a time. Their pixels are freed at its end."""
+    """Decode images in a `with` block, which frees their pixels at its end; blocks with large images run one at a time."""
     large = max(image.width * image.height for image in images) > LARGE
     with _one_large if large else contextlib.nullcontext():
         try:

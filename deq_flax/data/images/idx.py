@@ -24,7 +24,7 @@ def load_idx(path: str, published: str) -> dict[str, LabeledArrays]:
 
     Args:
         path: the folder of {train,t10k}-{images-idx3,labels-idx1}-ubyte, gzipped or not.
-        published: where the files are published, for messages.
+        published: publisher of the files, for messages.
 
     Raises:
         UserError: a file is missing or damaged, or the numbers of images and labels differ.

@@ -27,7 +27,7 @@ class ArrayExamples:
     images_NHWC: np.ndarray
     labels_N: np.ndarray
     augment: str = "none"
-    """'none', 'crop' or 'crop_flip'."""
+    """Augmentation of training images: 'none', 'crop' or 'crop_flip'."""
     pad: int = 0
     """Largest shift of 'crop' and 'crop_flip', in pixels."""
 
@@ -75,7 +75,7 @@ class EncodedExamples:
     resize: int
     """Length that the shorter side is resized to in evaluation, before the central crop."""
     augment: str = "none"
-    """'none' or 'resized_crop_flip'."""
+    """Augmentation of training images: 'none' or 'resized_crop_flip'."""
 
     def __post_init__(self):
         if self.augment not in ("none", "resized_crop_flip"):

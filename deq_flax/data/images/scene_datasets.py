@@ -85,8 +85,8 @@ def load_scenes(options: SceneOptions, num_classes: int = 0) -> SceneData:
     """Load the data set `options.name`. Any of them may also be given as lists of pairs.
 
     Args:
-        options: which data set, where it is, and how it is cropped.
-        num_classes: the number of classes of the model; used only by 'folders', which cannot know it.
+        options: section `data` of the config.
+        num_classes: the number of classes of the model; used only for 'folders', whose files do not tell it.
 
     Raises:
         UserError: an unknown name, files that are missing, or an option that does not suit them.
@@ -223,7 +223,7 @@ def _pairs_in_lists(tree: FileTree, names: Iterable[str]) -> Pairs:
 
 
 def _read_list(tree: FileTree, file: str, named: set[str]) -> list[Scene]:
-    """Read one pair a line."""
+    """Read a list with one pair on each line."""
     scenes = []
     for number, line in enumerate(_read_text(tree, file).splitlines(), 1):
         parts = line.split()

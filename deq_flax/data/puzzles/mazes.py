@@ -17,7 +17,7 @@ _STEPS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 _STARTS = 50
 """Starts that are tried in a maze before it is given up."""
 _PATIENCE = 1000
-"""Mazes in a row without a path of the wanted length after which there is none."""
+"""Mazes in a row without a path of the wanted length after which the search is given up."""
 
 
 def mazes(
@@ -26,9 +26,9 @@ def mazes(
     """Mazes (N, S, S) and their solutions, in which the cells between start and goal are path.
 
     Args:
-      side: S, at least 5.
-      count: N.
-      random: decides everything.
+      side: side S of the mazes, at least 5.
+      count: number N of mazes.
+      random: generator that draws everything.
       path_lengths: least and largest number of steps from start to goal; each length is as likely. With side 30 and (100, 140)
         it is the distribution of Maze-Unique (Huang et al. 2026, arXiv:2605.21488). (): start and goal are random.
 
@@ -89,7 +89,7 @@ def perfect_mazes(side: int, count: int, random: np.random.Generator) -> np.ndar
 def _with_paths(
     open_NSS: np.ndarray, lengths_N: np.ndarray | None, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which mazes got a path (N,), and inputs and targets (N, S, S); of the given lengths, or of any."""
+    """Draw a path in each maze, of the given length or of any: which mazes got one (N,), inputs and targets (N, S, S)."""
     count, side = open_NSS.shape[:2]
     rows = np.arange(count)
     flat = open_NSS.reshape(count, -1)
@@ -133,7 +133,7 @@ def distances(open_NSS: np.ndarray, start_N: np.ndarray, at_most: int | None = N
         far[rows, front], unseen[rows, front] = steps, False
         if steps == at_most:
             break
-        # Of a tree each cell is reached from one side only: the front has no duplicates. The border is wall.
+        # In a tree each cell is reached from one side only, so the front has no duplicates; the border is wall.
         around = np.stack([front + step for step in (1, -1, side, -side)], axis=1)
         i, j = np.nonzero(unseen[rows[:, None], around])
         rows, front, steps = rows[i], around[i, j], steps + 1

@@ -60,11 +60,11 @@ class PuzzleOptions:
     augment: bool = False
     """Show each Sudoku under a random symmetry in training: digits, rows, columns, transposition."""
     path_lengths: tuple[int, ...] = ()
-    """Least and largest number of steps from start to goal of a maze, each as likely; (): random starts and goals."""
+    """Least and largest number of steps from start to goal of a maze, all equally likely; (): random starts and goals."""
     clues: int = 0
-    """Clues of a Sudoku that is generated; 0: as few as it can spare."""
+    """Clues of a generated Sudoku; 0: as few as keep its solution the only one."""
     grades: tuple[int, ...] = ()
-    """Least and largest grade of a Sudoku that is generated, the guesses that a solver by singles needs; (): any."""
+    """Least and largest grade of a generated Sudoku: the number of guesses that a solver by singles needs; (): any."""
     pictures: int = 8
     """Validation puzzles shown with their predictions, for mazes and Sudoku; 0: none."""
 
@@ -136,7 +136,7 @@ class Puzzle:
     symbols: Callable[[int], tuple[int, int]]
     """Size -> numbers of input and of output symbols."""
     fits: Callable[[int], bool]
-    """Whether there are puzzles of a size."""
+    """Size -> True if there are puzzles of it."""
     sizes: str
     """The sizes that fit, in words."""
     augment: Callable[..., Arrays] | None = None
@@ -234,7 +234,7 @@ def _selected(
 
 
 def _chunks(puzzle: Puzzle, options: PuzzleOptions, size: int) -> Iterator[Arrays]:
-    """Puzzles without end, a function of name, size, seed and the options of the generator."""
+    """Yield puzzles without end, a function of name, size, seed and the options of the generator."""
     assert puzzle.generate is not None
     random = np.random.default_rng((options.seed, size))
     while True:

@@ -15,10 +15,10 @@ def sudokus(side: int, count: int, random: np.random.Generator, clues: int = 0) 
     `count_solutions`: 0 for a puzzle that singles solve.
 
     Args:
-      side: S, one of `BOXES`.
-      count: N.
-      random: decides everything.
-      clues: stop at this number of clues; 0: at a puzzle of which no clue can be spared.
+      side: side S of the boards, one of `BOXES`.
+      count: number N of puzzles.
+      random: generator that draws everything.
+      clues: number of clues to stop at; 0: stop where no clue can be spared.
     """
     solution_NC = full_boards(side, count, random)
     puzzle_NC = solution_NC.copy()
@@ -40,7 +40,7 @@ def sudokus(side: int, count: int, random: np.random.Generator, clues: int = 0) 
 
 
 def full_boards(side: int, count: int, random: np.random.Generator) -> np.ndarray:
-    """Random full boards (N, C): random guesses with singles in between; a board that fails starts again."""
+    """Random full boards (N, C), made by random guesses with singles in between; a board that fails starts again."""
     empty = candidates(np.zeros((count, side * side), np.uint8), side)
     masks, choose = empty.copy(), RandomBit(random, side)
     unfinished = np.arange(count)
@@ -53,7 +53,7 @@ def full_boards(side: int, count: int, random: np.random.Generator) -> np.ndarra
 
 
 def is_solution(puzzle_NSS: np.ndarray, solution_NSS: np.ndarray) -> np.ndarray:
-    """Which solutions (N,) are full valid boards that keep the clues of their puzzles."""
+    """Return which solutions are full valid boards that keep the clues of their puzzles, (N,) bool."""
     count, side = solution_NSS.shape[:2]
     masks = candidates(solution_NSS.reshape(count, -1), side)
     full = ((solution_NSS > 0) & (solution_NSS <= side)).all(axis=(1, 2))
@@ -84,7 +84,7 @@ def random_symmetry(
 def symmetric_key(puzzle_NSS: np.ndarray) -> np.ndarray:
     """Numbers (N, K) that are the same for puzzles that `random_symmetry` turns into each other.
 
-    How often each digit occurs, and how many clues the lines of each band and stack have, all in sorted order.
+    The numbers are the counts of each digit, and of the clues in the lines of each band and stack, all in sorted order.
     """
     count, side = puzzle_NSS.shape[:2]
     height, width = BOXES[side]
@@ -106,7 +106,7 @@ def _sorted_lines(clues_NS: np.ndarray, thickness: int) -> np.ndarray:
 
 
 def _less(a_NK: np.ndarray, b_NK: np.ndarray) -> np.ndarray:
-    """Whether a comes before b in lexicographic order, (N,)."""
+    """Return where a comes before b in lexicographic order, (N,) bool."""
     first = np.argmax(a_NK != b_NK, axis=1)[:, None]
     return (np.take_along_axis(a_NK, first, axis=1) < np.take_along_axis(b_NK, first, axis=1))[:, 0]
 

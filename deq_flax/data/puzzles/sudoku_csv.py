@@ -56,7 +56,7 @@ def _boards(texts: list[str]) -> np.ndarray:
 
 
 def _named(rows: list[int]) -> str:
-    """'line 3 is', '7 lines (3, 4, 9, 12, 15, ...) are'."""
+    """The subject and verb of a message about rows: 'line 3 is', '7 lines (3, 4, 9, 12, 15, ...) are'."""
     if len(rows) == 1:
         return f"line {rows[0]} is"
     more = ", ..." if len(rows) > _SHOWN else ""

@@ -14,7 +14,7 @@ BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 
 
 Choose = Callable[[np.ndarray], np.ndarray]
-"""Masks (M,) to one of the bits of each."""
+"""Function from masks (M,) to one bit of each."""
 
 
 class Layout(NamedTuple):
@@ -51,7 +51,7 @@ def digits(masks_MC: np.ndarray) -> np.ndarray:
 
 
 def propagate(masks_MC: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Masks after naked and hidden singles have done all they can, and which boards (M,) contradict themselves."""
+    """Apply naked and hidden singles while they change anything: the masks, and which boards (M,) contradict themselves."""
     units_US, units_of_C3, every = layout(side)
     masks, wrong = masks_MC.copy(), np.zeros(len(masks_MC), bool)
     active = np.arange(len(masks))
@@ -83,8 +83,8 @@ def propagate(masks_MC: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
 def count_solutions(masks_MC: np.ndarray, side: int, at_most: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """The number of solutions of every board (M,), not counted beyond `at_most`, and the guesses (M,) that it took.
 
-    A guess is made where singles do not suffice: at the first cell of fewest candidates, that its lowest one is right, and that
-    it is not. The guesses are those of the whole search, so a board with one solution has a number of its own: its grade.
+    Where singles do not suffice, the search branches at the first cell of fewest candidates: its lowest candidate is right, or
+    it is not. All guesses of the search count, so that their number is a property of a board with one solution: its grade.
     """
     solutions, guesses = np.zeros(len(masks_MC), np.int64), np.zeros(len(masks_MC), np.int64)
     masks, owner = masks_MC, np.arange(len(masks_MC))
@@ -100,7 +100,7 @@ def count_solutions(masks_MC: np.ndarray, side: int, at_most: int = 2) -> tuple[
 
 
 def branch(masks_MC: np.ndarray, choose: Choose) -> tuple[np.ndarray, np.ndarray]:
-    """The boards with a candidate of the first cell of fewest assumed right, and with it excluded."""
+    """Branch at the first cell of fewest candidates: the boards with one of them assumed right, and with it excluded."""
     rows = np.arange(len(masks_MC))
     number = np.where(_is_single(masks_MC), 99, np.bitwise_count(masks_MC))
     cell = np.argmin(number, axis=1)
@@ -117,7 +117,7 @@ def lowest_bit(mask_M: np.ndarray) -> np.ndarray:
 
 
 class RandomBit:
-    """A random bit of each mask, in place of `lowest_bit`."""
+    """A `Choose` that draws a random bit of each mask, in place of `lowest_bit`."""
 
     def __init__(self, random: np.random.Generator, side: int):
         self._random, self._side = random, side

@@ -7,7 +7,7 @@ import numpy as np
 from deq_flax.untrusted.files import check_regular
 
 MAX_HEADER = 10_000
-"""Bytes of a header; NumPy writes 118 for a one-dimensional array."""
+"""Most bytes of a header; NumPy writes 118 for a one-dimensional array."""
 
 
 def map_npy(path: Path) -> np.ndarray:
@@ -20,7 +20,7 @@ def map_npy(path: Path) -> np.ndarray:
     check_regular(path)
     with path.open("rb") as file:
         start = file.read(12)
-    # Of 2 bytes in version 1, 4 in later ones: NumPy would read all of a header before it looks at its length.
+    # The length has 2 bytes in version 1, 4 in later ones; NumPy would read the whole header before it checks the length.
     if (
         not start.startswith(b"\x93NUMPY")
         or int.from_bytes(start[8:10] if start[6:7] == b"\x01" else start[8:12], "little") > MAX_HEADER
@@ -30,5 +30,5 @@ def map_npy(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # of many types: the header is Python source, read as a literal
+    except Exception as error:  # any of many types: the header is Python source, read as a literal
         raise ValueError(" ".join(str(error).split())[:160] or type(error).__name__) from error

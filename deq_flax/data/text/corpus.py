@@ -24,7 +24,7 @@ from deq_flax.untrusted.files import read_json, read_text, shown
 CORPUS_FILE = "corpus.json"
 """File beside token arrays: `vocab_size`, and `tokens` and `bytes` by split."""
 MAX_IDS = 1 << 24
-"""Ids of a vocabulary whose size nothing tells but the largest id."""
+"""Most ids of a vocabulary whose size only the largest id tells."""
 CHUNK = 1 << 22
 """Tokens of a memory-mapped text that are examined at once."""
 
@@ -99,7 +99,7 @@ def load_text(options: TextOptions, vocab_size: int = 0) -> Corpus:
     """Load the text `options.name`, encoding it into the cache if it is not there yet.
 
     Args:
-        options: which text, and where it is.
+        options: section `data` of the config.
         vocab_size: the number of ids that the model has; 0: that of the text. A text with more is refused, and 'tokens',
             which has no vocabulary, takes this one as its own.
 

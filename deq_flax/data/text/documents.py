@@ -9,7 +9,7 @@ from deq_flax.errors import UserError
 from deq_flax.untrusted.files import check_regular
 
 PIECE_BYTES = 1 << 16
-"""Bytes of a piece, about; a longer line is cut, between characters."""
+"""Approximate size of a piece in bytes; a longer line is cut between characters."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Documents:
         return sum(file.stat().st_size for file in self.files)
 
     def pieces(self, progress: Callable[[int], object] = lambda n_bytes: None) -> Iterator[tuple[str, bool]]:
-        """Yield pieces of text, each with whether it ends its file.
+        """Yield pieces of text, each with True if it ends its file.
 
         Args:
             progress: called with the number of bytes read, after each read.

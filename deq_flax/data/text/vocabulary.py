@@ -14,9 +14,9 @@ VOCABULARY_FILE = "vocabulary.txt"
 EOS = "<eos>"
 UNK = "<unk>"
 MAX_WORDS = 1 << 21
-"""Different words of a text. A million take 150 MB; wikitext-103 has 267,735."""
+"""Most different words of a text. A million take 150 MB; wikitext-103 has 267,735."""
 MAX_BYTES = 1 << 28
-"""Size of a vocabulary's file."""
+"""Largest size of a vocabulary's file in bytes."""
 
 
 def count_words(pieces: Iterable[str], *, lower_case: bool = False) -> Counter[str]:

@@ -45,8 +45,8 @@ def closed_over(
 ) -> tuple[Callable[[jax.Array, list[Any], list[Any]], jax.Array], list[Any], list[Any]]:
     """Return (pure_f, floating, others): pure_f(x, floating, others) is f(x), with its traced closure as arguments.
 
-    For `jax.custom_vjp`, which differentiates arguments only. `floating` may need a gradient; `others`, integers and random
-    keys, cannot have one, but must be arguments too, since vmap and scan may have traced them. `jax.closure_convert` does not
+    `jax.custom_vjp` differentiates arguments only. `floating` may need a gradient; `others`, integers and random keys, cannot
+    have one, but must be arguments too, since vmap and scan may have traced them. `jax.closure_convert` does not
     separate the two.
     """
     closed = jax.make_jaxpr(f)(x)

@@ -35,7 +35,7 @@ class Implicit:
     """Relative tolerance of the adjoint solve; None takes that of its solver, or 1e-6 if it is the forward one and absolute.
     The error of the gradient is about this plus the forward one."""
     max_steps: int | None = None
-    """Limit on vector-Jacobian products of the adjoint solve, if not its solver's."""
+    """Limit on vector-Jacobian products of the adjoint solve; None takes that of its solver."""
 
     def __post_init__(self):
         if self.solver is not None and (isinstance(self.solver, type) or not isinstance(self.solver, LinearSolver)):

@@ -108,5 +108,5 @@ class _At(NamedTuple):
 
 
 def _repeat(step: Callable[[_At], _At], count: jax.Array | int, start: _At) -> _At:
-    """Take `count` steps, none if it is not positive. A loop whose length the program does not depend on."""
+    """Take `count` steps, none if it is not positive, in a loop whose length is no part of the program."""
     return jax.lax.while_loop(lambda at: at.k < count, step, start)

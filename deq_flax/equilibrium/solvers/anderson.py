@@ -43,8 +43,8 @@ class Anderson(Solver):
     """Weight of f(z) against z in the combined iterates, in (0, 1]; 1 combines values of f alone."""
     restart: bool = False
     """When `memory` iterates are held, go on from the newest third and the next one, where the published algorithm drops the
-    oldest in each step. Solves more hard problems (benchmarks/battery.py), but took a DEQ-Transformer limited to 16 evaluations
-    more of them, and to a higher perplexity."""
+    oldest in each step. Solves more hard problems (benchmarks/battery.py), but a DEQ-Transformer limited to 16 evaluations took
+    more of them and reached a higher perplexity."""
     ridge: float = 1e-4
     """Tikhonov regularization of the combination's weights, relative to the squared residuals."""
 
