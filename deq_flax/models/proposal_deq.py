@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_flax.models.language_model import EquilibriumTransformer, TransformerOptions
+from deq_flax.models.deq_transformer import EquilibriumTransformer
+from deq_flax.models.language_model import TransformerOptions
 from deq_flax.models.layers import LayerMemory, fresh_memory, layer_contexts, next_layer_memory, run_layers
 from deq_flax.nn.transformer import TransformerCell
 
