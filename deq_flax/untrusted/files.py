@@ -14,6 +14,8 @@ MAX_JSON_BYTES = 1 << 23
 """Size of a JSON file; the record of a checkpoint has 100 bytes an array."""
 MAX_DEPTH = 32
 """Lists and objects within each other; a checkpoint's record has six."""
+MAX_INTEGER = 1 << 53
+"""Bound on the integers in JSON that are taken; readers agree on those below."""
 SHOWN = 5
 """Names that a message lists."""
 WIDTH = 120
