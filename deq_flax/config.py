@@ -81,7 +81,7 @@ def resolve(mapping: Mapping[str, Any], overrides: Sequence[Override] = ()) -> C
     sections = section_types(merged)
     for name in merged:
         if name not in (*sections, "task"):
-            raise UserError(f"the config has no section {name!r}{options.suggestion(name, sections)}")
+            raise options.UnknownKeyError(f"the config has no section {name!r}{options.suggestion(name, sections)}")
     made: dict[str, Any] = {"deq": None, "loss": None}
     for name, cls in sections.items():
         part = merged.get(name, {})
@@ -239,7 +239,7 @@ def _override(mapping: dict[str, Any], key: str, text: str | None) -> None:
         mapping.setdefault("model", {})["name"] = text
         return
     if section not in types:
-        raise UserError(f"--config has no section {section!r}{options.suggestion(section, types)}")
+        raise options.UnknownKeyError(f"--config has no section {section!r}{options.suggestion(section, types)}")
     if not name:
         raise UserError(f"{section} is a section of the config: set its keys, --config.{section}.KEY=VALUE")
     option, _, inner = name.partition(".")

@@ -23,6 +23,10 @@ _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 _NOUNS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
 
 
+class UnknownKeyError(UserError):
+    """A config has no section or key of this name."""
+
+
 def make(cls: type[Options], values: Mapping[str, Any], where: str, **given: Any) -> Options:
     """An instance of the dataclass `cls` from `values`; what is absent takes its default.
 
@@ -101,9 +105,9 @@ def docs_of(cls: type) -> dict[str, str]:
 
 
 def require_known(name: str, known: Iterable[str], where: str) -> None:
-    """Raise UserError unless `name` is among the known names of the options at `where`."""
+    """Raise UnknownKeyError unless `name` is among the known names of the options at `where`."""
     if name not in (known := list(known)):
-        raise UserError(f"{where} has no key {name!r}{suggestion(name, known)}")
+        raise UnknownKeyError(f"{where} has no key {name!r}{suggestion(name, known)}")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
