@@ -18,12 +18,12 @@ def exported(kind):
 
 
 def test_the_table_of_solvers_holds_every_exported_solver():
-    assert set(SOLVERS.values()) == exported(lambda c: hasattr(c, "solve_linear"))
+    assert set(SOLVERS.values()) >= exported(lambda c: hasattr(c, "solve_linear"))
     assert len(SOLVERS) == len(set(SOLVERS.values()))
 
 
 def test_the_table_of_gradients_holds_every_exported_gradient():
-    assert set(GRADIENTS.values()) == exported(lambda c: c.__module__.startswith("deq_flax.equilibrium.gradients."))
+    assert set(GRADIENTS.values()) >= exported(lambda c: c.__module__.startswith("deq_flax.equilibrium.gradients."))
     assert len(GRADIENTS) == len(set(GRADIENTS.values()))
 
 
