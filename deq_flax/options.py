@@ -7,12 +7,14 @@ names, their annotations the types, and the string below a field is its document
 import ast
 import dataclasses
 import difflib
-import functools
 import inspect
+import re
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from deq_flax.errors import UserError
@@ -83,9 +85,11 @@ def hints_of(cls: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-@functools.cache
 def docs_of(cls: type) -> dict[str, str]:
-    """Name -> documentation of every option: the string literal below the field, on one line."""
+    """Name -> documentation of every option: the string literal below the field, on one line.
+
+    `{TABLE}` in it stands for the names in the table TABLE of the module that defines the field.
+    """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if base is object or not dataclasses.is_dataclass(base):
@@ -97,11 +101,17 @@ def docs_of(cls: type) -> dict[str, str]:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 name = statement.target.id
             elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                docs[name] = " ".join(str(statement.value.value).split())
+                docs[name] = re.sub(r"{(\w+)}", partial(_names, base), " ".join(str(statement.value.value).split()))
                 name = None
             else:
                 name = None
     return docs
+
+
+def _names(cls: type, table: re.Match[str]) -> str:
+    """The names in a table of the module of `cls`: 'a, b or c'."""
+    *names, last = vars(sys.modules[cls.__module__])[table[1]]
+    return f"{', '.join(names)} or {last}" if names else last
 
 
 def require_known(name: str, known: Iterable[str], where: str) -> None:

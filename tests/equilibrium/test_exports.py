@@ -8,7 +8,7 @@ import pytest
 
 import deq_flax
 from deq_flax import equilibrium
-from deq_flax.equilibrium import GRADIENTS, SOLVERS, LinearSolver, Solver, fixed_point
+from deq_flax.equilibrium import GRADIENTS, SOLVERS, LinearSolver, Solver, fixed_point, gradients
 
 
 def exported(kind):
@@ -25,6 +25,7 @@ def test_the_table_of_solvers_holds_every_exported_solver():
 def test_the_table_of_gradients_holds_every_exported_gradient():
     assert set(GRADIENTS.values()) >= exported(lambda c: c.__module__.startswith("deq_flax.equilibrium.gradients."))
     assert len(GRADIENTS) == len(set(GRADIENTS.values()))
+    assert all(f"| `{cls.__name__}` |" in (gradients.__doc__ or "") for cls in GRADIENTS.values())
 
 
 @pytest.mark.parametrize("cls", [*SOLVERS.values(), *GRADIENTS.values()], ids=lambda c: c.__name__)
