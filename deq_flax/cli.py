@@ -207,9 +207,8 @@ def _read_config(argv: Sequence[str], of_run: OfRun | None, flag_values: flags.F
     if mapping is not None:
         try:
             flag.resolved = resolve(mapping, flag.overrides)
-        except UserError as error:
-            unknown = "has no key" in str(error) or "has no section" in str(error)
-            raise UserError(f"{error}{f' To list the keys: {listed} --help' if unknown else ''}") from error
+        except options.UnknownKeyError as error:
+            raise UserError(f"{error} To list the keys: {listed} --help") from error
     return rest
 
 

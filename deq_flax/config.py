@@ -81,7 +81,7 @@ def resolve(mapping: Mapping[str, Any], overrides: Sequence[Override] = ()) -> C
     sections = section_types(merged)
     for name in merged:
         if name not in (*sections, "task"):
-            raise UserError(f"the config has no section {name!r}{options.suggestion(name, sections)}")
+            raise options.UnknownKeyError(f"the config has no section {name!r}{options.suggestion(name, sections)}")
     made: dict[str, Any] = {"deq": None, "loss": None}
     for name, cls in sections.items():
         part = merged.get(name, {})
@@ -128,29 +128,29 @@ def to_dict(config: Config) -> dict[str, Any]:
     return {name: part for name, part in dataclasses.asdict(config).items() if part is not None}
 
 
-def from_stored(mapping: Any, *, vocab_size: int = 0) -> Config:
+def from_stored(mapping: Any) -> Config:
     """The config that a checkpoint or a config.json holds, also one written by an earlier version.
 
-    `vocab_size`: the number of words in the checkpoint's arrays, for configs that left it to the text.
+    One from before 0.1.0 may hold a `model.vocab_size` of 0: it left it to the text.
 
     Raises:
       UserError: it is not a config.
     """
     try:
-        return resolve(_upgraded(mapping, vocab_size))
+        return resolve(_upgraded(mapping))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError("it is not the config of a model, or was not written by this package") from error
 
 
-def read_run_config(workdir: Path, *, vocab_size: int = 0) -> Config:
-    """The config of a run, from its config.json; `vocab_size` as for `from_stored`. UserError: none that can be read."""
-    return read_config(workdir / "config.json", vocab_size=vocab_size)
+def read_run_config(workdir: Path) -> Config:
+    """The config of a run, from its config.json. UserError: none that can be read."""
+    return read_config(workdir / "config.json")
 
 
-def read_config(path: Path, *, vocab_size: int = 0) -> Config:
-    """The config in a JSON file; `vocab_size` as for `from_stored`. UserError: the file cannot be read, or is not a config."""
+def read_config(path: Path) -> Config:
+    """The config in a JSON file. UserError: the file cannot be read, or is not a config."""
     try:
-        return from_stored(read_json(path), vocab_size=vocab_size)
+        return from_stored(read_json(path))
     except (OSError, ValueError, UserError) as error:
         reason = str(getattr(error, "strerror", None) or error)
         raise UserError(f"cannot read {path}: {reason[:MAX_REASON]}{'...' * (len(reason) > MAX_REASON)}") from error
@@ -239,7 +239,7 @@ def _override(mapping: dict[str, Any], key: str, text: str | None) -> None:
         mapping.setdefault("model", {})["name"] = text
         return
     if section not in types:
-        raise UserError(f"--config has no section {section!r}{options.suggestion(section, types)}")
+        raise options.UnknownKeyError(f"--config has no section {section!r}{options.suggestion(section, types)}")
     if not name:
         raise UserError(f"{section} is a section of the config: set its keys, --config.{section}.KEY=VALUE")
     option, _, inner = name.partition(".")
@@ -260,7 +260,7 @@ def takes_no_text(mapping: Mapping[str, Any], key: str) -> bool:
 _OLD_TASKS = {"explicit_language": ("language", "transformer_xl"), "language": ("language", "deq_transformer")}
 
 
-def _upgraded(mapping: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def _upgraded(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """A stored config in today's keys. Before 0.1.0 the task chose the model, and `deq` held the options of some gradients."""
     config = {name: dict(part) if isinstance(part, Mapping) else part for name, part in mapping.items()}
     if "name" not in config["model"]:
@@ -274,8 +274,6 @@ def _upgraded(mapping: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
         for solver in ("solver", "backward_solver") if memory else ():
             if deq[solver] in ("anderson", "broyden"):
                 deq[f"{solver}_options"] = {"memory": memory}
-    if config["model"].get("vocab_size") == 0 and vocab_size:
-        config["model"]["vocab_size"] = vocab_size
     return config
 
 

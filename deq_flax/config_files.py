@@ -4,6 +4,7 @@ import inspect
 import runpy
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,17 @@ def checkpoint_config(path: str) -> Config:
 def stored_config(meta: Mapping[str, Any]) -> Config:
     """The config in a checkpoint's `meta`. UserError: there is none."""
     try:
-        arrays = meta["arrays"]["params"].items()
-        tables = [array["shape"] for name, array in arrays if name.startswith("embedding/tables_NE/")]
-        return from_stored(meta["config"], vocab_size=sum(shape[0] for shape in tables))
+        config = from_stored(meta["config"])
+        if getattr(config.model, "vocab_size", None) == 0:  # written before 0.1.0, which left it to the text
+            config = replace(config, model=replace(config.model, vocab_size=_words(meta["arrays"]["params"])))
+        return config
     except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"this checkpoint does not hold the config of a model: {error}") from error
+
+
+def _words(params: Mapping[str, Any]) -> int:
+    """The number of words in a checkpoint's arrays."""
+    return sum(array["shape"][0] for name, array in params.items() if name.startswith("embedding/tables_NE/"))
 
 
 def _file_and_variant(name: str) -> tuple[Path, str]:

@@ -32,6 +32,7 @@ from deq_flax.config import Config, to_dict
 from deq_flax.errors import UserError
 from deq_flax.models import abstract_model
 from deq_flax.pretrained import load_model
+from deq_flax.run_log.results import replace_file
 from deq_flax.torch_checkpoint import (
     FAMILIES,
     Family,
@@ -121,7 +122,7 @@ def convert(source: Path, directory: Path, config: Config, *, auto: bool = False
     with Checkpoints(directory / "checkpoints", CheckpointOptions(keep_latest=1, keep_best=0)) as checkpoints:
         checkpoints.save(0, params=params, rest={"variables": variables}, meta=meta)
     try:
-        (directory / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
+        replace_file(directory / "config.json", f"{json.dumps(meta['config'], indent=2)}\n".encode())
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
     return _count(params)

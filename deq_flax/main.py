@@ -166,10 +166,12 @@ def _refuse_another_config(config: Mapping[str, Any], workdir: Path) -> None:
     if not (workdir / "config.json").exists():
         return
     try:
-        stored = read_run_config(workdir, vocab_size=config["model"].get("vocab_size", 0))
+        stored = read_run_config(workdir)
     except UserError as error:
         raise UserError(f"{error}; choose another --workdir") from error
     old, new = dict(flattened(to_dict(stored))), dict(flattened(config))
+    if old.get("model.vocab_size") == 0:  # written before 0.1.0, which left it to the text
+        old["model.vocab_size"] = new.get("model.vocab_size", 0)
     differing = [
         key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
     ]

@@ -7,12 +7,14 @@ names, their annotations the types, and the string below a field is its document
 import ast
 import dataclasses
 import difflib
-import functools
 import inspect
+import re
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from deq_flax.errors import UserError
@@ -21,6 +23,10 @@ Options = TypeVar("Options")
 
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 _NOUNS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+
+
+class UnknownKeyError(UserError):
+    """A config has no section or key of this name."""
 
 
 def make(cls: type[Options], values: Mapping[str, Any], where: str, **given: Any) -> Options:
@@ -79,9 +85,11 @@ def hints_of(cls: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-@functools.cache
 def docs_of(cls: type) -> dict[str, str]:
-    """The documentation of every option by name: the string literal below the field, on one line."""
+    """The documentation of every option by name: the string literal below the field, on one line.
+
+    `{TABLE}` in it stands for the names in the table TABLE of the module that defines the field.
+    """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if base is object or not dataclasses.is_dataclass(base):
@@ -93,17 +101,23 @@ def docs_of(cls: type) -> dict[str, str]:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 name = statement.target.id
             elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                docs[name] = " ".join(str(statement.value.value).split())
+                docs[name] = re.sub(r"{(\w+)}", partial(_names, base), " ".join(str(statement.value.value).split()))
                 name = None
             else:
                 name = None
     return docs
 
 
+def _names(cls: type, table: re.Match[str]) -> str:
+    """The names in a table of the module of `cls`: 'a, b or c'."""
+    *names, last = vars(sys.modules[cls.__module__])[table[1]]
+    return f"{', '.join(names)} or {last}" if names else last
+
+
 def require_known(name: str, known: Iterable[str], where: str) -> None:
-    """Raise UserError unless `name` is among the known names of the options at `where`."""
+    """Raise UnknownKeyError unless `name` is among the known names of the options at `where`."""
     if name not in (known := list(known)):
-        raise UserError(f"{where} has no key {name!r}{suggestion(name, known)}")
+        raise UnknownKeyError(f"{where} has no key {name!r}{suggestion(name, known)}")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

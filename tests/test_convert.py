@@ -1,7 +1,9 @@
 """The convert command: the authors' weights give the authors' numbers, and convert back bit for bit."""
 
 import dataclasses
+import errno
 import json
+import os
 from functools import partial
 
 import jax
@@ -176,6 +178,20 @@ def test_a_folder_in_use_is_not_changed(tmp_path):
     with pytest.raises(UserError, match="holds a run already"):
         converted("lm_deq_nocut", folder)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_config_that_the_disk_refuses_is_not_left_half_written(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(number):
+        if "config.json" in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left"):
+        converted("lm_deq_nocut", tmp_path / "dir")
+    assert not list((tmp_path / "dir").glob("*config.json*"))
 
 
 @pytest.mark.slow

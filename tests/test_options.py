@@ -9,9 +9,15 @@ import pytest
 
 from deq_flax import options
 from deq_flax.config import recipe, reference, resolve, section_types, to_dict
+from deq_flax.data.images.labeled_datasets import LABELED, ImageOptions
+from deq_flax.data.images.scene_datasets import SCENES, SceneOptions
+from deq_flax.data.puzzles.puzzles import PUZZLES, PuzzleOptions
+from deq_flax.data.text.corpus import TEXTS, TextOptions
+from deq_flax.equilibrium import GRADIENTS, SOLVERS
 from deq_flax.errors import UserError
 from deq_flax.models import MODELS
 from deq_flax.tasks import TASKS
+from deq_flax.train.phases import DEQOptions
 from tests.commands import ROOT
 
 
@@ -95,6 +101,39 @@ def test_text_that_is_no_value_of_the_option_is_refused(name, text):
 
 def test_documentation_is_the_string_below_a_field():
     assert options.docs_of(Section) == {"steps": "Steps to take.", "rate": "Rate of decay."}
+
+
+TABLE = {"one": 1}
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+    """Name: {TABLE}."""
+
+
+def test_documentation_has_the_names_of_a_table(monkeypatch):
+    assert options.docs_of(Named) == {"name": "Name: one."}
+    for name in ("two", "three"):
+        monkeypatch.setitem(TABLE, name, 0)
+    assert options.docs_of(Named) == {"name": "Name: one, two or three."}
+
+
+@pytest.mark.parametrize(
+    ("cls", "option", "table"),
+    [
+        (DEQOptions, "solver", SOLVERS),
+        (DEQOptions, "gradient", GRADIENTS),
+        (DEQOptions, "backward_solver", SOLVERS),
+        (TextOptions, "name", TEXTS),
+        (ImageOptions, "name", LABELED),
+        (SceneOptions, "name", SCENES),
+        (PuzzleOptions, "name", PUZZLES),
+    ],
+)
+def test_an_option_that_names_an_entry_of_a_table_lists_them_all(cls, option, table, monkeypatch):
+    monkeypatch.setitem(table, "brand_new", None)
+    assert all(re.search(rf"\b{name}\b", options.docs_of(cls)[option]) for name in table)
 
 
 def sections():

@@ -24,6 +24,7 @@ def test_the_numbers_that_are_explained_are_in_the_output_above():
         assert numbers in outputs, numbers
 
 
+PACKAGE = ROOT / "deq_flax"
 DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = ["README.md", "benchmarks/README.md", "deq_flax/equilibrium/README.md", *DOCS]
 
@@ -36,6 +37,27 @@ def test_every_named_file_exists(page):
     links = re.findall(r"\]\(([^)#:]+)", text)
     for link in links:
         assert ((ROOT / page).parent / link).exists(), link
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def test_the_architecture_names_every_room_and_no_other():
+    tree = [line.strip() for line in ARCHITECTURE.split("```")[1].splitlines() if line.startswith("  ")]
+    named = {name for line in tree for name in re.split(r"  +", line)[0].split()}
+    rooms = {f"{path.name}/" for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
+    assert named == rooms | {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+
+
+def test_the_paths_of_the_architecture_exist_and_are_as_many_as_it_says():
+    files = re.findall(r"`([\w/]+\.py)`", ARCHITECTURE)
+    assert len(files) > 40
+    for file in files:
+        assert (ROOT / file).is_file() or (PACKAGE / file).is_file(), file
+    rows = re.findall(r"^\| [^|]*: (\d+) \| ([^|]*) \| [^|]* \|$", ARCHITECTURE, re.MULTILINE)
+    assert len(rows) == 5
+    for count, row in rows:
+        assert row.count("`") == 2 * int(count), row
 
 
 def test_every_page_is_on_the_site():

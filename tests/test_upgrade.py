@@ -9,12 +9,16 @@ import zipfile
 import numpy as np
 import pytest
 
-from deq_flax.config import make_task, phases_of, read_run_config
+from deq_flax.config import make_task, phases_of, read_run_config, to_dict
+from deq_flax.config_files import stored_config
 from deq_flax.devices.mesh import MeshOptions
+from deq_flax.errors import UserError
+from deq_flax.main import _refuse_another_config
 from deq_flax.pretrained import load_model
 from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from tests.commands import ROOT
 from tests.tasks.images import write_labeled, write_scenes
+from tests.test_configs import resolved
 from tests.train import small
 
 MODELS = {
@@ -64,6 +68,26 @@ def test_an_earlier_checkpoint_loads_as_its_model(stored, name):
     assert type(loaded.model).__name__ == MODELS[name]
     if loaded.config.task == "language":
         assert loaded.config.model.vocab_size == 39  # the largest id plus one, as in its arrays
+
+
+def test_an_earlier_run_that_left_its_vocabulary_to_the_text_is_no_run_of_another_config(stored):
+    workdir = stored("language")
+    record = to_dict(read_run_config(workdir))
+    assert record["model"]["vocab_size"] == 0
+    record["model"]["vocab_size"] = 39
+    _refuse_another_config(record, workdir)
+    record["model"]["d_model"] += 2
+    with pytest.raises(UserError, match=r"differs in model\.d_model:"):
+        _refuse_another_config(record, workdir)
+
+
+def test_a_config_that_is_whole_is_not_completed_from_arrays():
+    config = to_dict(resolved("wt103", "tiny"))
+    config["model"]["vocab_size"] = 1000
+    assert to_dict(stored_config({"config": config})) == config
+    config["model"]["vocab_size"] = 0
+    with pytest.raises(UserError, match="does not hold the config of a model"):
+        stored_config({"config": config})
 
 
 @pytest.mark.slow

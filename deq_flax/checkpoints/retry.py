@@ -32,7 +32,7 @@ class RetryingSaver:
         self._checkpoints, self._meta, self._may_save = checkpoints, meta, may_save
         self._failed = False
 
-    def save(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None = None, **meta: Any) -> None:
+    def save(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None, **meta: Any) -> None:
         """Start a save. A failure, also of the previous save, is logged and remembered.
 
         Args:
@@ -53,7 +53,7 @@ class RetryingSaver:
             self._check_previous(wait=False)
         return self._failed
 
-    def save_final(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None = None, **meta: Any) -> None:
+    def save_final(self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None, **meta: Any) -> None:
         """Save, and return once it is on disk; DiskError if it fails repeatedly. Arguments as for `save`."""
         self._check_previous(wait=True)
         for pause in (*FINAL_PAUSES, None):

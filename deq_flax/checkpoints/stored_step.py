@@ -24,13 +24,10 @@ from jax.sharding import Sharding
 
 from deq_flax.devices.mesh import place
 from deq_flax.errors import UserError
-from deq_flax.untrusted.files import check_regular, read_json, shown
+from deq_flax.untrusted.files import MAX_INTEGER, check_regular, read_json, shown
 
 FORMAT = 2
 """The format that is written; it and those before it can be read."""
-
-MAX_STEP = 1 << 53
-"""Bound on the integers in a record; JSON readers agree on those below."""
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,15}")
 
@@ -156,7 +153,9 @@ def read_record(folder: Path, *, step: int | None = None) -> dict[str, Any]:
 def _is_record(record: Mapping[str, Any]) -> bool:
     """Return True if a record has all that reading a checkpoint relies on, of the right types."""
     step, metrics, arrays = record.get("step"), record.get("metrics", ()), record.get("arrays")
-    whole = type(step) is int and 0 <= step < MAX_STEP and isinstance(arrays, dict) and isinstance(arrays.get("params"), dict)
+    whole = (
+        type(step) is int and 0 <= step < MAX_INTEGER and isinstance(arrays, dict) and isinstance(arrays.get("params"), dict)
+    )
     if not whole or not (metrics is None or isinstance(metrics, dict)):
         return False
     scores = metrics.values() if metrics else ()
@@ -177,7 +176,7 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not isinstance(entry.get("shape"), list):
         return False
     sums = [entry[kind] for kind in ("crc32", "sum32") if kind in entry]
-    return len(sums) == 1 and all(type(n) is int and 0 <= n < MAX_STEP for n in (*entry["shape"], *sums))
+    return len(sums) == 1 and all(type(n) is int and 0 <= n < MAX_INTEGER for n in (*entry["shape"], *sums))
 
 
 def read_step(

@@ -13,12 +13,46 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from deq_flax.models.language_model import EquilibriumTransformer, TransformerOptions
+from deq_flax.equilibrium import fixed_point
+from deq_flax.equilibrium.solution import Solve
+from deq_flax.models.language_model import TransformerLanguageModel, TransformerOptions
 from deq_flax.models.layers import push
+from deq_flax.models.model import LanguageOutput
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.transformer import Memory, TransformerCell
 from deq_flax.nn.transformer_stack import TransformerStack
+
+
+class EquilibriumTransformer(TransformerLanguageModel):
+    """A Transformer language model whose hidden states are an equilibrium; a subclass has the equation and the memory."""
+
+    has_equilibrium = True
+
+    def equation(self, tokens_BL: jax.Array, memory: Any, key: jax.Array | None = None) -> Any:
+        """The equation of a segment: f and z0_BLD, and what `next_memory` needs.
+
+        Given a key, with dropout masks that are the same in every evaluation of f.
+        """
+        raise NotImplementedError
+
+    def next_memory(self, memory: Any, equation: Any, z_BLD: jax.Array, count: jax.Array | None = None) -> Any:
+        """The memory, without gradient, after the first `count` tokens of each segment, (B,), or all; z is the equilibrium."""
+        raise NotImplementedError
+
+    def __call__(
+        self, tokens_BL: jax.Array, memory: Any, *, solve: Solve | None = None, key: jax.Array | None = None
+    ) -> LanguageOutput:
+        equation_key, output_key = (None, None) if key is None else jax.random.split(key)
+        equation = self.equation(tokens_BL, memory, equation_key)
+        f, z0_BLD = equation.f, equation.z0_BLD
+        solution, jacobian_loss = (fixed_point(f, z0_BLD), None) if solve is None else solve(f, z0_BLD)
+        return LanguageOutput(
+            hidden_BLD=self.drop_output(solution.value, output_key),
+            memory=self.next_memory(memory, equation, solution.value),
+            stats=solution.stats,
+            jacobian_loss=jacobian_loss,
+        )
 
 
 class Equation(NamedTuple):

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 
 from deq_flax.equilibrium import Solver, fixed_point
-from deq_flax.models.language_model import EquilibriumTransformer
+from deq_flax.models.deq_transformer import EquilibriumTransformer
 from deq_flax.models.layers import LayerMemory
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.transformer import Memory
@@ -74,14 +74,15 @@ class State(NamedTuple):
 class Generator:
     """Generation of texts with a language model that has an equilibrium, and that is left unchanged.
 
+    Each token's solve of a DEQ-Transformer starts at the state of the remembered token whose injection is nearest, not at zero.
+    A `ProposalDEQ` starts at its proposal.
+
     Args:
       model: the model, on the default device.
       solver: solver of the equilibria.
       sampling: the choice of the next word.
       memory: number of tokens to remember, at least 1.
       words: choose among the first `words` of the model's words only; None: among all.
-      warm_start: start each token's solve of a DEQ-Transformer at the state of the remembered token whose injection is nearest,
-        instead of at zero. A `ProposalDEQ` starts at its proposal.
 
     Raises:
       ValueError: memory is less than 1.
@@ -95,7 +96,6 @@ class Generator:
         sampling: Sampling,
         memory: int,
         words: int | None = None,
-        warm_start: bool = True,
     ):
         if memory < 1:
             raise ValueError(f"memory must be at least 1, not {memory}")
@@ -104,7 +104,7 @@ class Generator:
         model.options = replace(model.options, mem_len=memory)
         graphdef, self._params = nnx.split(model)
         self._fresh = model.fresh_memory
-        self._extend = jax.jit(partial(_extend, graphdef, solver, sampling, words, warm_start))
+        self._extend = jax.jit(partial(_extend, graphdef, solver, sampling, words))
 
     def start(self, prompts: Sequence[Sequence[int] | np.ndarray], seed: int = 0) -> State:
         """Read prompts of at least one token each, and choose the word that follows each of them."""
@@ -140,7 +140,6 @@ def _extend(
     solver: Solver,
     sampling: Sampling,
     words: int | None,
-    warm_start: bool,
     params: nnx.State,
     state: State,
     tokens_BL: jax.Array,
@@ -151,7 +150,7 @@ def _extend(
     model = nnx.merge(graphdef, params)
     equation = model.equation(tokens_BL, state.memory)
     z0_BLD = equation.z0_BLD
-    if warm_start and isinstance(state.memory, Memory):
+    if isinstance(state.memory, Memory):
         z0_BLD = nearest_states(state.memory, equation.injection_BLJ)
     solution = fixed_point(equation.f, z0_BLD, solver=solver)
     memory = model.next_memory(state.memory, equation, solution.value, count_B)

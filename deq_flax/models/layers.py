@@ -5,7 +5,7 @@ head).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,13 @@ def fresh_memory(cells: Cells, batch_size: int, length: int, dtype: DTypeLike) -
     """The memory of `length` positions at the start of a stream: none of it is valid."""
     states_BNMD = jnp.zeros((batch_size, len(cells), length, cells[0].options.d_model), dtype)
     return LayerMemory(states_BNMD, jnp.zeros((batch_size,), jnp.int32))
+
+
+class RemembersInputs:
+    """The part of a language model whose layers, its `cells`, each have a memory of their own inputs."""
+
+    def fresh_memory(self: Any, batch_size: int) -> LayerMemory:
+        return fresh_memory(self.cells, batch_size, self.options.mem_len, self.embedding.tables_NE[0].dtype)
 
 
 def layer_contexts(

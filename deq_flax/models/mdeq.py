@@ -156,12 +156,9 @@ class MDEQ(ImageModel):
                 rngs=rngs,
             )
 
-    def equation(self, images_BHWC: jax.Array, key: jax.Array | None = None, train: bool | None = None) -> Equation:
-        """The equation of a batch; given a key, with dropout masks that are the same in every evaluation.
-
-        `train` as in `__call__`.
-        """
-        injection_BHWC = self.stem(images_BHWC, _training(train, key))
+    def equation(self, images_BHWC: jax.Array, key: jax.Array | None = None) -> Equation:
+        """The equation of a batch; given a key, that of training, with dropout masks that are the same in every evaluation."""
+        injection_BHWC = self.stem(images_BHWC, key is not None)
         context = self.cell.context(injection_BHWC, self.cell.draw_masks(key, images_BHWC.shape[0]))
 
         def f(z: State, injection_BHWC: jax.Array = injection_BHWC) -> State:
@@ -169,21 +166,10 @@ class MDEQ(ImageModel):
 
         return Equation(f, self.cell.fresh_state(injection_BHWC), injection_BHWC)
 
-    def __call__(
-        self,
-        images_BHWC: jax.Array,
-        *,
-        solve: Solve | None = None,
-        key: jax.Array | None = None,
-        train: bool | None = None,
-    ) -> ImageOutput:
-        f, z0, injection_BHWC = self.equation(images_BHWC, key, train)
+    def __call__(self, images_BHWC: jax.Array, *, solve: Solve | None = None, key: jax.Array | None = None) -> ImageOutput:
+        f, z0, injection_BHWC = self.equation(images_BHWC, key)
         solution, jacobian_loss = (fixed_point(f, z0), None) if solve is None else solve(f, z0, injection_BHWC)
-        logits = self.head(solution.value, _training(train, key))
+        logits = self.head(solution.value, key is not None)
         if logits.ndim == 4:
             logits = resize_bilinear(logits, images_BHWC.shape[1:3])
         return ImageOutput(logits=logits, stats=solution.stats, jacobian_loss=jacobian_loss, branches=solution.value)
-
-
-def _training(train: bool | None, key: jax.Array | None) -> bool:
-    return key is not None if train is None else train

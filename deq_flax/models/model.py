@@ -121,22 +121,14 @@ class ImageModel(Model):
 
     kind = "image"
 
-    def __call__(
-        self,
-        images_BHWC: jax.Array,
-        *,
-        solve: Solve | None = None,
-        key: jax.Array | None = None,
-        train: bool | None = None,
-    ) -> ImageOutput:
+    def __call__(self, images_BHWC: jax.Array, *, solve: Solve | None = None, key: jax.Array | None = None) -> ImageOutput:
         """Run the model on a batch of images.
 
         Args:
           images_BHWC: normalized, floating.
           solve: how to solve for the equilibrium; None: `fixed_point` with its defaults. Ignored without an equilibrium.
-          key: draws the dropout masks; without it nothing is dropped.
-          train: whether batch normalization uses the statistics of the batch and updates the running ones; None: if there is
-            a key.
+          key: draws the dropout masks, and batch normalization uses the statistics of the batch and updates the running ones.
+            Without it, as in evaluation, nothing is dropped and the running statistics are used.
         """
         raise NotImplementedError
 

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_flax.models.language_model import EquilibriumTransformer, TransformerOptions
-from deq_flax.models.layers import LayerMemory, fresh_memory, layer_contexts, next_layer_memory, run_layers
+from deq_flax.models.deq_transformer import EquilibriumTransformer
+from deq_flax.models.language_model import TransformerOptions
+from deq_flax.models.layers import LayerMemory, RemembersInputs, layer_contexts, next_layer_memory, run_layers
 from deq_flax.nn.transformer import TransformerCell
 
 
@@ -54,7 +55,7 @@ class Equation(NamedTuple):
     """The input (B, L, D) of every layer, given the equilibrium: what the memory holds."""
 
 
-class ProposalDEQ(EquilibriumTransformer):
+class ProposalDEQ(RemembersInputs, EquilibriumTransformer):
     """Adaptive embedding, explicit Transformer blocks, the equilibrium of a few more, and adaptive softmax.
 
     The layers are those of a `TransformerXL`, each with a memory of its own inputs; the last `blocks` of them are in f. Their
@@ -73,9 +74,6 @@ class ProposalDEQ(EquilibriumTransformer):
         self.cells = nnx.List([TransformerCell(options, rngs=rngs) for _ in range(layers)])
         self.scale_D = nnx.Param(jnp.full((options.d_model,), options.update_scale, jnp.float32))
         self.tie(rngs)
-
-    def fresh_memory(self, batch_size: int) -> LayerMemory:
-        return fresh_memory(self.cells, batch_size, self.options.mem_len, self.embedding.tables_NE[0].dtype)
 
     def equation(self, tokens_BL: jax.Array, memory: LayerMemory, key: jax.Array | None = None) -> Equation:
         keys = [None] * (len(self.cells) + 1) if key is None else jax.random.split(key, len(self.cells) + 1)

@@ -11,12 +11,12 @@ from flax import nnx
 
 from deq_flax.equilibrium.solution import Solve
 from deq_flax.models.language_model import TransformerLanguageModel, TransformerOptions
-from deq_flax.models.layers import LayerMemory, fresh_memory, layer_contexts, next_layer_memory, run_layers
+from deq_flax.models.layers import LayerMemory, RemembersInputs, layer_contexts, next_layer_memory, run_layers
 from deq_flax.models.model import LanguageOutput
 from deq_flax.nn.transformer import TransformerCell
 
 
-class TransformerXL(TransformerLanguageModel):
+class TransformerXL(RemembersInputs, TransformerLanguageModel):
     """Adaptive embedding, Transformer blocks in sequence, and adaptive softmax.
 
     Raises:
@@ -29,9 +29,6 @@ class TransformerXL(TransformerLanguageModel):
         super().__init__(options, rngs=rngs)
         self.cells = nnx.List([TransformerCell(options, rngs=rngs) for _ in range(options.blocks)])
         self.tie(rngs)
-
-    def fresh_memory(self, batch_size: int) -> LayerMemory:
-        return fresh_memory(self.cells, batch_size, self.options.mem_len, self.embedding.tables_NE[0].dtype)
 
     def __call__(
         self, tokens_BL: jax.Array, memory: LayerMemory, *, solve: Solve | None = None, key: jax.Array | None = None

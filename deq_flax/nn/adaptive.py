@@ -19,6 +19,11 @@ from jax.typing import DTypeLike
 from deq_flax.nn.linear import normal_param, zeros_param
 from deq_flax.nn.precision import compute_dtype, contract, wide
 
+MAX_LOGITS = 2**25
+"""Most logits (tokens times words) that the softmax holds at once. Beyond that, tokens are taken in chunks, whose logits are
+recomputed in the backward pass. The chunks of a tail cluster are smaller, so that most of them hold no token of it and are
+skipped."""
+
 MIN_TAIL_LOGITS = 2**17
 """Number of logits up to which a tail cluster is computed for all tokens rather than only for those in it."""
 
@@ -106,14 +111,10 @@ class AdaptiveSoftmax(nnx.Module):
     Args:
       embedding: the AdaptiveEmbedding to tie to.
       dtype: 'float32' or 'bfloat16', for the contractions; normalizers are always float32 or wider.
-      max_logits: most logits (tokens times words) held at once. Beyond that, tokens are taken in chunks, whose logits are
-        recomputed in the backward pass. The chunks of a tail cluster are smaller, so that most of them hold no token of it
-        and are skipped.
     """
 
-    def __init__(self, embedding: AdaptiveEmbedding, *, dtype: str = "float32", max_logits: int = 2**25, rngs: nnx.Rngs):
+    def __init__(self, embedding: AdaptiveEmbedding, *, dtype: str = "float32", rngs: nnx.Rngs):
         self.bounds = embedding.bounds
-        self.max_logits = max_logits
         self.dtype = compute_dtype(dtype)
         head_size = self.bounds[0][2]
         n_tails = len(self.bounds) - 1
@@ -192,7 +193,7 @@ class AdaptiveSoftmax(nnx.Module):
         """
         table_NE, bias_N = self._words(i)
         n_tokens, n_words = x_TE.shape[0], table_NE.shape[0]
-        limit = self.max_logits
+        limit = MAX_LOGITS
         if wanted_T is not None:  # usually few tokens: of chunks of an eighth, most hold none
             limit = min(limit, max(n_tokens * n_words // 8, MIN_TAIL_LOGITS))
         if n_tokens * n_words <= limit:

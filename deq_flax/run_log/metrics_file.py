@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from deq_flax.errors import UserError
-from deq_flax.untrusted.files import check_regular, parse_json
+from deq_flax.untrusted.files import MAX_INTEGER, check_regular, parse_json
 
 Lines = Sequence[Mapping[str, Any]]
 
 MAX_LINE = 1 << 20
 """Largest size of a line in bytes."""
-MAX_STEP = 1 << 53
 
 
 def read_metrics(workdir: Path) -> Lines:
@@ -74,7 +73,7 @@ def _entry(line: bytes) -> dict[str, Any]:
     entry = parse_json(line)
     if not isinstance(entry, dict) or type(entry.get("step")) is not int or not isinstance(entry.get("split"), str):
         raise ValueError("no step or no split")
-    if not 0 <= entry["step"] < MAX_STEP or not isinstance(entry.get("mode", ""), str):
+    if not 0 <= entry["step"] < MAX_INTEGER or not isinstance(entry.get("mode", ""), str):
         raise ValueError("a step out of range, or a strange mode")
     for name, value in entry.items():
         if name not in ("step", "split", "mode") and not (value is None or _is_number(value)):
@@ -84,5 +83,5 @@ def _entry(line: bytes) -> dict[str, Any]:
 
 def _is_number(value: Any) -> bool:
     if type(value) is int:
-        return abs(value) < MAX_STEP
+        return abs(value) < MAX_INTEGER
     return type(value) is float and math.isfinite(value)

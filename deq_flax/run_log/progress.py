@@ -13,6 +13,9 @@ from jax.sharding import Mesh
 
 from deq_flax.devices.sharding import bytes_on_device
 
+MAX_ROWS = 40
+"""Arrays that the table of parameters lists at most."""
+
 _FIELDS = (
     ("loss {}", ("loss", "{:.3f}")),
     ("ppl {}", ("ppl", "{:.4g}")),
@@ -82,16 +85,15 @@ class _Row:
     size: int
 
 
-def parameter_table(params: Mapping[str, Any], *, max_rows: int = 40) -> str:
-    """A table of the parameters and their total: a row for each array or, beyond `max_rows`, for each top-level module.
+def parameter_table(params: Mapping[str, Any]) -> str:
+    """A table of the parameters and their total: a row for each array or, beyond `MAX_ROWS`, for each top-level module.
 
     Args:
       params: nested dictionaries of arrays, or of shapes and dtypes.
-      max_rows: largest number of arrays that get a row each.
     """
     overview = parameter_overview.get_parameter_overview(dict(params), include_stats=False)
     arrays = parameter_overview.flatten_dict(dict(params))
-    if len(arrays) <= max_rows:
+    if len(arrays) <= MAX_ROWS:
         return overview
     rows: dict[str, _Row] = {}
     for name, array in sorted(arrays.items()):

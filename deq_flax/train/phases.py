@@ -43,7 +43,7 @@ class DEQOptions:
     """Section `deq` of a config: the equilibrium's solver and gradient, and how training approaches it."""
 
     solver: str = "broyden"
-    """Forward solver: picard, anderson or broyden."""
+    """Forward solver: {SOLVERS}; gmres solves linear equations only, as backward_solver."""
     tol: float = 1e-3
     """Residual at which a sample's forward solve stops."""
     max_steps: int = 30
@@ -57,12 +57,12 @@ class DEQOptions:
     solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options that only the forward solver has, such as memory=10 of anderson and broyden."""
     gradient: str = "implicit"
-    """Differentiation of the equilibrium: implicit, neumann, jacobian_free, phantom, shine, reversible or unroll."""
+    """Differentiation of the equilibrium: {GRADIENTS}."""
     gradient_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options that only the gradient has, such as steps=5 and relaxation=0.5 of phantom; unroll takes max_steps steps by
     default, of which last=K differentiates the last K."""
     backward_solver: str = "broyden"
-    """Solver of the adjoint equation of the implicit gradient: picard, anderson, broyden or gmres."""
+    """Solver of the adjoint equation of the implicit gradient: {SOLVERS}."""
     backward_tol: float = 1e-3
     """Relative residual at which a sample's adjoint solve stops."""
     backward_max_steps: int = 30

@@ -14,6 +14,8 @@ MAX_JSON_BYTES = 1 << 23
 """Largest size of a JSON file in bytes; the record of a checkpoint has 100 bytes an array."""
 MAX_DEPTH = 32
 """Most lists and objects within each other; a checkpoint's record has six."""
+MAX_INTEGER = 1 << 53
+"""Bound on the integers in JSON that are taken; readers agree on those below."""
 SHOWN = 5
 """Names that a message lists."""
 WIDTH = 120

@@ -49,16 +49,16 @@ def test_what_is_saved_can_be_restored_with_its_metadata(tmp_path):
 def test_a_refused_save_is_logged_and_tried_again(disk, caplog):
     saver = RetryingSaver(disk, {})
     disk.full = True
-    saver.save(1, TREES)
+    saver.save(1, TREES, None)
     assert saver.needs_retry() and "training continues and tries again" in caplog.text
     disk.full = False
-    saver.save(2, TREES)
+    saver.save(2, TREES, None)
     assert not saver.needs_retry() and disk.steps == [2]
 
 
 def test_a_failure_in_the_background_is_noticed_once_it_is_over(disk):
     saver = RetryingSaver(disk, {})
-    saver.save(1, TREES)
+    saver.save(1, TREES, None)
     disk.writing, disk.refused = True, True
     assert not saver.needs_retry() and disk.writing
     disk.writing = False
@@ -68,10 +68,10 @@ def test_a_failure_in_the_background_is_noticed_once_it_is_over(disk):
 def test_nothing_is_saved_before_the_log_is_on_disk(disk, caplog):
     on_disk = False
     saver = RetryingSaver(disk, {}, may_save=lambda: on_disk)
-    saver.save(1, TREES)
+    saver.save(1, TREES, None)
     assert saver.needs_retry() and disk.attempts == 0 and "log" in caplog.text
     on_disk = True
-    saver.save(2, TREES)
+    saver.save(2, TREES, None)
     assert not saver.needs_retry() and disk.steps == [2]
 
 
@@ -84,13 +84,13 @@ def test_the_final_save_is_tried_again_and_then_fails(disk, monkeypatch):
 
     monkeypatch.setattr(retry.time, "sleep", sleep)
     disk.full = True
-    RetryingSaver(disk, {}).save_final(1, TREES)
+    RetryingSaver(disk, {}).save_final(1, TREES, None)
     assert disk.steps == [1] and pauses == [1, 2, 4]
 
     monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     disk.full, disk.attempts = True, 0
     with pytest.raises(DiskError, match="full"):
-        RetryingSaver(disk, {}).save_final(2, TREES)
+        RetryingSaver(disk, {}).save_final(2, TREES, None)
     assert disk.attempts == 5
 
 
@@ -98,4 +98,4 @@ def test_with_several_processes_a_failure_ends_the_run(disk, monkeypatch):
     monkeypatch.setattr(retry.jax, "process_count", lambda: 2)
     disk.full = True
     with pytest.raises(DiskError):
-        RetryingSaver(disk, {}).save(1, TREES)
+        RetryingSaver(disk, {}).save(1, TREES, None)

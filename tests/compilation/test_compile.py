@@ -15,6 +15,9 @@ from deq_flax.compilation.report import as_lines, report
 from deq_flax.compilation.stand_in import without_data
 from deq_flax.config import make_task, resolve
 from deq_flax.config_files import load_config
+from deq_flax.data.images.labeled_datasets import LABELED
+from deq_flax.data.images.scene_datasets import SCENES
+from deq_flax.data.text.corpus import TEXTS
 from deq_flax.devices.mesh import MeshOptions
 from deq_flax.errors import UserError
 from tests.commands import command, commands
@@ -25,6 +28,13 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 SMALL = {"d_model": 32, "d_embed": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "mem_len": 8}
 FLAGS = [f"--config.model.{key}={value}" for key, value in SMALL.items()]
 FLAGS += ["--config.data.seq_len=8", "--config.data.eval_seq_len=8", "--config.data.eval_batch_size=16"]
+
+
+@pytest.fixture(autouse=True)
+def tables(monkeypatch):
+    """Take the stand-ins out of the tables of data sets after each test."""
+    for table in (TEXTS, LABELED, SCENES):
+        monkeypatch.setitem(table, "zeros", None)
 
 
 def small(mesh):

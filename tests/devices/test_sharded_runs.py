@@ -172,7 +172,7 @@ def test_a_run_resumes_on_another_mesh(folder, tmp_path):
     saved = make_run(c, dict(data=1, fsdp=4, tensor=1))
     saved.state = jax.tree.map(lambda x: x + 1, saved.state)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        RetryingSaver(checkpoints, {"config": c}).save_final(2, saved.state.checkpoint_trees())
+        RetryingSaver(checkpoints, {"config": c}).save_final(2, saved.state.checkpoint_trees(), None)
     restored = [jax.tree.map(np.asarray, saved.state)]
     for mesh in (dict(data=2, fsdp=1, tensor=1), dict(data=1, fsdp=2, tensor=2)):
         run = make_run(c, mesh)

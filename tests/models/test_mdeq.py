@@ -34,10 +34,10 @@ def images(batch_size=2, height=8, width=8, channels=3, seed=0):
     return jax.random.normal(jax.random.key(seed), (batch_size, height, width, channels))
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("solver", "gradient", "train"))
-def run(graphdef, state, x, key=None, train=None, **options):
+@partial(jax.jit, static_argnums=0, static_argnames=("solver", "gradient"))
+def run(graphdef, state, x, key=None, **options):
     model = nnx.merge(graphdef, state, copy=True)
-    return model(x, solve=solving(**options), key=key, train=train), nnx.state(model, nnx.BatchStat)
+    return model(x, solve=solving(**options), key=key), nnx.state(model, nnx.BatchStat)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,16 @@ def test_training_draws_masks_and_updates_statistics_once():
     np.testing.assert_allclose(flat(after)["stem/layers/0/norm/mean_C"], 0.1 * y.mean((0, 1, 2)), atol=1e-6)
 
 
-def test_train_without_a_key_normalizes_by_the_batch_and_drops_nothing():
-    state = nnx.split(build(dropout=0.5))
-    a, after = run(*state, images(), solver=SOLVER, train=True)
-    b, _ = run(*nnx.split(build(dropout=0.0)), images(), solver=SOLVER, key=jax.random.key(0))
-    np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
+def test_a_key_without_dropout_normalizes_by_the_batch_and_draws_nothing():
+    state = nnx.split(build(dropout=0.0))
+    (a, after), (b, _) = (run(*state, images(), solver=SOLVER, key=jax.random.key(seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(a.logits, b.logits)
+    # The same images twice have the statistics of the batch; one of them alone has others.
+    (twice, _), (alone, _) = (
+        run(*state, x, solver=SOLVER, key=jax.random.key(0)) for x in (jnp.concatenate([images()] * 2), images()[:1])
+    )
+    np.testing.assert_allclose(twice.logits[:2], a.logits, atol=1e-4)
+    assert np.abs(alone.logits - a.logits[:1]).max() > 1e-2
     assert flat(after)["head/final/norm/mean_C"].any()
 
 

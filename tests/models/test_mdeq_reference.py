@@ -20,23 +20,27 @@ TIGHT = Broyden(tol=1e-12, max_steps=120)
 jit = partial(jax.jit, compiler_options=QUICK_COMPILE)
 
 
-def predict(model, images, solver, gradient, train):
+TRAINING = jax.random.key(0)
+"""The fixtures drop nothing: a key only selects the batch normalization of training."""
+
+
+def predict(model, images, solver, gradient, key):
     """The logits at the resolution of the authors' loss, for segmentation that of the first branch, and the branches."""
     if model.head.__class__.__name__ == "ClassificationHead":
-        out = model(images, solve=solving(solver=solver, gradient=gradient), train=train)
+        out = model(images, solve=solving(solver=solver, gradient=gradient), key=key)
         return out.logits, out.branches
-    f, z0, *_ = model.equation(images, train=train)
+    f, z0, *_ = model.equation(images, key)
     z = fixed_point(f, z0, solver=solver, gradient=gradient).value
-    return model.head(z, train), z
+    return model.head(z, key is not None), z
 
 
-@partial(jit, static_argnums=(0, 1, 2), static_argnames="train")
-def run_training(graphdef, solver, gradient, params, variables, images, labels, train=True):
+@partial(jit, static_argnums=(0, 1, 2))
+def run_training(graphdef, solver, gradient, params, variables, images, labels, key=TRAINING):
     """(loss, (logits, branches, running statistics after)), and the gradient."""
 
     def loss(params):
         model = nnx.merge(graphdef, params, variables, copy=True)
-        logits, z = predict(model, images, solver, gradient, train)
+        logits, z = predict(model, images, solver, gradient, key)
         value = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return value, (logits, z, nnx.split(model, nnx.Param, ...)[2])
 
@@ -47,7 +51,7 @@ def run_training(graphdef, solver, gradient, params, variables, images, labels, 
 def run_evaluation(graphdef, solver, params, variables, images, z_rand):
     """(injection, f(z_rand), logits, branches, variables after)."""
     model = nnx.merge(graphdef, params, variables, copy=True)
-    logits, z = predict(model, images, solver, None, train=False)
+    logits, z = predict(model, images, solver, None, None)
     f, *_ = model.equation(images)
     return model.stem(images, False), f(z_rand), logits, z, nnx.split(model, nnx.Param, ...)[2]
 
@@ -154,7 +158,7 @@ def test_bfloat16_is_close_to_float32():
     inputs = reference.images(arrays).astype(np.float32), jnp.asarray(arrays["y"])
     for dtype in ("float32", "bfloat16"):
         model = nnx.split(reference.build("mdeq_tdeq_cls2", wide=False, dtype=dtype), nnx.Param, ...)
-        results[dtype] = run_training(model[0], solver, Implicit(), *model[1:], *inputs, train=False)
+        results[dtype] = run_training(model[0], solver, Implicit(), *model[1:], *inputs, key=None)
     (loss, (logits, z, after)), gradient = results["bfloat16"]
     assert {x.dtype for x in jax.tree.leaves((loss, logits, z, after, gradient))} == {jnp.dtype("float32")}
     for x, expected in zip(z, reference.branches(arrays, "eval/z_star"), strict=True):

@@ -49,7 +49,7 @@ def options(name, **changed):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_has_the_interface_of_its_kind(name):
     model = build_model(options(name), rngs=nnx.Rngs(0))
-    given = dict(solve=solving(gradient=Unroll(2)), key=jax.random.key(0)) | ({"train": True} if model.kind == "image" else {})
+    given = dict(solve=solving(gradient=Unroll(2)), key=jax.random.key(0))
     call = nnx.jit(lambda model, *inputs: model(*inputs, **given))
     if model.kind == "language":
         assert isinstance(model, LanguageModel)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.nn import adaptive
 from deq_flax.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 
 LAYOUTS = {
@@ -17,10 +18,10 @@ LAYOUTS = {
 VOCAB_SIZE, D_MODEL = 30, 8
 
 
-def build(name, max_logits=2**25):
+def build(name):
     cutoffs, div_value, d_embed = LAYOUTS[name]
     embedding = AdaptiveEmbedding(VOCAB_SIZE, d_embed, D_MODEL, cutoffs=cutoffs, div_value=div_value, rngs=nnx.Rngs(0))
-    softmax = AdaptiveSoftmax(embedding, max_logits=max_logits, rngs=nnx.Rngs(1))
+    softmax = AdaptiveSoftmax(embedding, rngs=nnx.Rngs(1))
     random = np.random.default_rng(0)
     for _, param in nnx.to_flat_state(nnx.state(softmax)):
         param.set_value(jnp.asarray(random.normal(size=param.shape), jnp.float32))
@@ -46,12 +47,13 @@ def test_nll_is_that_of_a_distribution_over_the_vocabulary(name):
 
 
 @pytest.mark.parametrize(("name", "max_logits"), [("clusters", 70), ("shared", 300), ("plain", 300)])
-def test_chunks_change_neither_values_nor_gradients(name, max_logits):
+def test_chunks_change_neither_values_nor_gradients(name, max_logits, monkeypatch):
     hidden_BLD, targets_BL = batch()
     weights_BL = jnp.asarray(np.random.default_rng(2).uniform(size=targets_BL.shape), jnp.float32)
 
     def run(limit):
-        graphdef, state = nnx.split(build(name, limit)[1])
+        monkeypatch.setattr(adaptive, "MAX_LOGITS", limit)
+        graphdef, state = nnx.split(build(name)[1])
         loss = lambda s, h: jnp.sum(weights_BL * nnx.merge(graphdef, s).nll(h, targets_BL))  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, hidden_BLD)
 
@@ -59,8 +61,9 @@ def test_chunks_change_neither_values_nor_gradients(name, max_logits):
         np.testing.assert_allclose(chunked, whole, rtol=2e-4, atol=2e-4)
 
 
-def test_chunks_never_hold_more_logits_than_allowed():
-    graphdef, state = nnx.split(build("clusters", 70)[1])
+def test_chunks_never_hold_more_logits_than_allowed(monkeypatch):
+    monkeypatch.setattr(adaptive, "MAX_LOGITS", 70)
+    graphdef, state = nnx.split(build("clusters")[1])
     hidden_BLD, targets_BL = batch()
     grad = jax.grad(lambda s, h: nnx.merge(graphdef, s).nll(h, targets_BL).sum(), argnums=1)
     hlo = jax.jit(grad).lower(state, hidden_BLD).as_text()

@@ -31,7 +31,8 @@ class ImageOptions:
     """Section `data` of an image classifier's config."""
 
     name: str
-    """Data set: mnist, fashion_mnist or cifar10, from the published files; folders, ImageNet-like; digits, of scikit-learn."""
+    """Data set: {LABELED}. mnist, fashion_mnist and cifar10 are read from the published files; folders are ImageNet-like;
+    digits are of scikit-learn."""
     path: str = ""
     """Folder or zip file of the data set; digits needs none."""
     batch_size: int = 32

@@ -30,7 +30,8 @@ class SceneOptions:
     """Section `data` of a segmentation model's config."""
 
     name: str
-    """Data set: cityscapes or camvid, from the published files; folders, any images with masks of class numbers."""
+    """Data set: {SCENES}. cityscapes and camvid are read from the published files; folders are any images with masks of class
+    numbers."""
     path: str = ""
     """Folder or zip file of the data set."""
     batch_size: int = 16

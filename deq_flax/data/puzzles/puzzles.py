@@ -38,9 +38,9 @@ class PuzzleOptions:
     """Section `data` of a reasoning config."""
 
     name: str
-    """Puzzle: prefix_sums, a5, s5, maze, sudoku; or sudoku_csv, the files of Sudoku-Extreme."""
+    """Puzzle: {PUZZLES}. sudoku_csv is read from the files of Sudoku-Extreme, the others are generated."""
     path: str = ""
-    """Folder of train.csv and test.csv, for sudoku_csv; the others are generated."""
+    """Folder of train.csv and test.csv, for sudoku_csv; the others need none."""
     size: int
     """Size of the puzzles to train on: length of a sequence, side of a maze in characters, side of a Sudoku (4, 6 or 9)."""
     test_sizes: tuple[int, ...] = ()

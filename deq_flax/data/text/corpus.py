@@ -34,8 +34,8 @@ class TextOptions:
     """Section `data` of a language model's config."""
 
     name: str
-    """Text: wt103 or ptb, from the published files; tokens, arrays of ids, as deq_flax.tokenize writes them; pydoc, English
-    text included in Python."""
+    """Text: {TEXTS}. ptb and wt103 are read from the published files; tokens are arrays of ids, as deq_flax.tokenize writes
+    them; pydoc is English text included in Python."""
     path: str = ""
     """Folder of the text's files; for wt103 also the published zip file. pydoc needs none."""
     cache: str = ""
