@@ -45,7 +45,8 @@ def fixed_point(
     On a sharded batch, call it inside `jax.shard_map`: each shard then stops by itself, and the loop contains no collective. If
     f itself communicates over an axis of the mesh (tensor parallelism, statistics of the whole batch), the shards must stop
     together: name the axis in the solver, `Broyden(axis_name="model")`, and with it norms and inner products are sums over its
-    shards. A state that is whole on every shard counts once for each in the absolute residual.
+    shards. A state that is whole on every shard counts once for each in the absolute residual. An f that holds a
+    `jax.shard_map` of its own needs none of this: its shards end with each evaluation.
 
     Args:
       f: called as f(z, *args); returns a pytree with the structure, shapes and dtypes of z. It may close over traced

@@ -1,6 +1,7 @@
 """Solves inside `jax.shard_map`, with JAX's check of varying types and without: values and gradients are those of one."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -222,6 +223,20 @@ def test_communication_over_an_unnamed_axis_is_refused(f, check_vma):
     mapped = jax.shard_map(run, mesh=mesh(2, "model"), in_specs=P("model"), out_specs=P("model"), check_vma=check_vma)
     with pytest.raises(ValueError, match=r"over the axis 'model'.*Broyden\(axis_name='model'\)"):
         jax.eval_shape(mapped, jnp.ones((2, 3)))
+
+
+def test_an_f_that_holds_a_shard_map_is_solved_outside_of_one():
+    """Its shards are those of one evaluation, so that no axis need be named: value and gradient of a product in two parts."""
+    w, x, _ = problem()
+    parts = {"in_specs": (P(None, "model"), P("model")), "out_specs": P()}
+    product = jax.shard_map(lambda z, w: jax.lax.psum(z @ w, "model"), mesh=mesh(2, "model"), **parts)
+
+    def total(w, multiply):
+        f = lambda z: jnp.tanh(multiply(z, w) + x)  # noqa: E731
+        return loss(fixed_point(f, jnp.zeros_like(x), solver=Picard(tol=1e-6)).value)
+
+    sharded, dense = (jax.jit(jax.value_and_grad(functools.partial(total, multiply=m)))(w) for m in (product, jnp.matmul))
+    close(sharded, dense, rtol=1e-4, atol=1e-4)
 
 
 def test_an_axis_of_vmap_may_be_named_too():
