@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.gradients.base import attach, stopped
+from deq_flax.equilibrium.gradients.base import attach, stopped, underivable
 from deq_flax.equilibrium.loop import Solver, solve, solve_with_state
 from deq_flax.equilibrium.shards import AxisName
 from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two
 from deq_flax.equilibrium.solvers.broyden import Broyden, BroydenState, apply_inverse_transpose
+
+NO_SECOND = "SHINE(refine_steps=...) has no second derivatives: use refine_steps=0, or Implicit()"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class SHINE:
             direction = self._direction(state, unit, solver.axis_name)
             if self.refine_steps:
                 direction, _ = solve(lambda y: pullback(y)[0] + unit, direction, refiner)
-                direction = _differentiated_once(direction)
+                direction = underivable(direction, NO_SECOND)
             return scale * direction, None, None
 
         share = jax.custom_vjp(lambda fx, state, pullback: fx)
@@ -77,13 +79,3 @@ class SHINE:
         length = norm(direction, axis_name)
         limit = jnp.inf if self.fallback is None else self.fallback * norm(cotangent, axis_name)
         return jnp.where((jnp.isfinite(length) & (length <= limit))[:, None], direction, cotangent)
-
-
-@jax.custom_jvp
-def _differentiated_once(direction: jax.Array) -> jax.Array:
-    return direction
-
-
-@_differentiated_once.defjvp
-def _refuse(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    raise NotImplementedError("SHINE(refine_steps=...) has no second derivatives: use refine_steps=0, or Implicit()")
