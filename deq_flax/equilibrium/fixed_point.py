@@ -77,7 +77,7 @@ def fixed_point(
       (the inexact gradient of Bai et al. 2022, for the correction loss: `fixed_point_correction_loss`).
 
     Raises:
-      TypeError: solver is not a `Solver`, or gradient no gradient, or max_steps no whole number.
+      TypeError: solver is not a `Solver`, or gradient no gradient, or max_steps no whole number, or probe no array of floats.
       ValueError: z0 is not such a pytree, f returns something unlike z or communicates over an axis that the solver does not
         name, on_failure is unknown, the probe has another shape, or max_steps is out of range. No solve has run then.
     """
@@ -85,9 +85,12 @@ def fixed_point(
     gradient = Implicit() if gradient is None else gradient
     check_solver(solver)
     check_gradient(gradient, on_failure)
-    check_max_steps(max_steps, math.inf if isinstance(gradient, Unroll) else solver.max_steps)
-    if probe is not None and jnp.shape(probe) != backward_probe().shape:
-        raise ValueError(f"probe must be the array of backward_probe(), of shape (3,), not {jnp.shape(probe)}")
+    if isinstance(gradient, Unroll):
+        check_max_steps(max_steps, gradient.steps, "the steps of Unroll")
+    else:
+        check_max_steps(max_steps, solver.max_steps)
+    if probe is not None:
+        check_probe(probe)
     z0 = jax.tree.map(jnp.asarray, z0)
     if not batched:
         z0 = jax.tree.map(lambda leaf: leaf[None], z0)
@@ -207,16 +210,31 @@ def check_gradient(gradient: Any, on_failure: Any) -> None:
         raise ValueError(f"unknown on_failure {on_failure!r}; known: {', '.join(ON_FAILURE)}")
 
 
-def check_max_steps(max_steps: Any, limit: float) -> None:
-    """Raise TypeError or ValueError unless a limit for one call is None, traced, or a whole number from 1 to `limit`."""
-    if max_steps is None or isinstance(max_steps, Tracer):
+def check_max_steps(max_steps: Any, limit: int, what: str = "the solver's own limit") -> None:
+    """Raise TypeError or ValueError unless a limit for one call is None, or a whole number, from 1 to `limit` if not traced."""
+    if max_steps is None:
+        return
+    if isinstance(max_steps, Tracer):
+        if max_steps.shape or not jnp.issubdtype(max_steps.dtype, jnp.integer):
+            raise TypeError(f"max_steps must be a whole number, not a traced {max_steps.dtype}{list(max_steps.shape)}")
         return
     try:
         steps = operator.index(max_steps)
     except TypeError:
         raise TypeError(f"max_steps must be a whole number, not {max_steps!r}") from None
+    if isinstance(max_steps, bool):
+        raise TypeError(f"max_steps must be a whole number, not {max_steps}")
     if not 1 <= steps <= limit:
-        raise ValueError(f"max_steps must be from 1 to the solver's own limit, {limit}, not {steps}: that is a limit it lowers")
+        raise ValueError(f"max_steps must be from 1 to {what}, {limit}, not {steps}: that is a limit it lowers")
+
+
+def check_probe(probe: Any) -> None:
+    """Raise TypeError or ValueError unless it may be that of `backward_probe`."""
+    if not hasattr(probe, "dtype") or not jnp.issubdtype(probe.dtype, jnp.floating):
+        kind = getattr(probe, "dtype", type(probe).__name__)
+        raise TypeError(f"probe must be the array of backward_probe(), of floating dtype, not {kind}")
+    if probe.shape != backward_probe().shape:
+        raise ValueError(f"probe must be the array of backward_probe(), of shape (3,), not {probe.shape}")
 
 
 def _one_step_gradient(f: FlatMap, trajectory: jax.Array) -> jax.Array:

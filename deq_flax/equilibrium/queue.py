@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.fixed_point import check_map, check_max_steps, check_solver, flattener
 from deq_flax.equilibrium.gradients.base import underivable
-from deq_flax.equilibrium.loop import Solver, iteration, never_frozen, select_samples, statistics
+from deq_flax.equilibrium.loop import Solver, check_number, iteration, never_frozen, select_samples, statistics
 from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import Solution, SolverStats
 from deq_flax.equilibrium.solvers.broyden import Broyden
@@ -53,15 +53,16 @@ def fixed_point_queue(
 
     Raises:
       NotImplementedError: the solution is differentiated.
-      TypeError: solver is not a `Solver`.
+      TypeError: solver is not a `Solver`, or slots or max_steps no whole number.
       ValueError: slots is less than 1, a leaf of inputs has not P rows, the solver records a trajectory, or for the reasons of
         `fixed_point`.
     """
     solver = Broyden() if solver is None else solver
     check_solver(solver)
     check_max_steps(max_steps, solver.max_steps)
-    if slots < 1 or solver.trajectory_steps:
-        raise ValueError(f"fixed_point_queue needs slots of at least 1, not {slots}, and a solver without trajectory_steps")
+    check_number("fixed_point_queue: slots", slots, "[1, inf)", whole=True)
+    if solver.trajectory_steps:
+        raise ValueError("fixed_point_queue needs a solver without trajectory_steps")
     z0, inputs = jax.tree.map(jnp.asarray, (z0, inputs))
     flatten, unflatten_all = flattener(z0)
     x0 = jax.lax.stop_gradient(flatten(z0))

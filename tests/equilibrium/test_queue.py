@@ -87,7 +87,7 @@ def test_derivatives_are_refused_and_a_constant_f_has_none():
 
 def test_malformed_calls_are_refused():
     z0 = jnp.zeros((3, 2))
-    with pytest.raises(ValueError, match="slots of at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"fixed_point_queue: slots must be in \[1, inf\), not 0"):
         fixed_point_queue(jnp.tanh, z0, slots=0)
     with pytest.raises(ValueError, match=r"inputs\[0\] has shape \[2, 3\].*that of z0, 3"):
         fixed_point_queue(lambda z, x: z, z0, z0.T, slots=2)

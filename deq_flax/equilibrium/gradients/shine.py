@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.gradients.base import attach, stopped, underivable
-from deq_flax.equilibrium.loop import Solver, solve, solve_with_state
+from deq_flax.equilibrium.loop import Solver, check_options, solve, solve_with_state
 from deq_flax.equilibrium.shards import AxisName
 from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two
 from deq_flax.equilibrium.solvers.broyden import Broyden, BroydenState, apply_inverse_transpose
@@ -30,6 +30,7 @@ class SHINE:
     iterations cannot be, they raise NotImplementedError.
 
     Raises:
+      TypeError: an option is not a number of Python, or not a whole one, where it must be.
       ValueError: an option is out of range, or the solver is not `Broyden`.
     """
 
@@ -39,10 +40,7 @@ class SHINE:
     """Largest length of the shared direction relative to the cotangent, beyond which the latter is taken; None is no limit."""
 
     def __post_init__(self):
-        if self.refine_steps < 0:
-            raise ValueError(f"SHINE: refine_steps must be at least 0, not {self.refine_steps}")
-        if self.fallback is not None and not self.fallback > 0:
-            raise ValueError(f"SHINE: fallback must be None or positive, not {self.fallback}")
+        check_options(self, refine_steps="[0, inf)", fallback="(0, inf]")
 
     def __call__(
         self,
