@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from deq_flax.equilibrium.gradients import Gradient, Implicit, Unroll, backward_probe
-from deq_flax.equilibrium.gradients.base import attach
+from deq_flax.equilibrium.gradients import Gradient, Implicit, PhantomGradient, Unroll, backward_probe
+from deq_flax.equilibrium.gradients.base import attach, stopped
 from deq_flax.equilibrium.linear import LinearSolver
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.shards import axes_of, cast, checked, communicates, unite, varying
-from deq_flax.equilibrium.solution import FlatMap, Solution, over_samples
+from deq_flax.equilibrium.solution import FlatMap, Solution, SolverStats, over_samples
 from deq_flax.equilibrium.solvers.broyden import Broyden
 
 OnFailure = Literal["return", "nan", "zero_gradient"]
@@ -62,6 +62,8 @@ def fixed_point(
       on_failure: gradient of a sample that did not converge. 'return': the gradient at its best iterate. 'nan': NaN, which
         makes the failure visible. 'zero_gradient': its cotangent becomes zero, so that it contributes nothing to the
         gradients of shared parameters, except NaN if f is not finite at its z0 itself, since 0 times NaN is NaN.
+        `Unroll` and `PhantomGradient`, whose differentiated steps may overflow for such a sample, take the forward pass twice:
+        the second time it stays at its z0.
       batched: False if the leaves of z0 have no batch axis: a single problem. f then gets them as they are, and the arrays of
         the statistics have no batch axis either. This is the way for an f that couples what it gets: statistics of a batch,
         nodes of a graph. With True each sample is a problem of its own, and f should treat it so. `stats.converged` is true of
@@ -111,7 +113,12 @@ def fixed_point(
         return cast(flatten(evaluate(unflatten(x))[0]), axes)
 
     x0 = cast(jax.lax.stop_gradient(flatten(z0)), axes)
-    x, stats = gradient(flat_f, x0, solver, max_steps, probe)
+
+    def run(f: FlatMap) -> tuple[jax.Array, SolverStats]:
+        return gradient(f, x0, solver, max_steps, probe)
+
+    held = on_failure == "zero_gradient" and isinstance(gradient, Unroll | PhantomGradient)
+    x, stats = _held_where_failed(run, flat_f, x0) if held else run(flat_f)
     stats = jax.lax.stop_gradient(stats)
     trajectory = None if stats.trajectory is None else jax.vmap(unflatten)(_one_step_gradient(flat_f, stats.trajectory))
     if on_failure != "return":
@@ -240,6 +247,13 @@ def check_probe(probe: Any) -> None:
 def _one_step_gradient(f: FlatMap, trajectory: jax.Array) -> jax.Array:
     """Return the iterates (S, B, N), each with the gradient of one evaluation of f at it."""
     return jax.vmap(lambda x: attach(x, f(x)))(trajectory)
+
+
+def _held_where_failed(run: Callable[[FlatMap], tuple[jax.Array, SolverStats]], f: FlatMap, x0: jax.Array) -> Any:
+    """Return run(f), but differentiate the steps that failed samples take at x0, where 0 times their slope is 0."""
+    x, stats = jax.lax.stop_gradient(run(stopped(f)))
+    failed = (stats.converged == 0)[:, None]
+    return attach(x, run(lambda x: f(jnp.where(failed, x0, x)))[0]), stats
 
 
 def _gate(x: jax.Array, failed: jax.Array, on_failure: OnFailure) -> jax.Array:
