@@ -35,9 +35,15 @@ from tests.equilibrium.dense import cell, close, loss, problem
 
 TIGHT = {"tol": 1e-10, "max_steps": 60}
 checks = pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-mostly_checked = pytest.mark.parametrize(
-    "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["checked", "unchecked"]
-)
+
+
+def parameters(quick, every):
+    """Return all cases; those not among the quick ones are slow."""
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in quick)]
+
+
+def name(x):
+    return {True: "checked", False: "unchecked"}[x] if isinstance(x, bool) else getattr(x, "__name__", type(x).__name__)
 
 
 def mesh(size, name):
@@ -48,27 +54,23 @@ def differentiated(f, count):
     return jax.jit(jax.value_and_grad(f, argnums=tuple(range(count)), has_aux=True))
 
 
-EVERY = [
+PAIRS = [
     (Picard(**TIGHT), Implicit()),
+    (Picard(**TIGHT), JacobianFree()),
+    (Picard(**TIGHT), Unroll(20)),
     (Anderson(**TIGHT, trace=True), Implicit(solver=GMRES(**TIGHT))),
     (Broyden(**TIGHT, trajectory_steps=(2,)), Implicit()),
     (Broyden(**TIGHT), SHINE()),
-    *(
-        pytest.param(solver, gradient, marks=pytest.mark.slow)
-        for solver, gradient in [
-            (Broyden(**TIGHT, line_search=True), Neumann(5)),
-            (Picard(**TIGHT), JacobianFree()),
-            (Picard(**TIGHT), PhantomGradient(3)),
-            (Picard(**TIGHT), Reversible()),
-            (Picard(**TIGHT), Unroll(20)),
-            (Picard(**TIGHT), Unroll(20, last=3)),
-        ]
-    ),
+    (Broyden(**TIGHT, line_search=True), Neumann(5)),
+    (Picard(**TIGHT), PhantomGradient(3)),
+    (Picard(**TIGHT), Reversible()),
+    (Picard(**TIGHT), Unroll(20, last=3)),
 ]
+EVERY = [(*pair, check) for pair in PAIRS for check in (True, False)]
+QUICK = [(*pair, True) for pair in (PAIRS[0], *PAIRS[3:6])] + [(*pair, False) for pair in PAIRS[:3]]
 
 
-@mostly_checked
-@pytest.mark.parametrize("solver,gradient", EVERY, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("solver,gradient,check_vma", parameters(QUICK, EVERY), ids=name)
 def test_shards_of_a_batch_give_what_the_whole_gives(solver, gradient, check_vma):
     """The gradient is taken inside the shards, as a trainer does, and outside of them."""
     with jax.enable_x64(True):
@@ -145,15 +147,15 @@ SPREAD = {
 """Specs of w, x and the state."""
 METHODS = [
     (Broyden(**TIGHT, line_search=True), Implicit(solver=GMRES(**TIGHT))),
-    pytest.param(Anderson(**TIGHT), Implicit(), marks=pytest.mark.slow),
-    pytest.param(Broyden(**TIGHT), SHINE(), marks=pytest.mark.slow),
-    pytest.param(Picard(**TIGHT), Reversible(), marks=pytest.mark.slow),
+    (Anderson(**TIGHT), Implicit()),
+    (Broyden(**TIGHT), SHINE()),
+    (Picard(**TIGHT), Reversible()),
 ]
+EVERY_PLACE = [(*method, place, check) for method in METHODS for place in SPREAD for check in (True, False)]
+QUICK_PLACES = [(*METHODS[0], place, True) for place in SPREAD] + [(*METHODS[0], replicated, False)]
 
 
-@mostly_checked
-@pytest.mark.parametrize("place", SPREAD, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("solver,gradient", METHODS, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("solver,gradient,place,check_vma", parameters(QUICK_PLACES, EVERY_PLACE), ids=name)
 def test_a_problem_spread_over_shards_is_solved_as_on_one_device(solver, gradient, place, check_vma):
     with jax.enable_x64(True):
         w, x, _ = problem()
