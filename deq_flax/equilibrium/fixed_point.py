@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from deq_flax.equilibrium.gradients import Gradient, Implicit, Unroll, backward_probe
-from deq_flax.equilibrium.gradients.base import attach
+from deq_flax.equilibrium.gradients import Gradient, Implicit, PhantomGradient, Unroll, backward_probe
+from deq_flax.equilibrium.gradients.base import attach, stopped
 from deq_flax.equilibrium.linear import LinearSolver
 from deq_flax.equilibrium.loop import Solver
 from deq_flax.equilibrium.shards import axes_of, cast, checked, communicates, unite, varying
-from deq_flax.equilibrium.solution import FlatMap, Solution, over_samples
+from deq_flax.equilibrium.solution import FlatMap, Solution, SolverStats, over_samples
 from deq_flax.equilibrium.solvers.broyden import Broyden
 
 OnFailure = Literal["return", "nan", "zero_gradient"]
@@ -45,7 +45,8 @@ def fixed_point(
     On a sharded batch, call it inside `jax.shard_map`: each shard then stops by itself, and the loop contains no collective. If
     f itself communicates over an axis of the mesh (tensor parallelism, statistics of the whole batch), the shards must stop
     together: name the axis in the solver, `Broyden(axis_name="model")`, and with it norms and inner products are sums over its
-    shards. A state that is whole on every shard counts once for each in the absolute residual.
+    shards. A state that is whole on every shard counts once for each in the absolute residual. An f that holds a
+    `jax.shard_map` of its own needs none of this: its shards end with each evaluation.
 
     Args:
       f: called as f(z, *args); returns a pytree with the structure, shapes and dtypes of z. It may close over traced
@@ -61,6 +62,8 @@ def fixed_point(
       on_failure: gradient of a sample that did not converge. 'return': the gradient at its best iterate. 'nan': NaN, which
         makes the failure visible. 'zero_gradient': its cotangent becomes zero, so that it contributes nothing to the
         gradients of shared parameters, except NaN if f is not finite at its z0 itself, since 0 times NaN is NaN.
+        `Unroll` and `PhantomGradient`, whose differentiated steps may overflow for such a sample, take the forward pass twice:
+        the second time it stays at its z0.
       batched: False if the leaves of z0 have no batch axis: a single problem. f then gets them as they are, and the arrays of
         the statistics have no batch axis either. This is the way for an f that couples what it gets: statistics of a batch,
         nodes of a graph. With True each sample is a problem of its own, and f should treat it so. `stats.converged` is true of
@@ -77,7 +80,7 @@ def fixed_point(
       (the inexact gradient of Bai et al. 2022, for the correction loss: `fixed_point_correction_loss`).
 
     Raises:
-      TypeError: solver is not a `Solver`, or gradient no gradient, or max_steps no whole number.
+      TypeError: solver is not a `Solver`, or gradient no gradient, or max_steps no whole number, or probe no array of floats.
       ValueError: z0 is not such a pytree, f returns something unlike z or communicates over an axis that the solver does not
         name, on_failure is unknown, the probe has another shape, or max_steps is out of range. No solve has run then.
     """
@@ -85,9 +88,12 @@ def fixed_point(
     gradient = Implicit() if gradient is None else gradient
     check_solver(solver)
     check_gradient(gradient, on_failure)
-    check_max_steps(max_steps, math.inf if isinstance(gradient, Unroll) else solver.max_steps)
-    if probe is not None and jnp.shape(probe) != backward_probe().shape:
-        raise ValueError(f"probe must be the array of backward_probe(), of shape (3,), not {jnp.shape(probe)}")
+    if isinstance(gradient, Unroll):
+        check_max_steps(max_steps, gradient.steps, "the steps of Unroll")
+    else:
+        check_max_steps(max_steps, solver.max_steps)
+    if probe is not None:
+        check_probe(probe)
     z0 = jax.tree.map(jnp.asarray, z0)
     if not batched:
         z0 = jax.tree.map(lambda leaf: leaf[None], z0)
@@ -110,7 +116,12 @@ def fixed_point(
         return cast(flat(x), axes)
 
     x0 = cast(jax.lax.stop_gradient(flatten(z0)), axes)
-    x, stats = gradient(flat_f, x0, solver, max_steps, probe)
+
+    def run(f: FlatMap) -> tuple[jax.Array, SolverStats]:
+        return gradient(f, x0, solver, max_steps, probe)
+
+    held = on_failure == "zero_gradient" and isinstance(gradient, Unroll | PhantomGradient)
+    x, stats = _held_where_failed(run, flat_f, x0) if held else run(flat_f)
     stats = jax.lax.stop_gradient(stats)
     trajectory = None if stats.trajectory is None else jax.vmap(unflatten)(_one_step_gradient(flat_f, stats.trajectory))
     if on_failure != "return":
@@ -225,21 +236,43 @@ def check_gradient(gradient: Any, on_failure: Any) -> None:
         raise ValueError(f"unknown on_failure {on_failure!r}; known: {', '.join(ON_FAILURE)}")
 
 
-def check_max_steps(max_steps: Any, limit: float) -> None:
-    """Raise TypeError or ValueError unless a limit for one call is None, traced, or a whole number from 1 to `limit`."""
-    if max_steps is None or isinstance(max_steps, Tracer):
+def check_max_steps(max_steps: Any, limit: int, what: str = "the solver's own limit") -> None:
+    """Raise TypeError or ValueError unless a limit for one call is None, or a whole number, from 1 to `limit` if not traced."""
+    if max_steps is None:
+        return
+    if isinstance(max_steps, Tracer):
+        if max_steps.shape or not jnp.issubdtype(max_steps.dtype, jnp.integer):
+            raise TypeError(f"max_steps must be a whole number, not a traced {max_steps.dtype}{list(max_steps.shape)}")
         return
     try:
         steps = operator.index(max_steps)
     except TypeError:
         raise TypeError(f"max_steps must be a whole number, not {max_steps!r}") from None
+    if isinstance(max_steps, bool):
+        raise TypeError(f"max_steps must be a whole number, not {max_steps}")
     if not 1 <= steps <= limit:
-        raise ValueError(f"max_steps must be from 1 to the solver's own limit, {limit}, not {steps}: that is a limit it lowers")
+        raise ValueError(f"max_steps must be from 1 to {what}, {limit}, not {steps}: that is a limit it lowers")
+
+
+def check_probe(probe: Any) -> None:
+    """Raise TypeError or ValueError unless it may be that of `backward_probe`."""
+    if not hasattr(probe, "dtype") or not jnp.issubdtype(probe.dtype, jnp.floating):
+        kind = getattr(probe, "dtype", type(probe).__name__)
+        raise TypeError(f"probe must be the array of backward_probe(), of floating dtype, not {kind}")
+    if probe.shape != backward_probe().shape:
+        raise ValueError(f"probe must be the array of backward_probe(), of shape (3,), not {probe.shape}")
 
 
 def _one_step_gradient(f: FlatMap, trajectory: jax.Array) -> jax.Array:
     """Return the iterates (S, B, N), each with the gradient of one evaluation of f at it."""
     return jax.vmap(lambda x: attach(x, f(x)))(trajectory)
+
+
+def _held_where_failed(run: Callable[[FlatMap], tuple[jax.Array, SolverStats]], f: FlatMap, x0: jax.Array) -> Any:
+    """Return run(f), but differentiate the steps that failed samples take at x0, where 0 times their slope is 0."""
+    x, stats = jax.lax.stop_gradient(run(stopped(f)))
+    failed = (stats.converged == 0)[:, None]
+    return attach(x, run(lambda x: f(jnp.where(failed, x0, x)))[0]), stats
 
 
 def _gate(x: jax.Array, failed: jax.Array, on_failure: OnFailure) -> jax.Array:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.loop import check_limits
+from deq_flax.equilibrium.loop import check_axis_name, check_options
 from deq_flax.equilibrium.shards import AxisName, cast, settled, total, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, norms, power_of_two, relative_residual
 
@@ -59,7 +59,7 @@ class GMRES:
     fallen (Jiranek & Rozloznik 2010), without which the method breaks down on a rotation.
 
     Raises:
-      TypeError: tol or max_steps is no number, or a traced one.
+      TypeError: an option is not a number of Python, or not a whole one, where it must be; or axis_name is no name.
       ValueError: an option is out of range.
     """
 
@@ -73,9 +73,8 @@ class GMRES:
     """Axes of `jax.shard_map` over which x is spread, as for `Solver`; None: those of the forward solver."""
 
     def __post_init__(self):
-        check_limits("GMRES", self.tol, self.max_steps)
-        if self.restart < 1:
-            raise ValueError(f"GMRES: restart must be at least 1, not {self.restart}")
+        check_options(self, tol="[0, inf)", max_steps="[1, inf)", restart="[1, inf)")
+        check_axis_name("GMRES", self.axis_name)
 
     def with_limits(self, *, tol: float | None = None, max_steps: int | None = None, axis_name: AxisName | None = None) -> Self:
         """Return this solver with another tolerance, limit or axes, where given."""

@@ -8,10 +8,9 @@ That holds for an f that treats each sample by itself. Where f couples samples, 
 others move: it is evaluated with them anyway, and then goes on. What is reported is measured at what is returned.
 """
 
-import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -31,7 +30,7 @@ class Solver:
     flat states (B, N), each sample by itself. A subclass adds options as fields and defines `init` and `step`.
 
     Raises:
-      TypeError: tol or max_steps is no number, or a traced one.
+      TypeError: an option is not a number of Python, or not a whole one, where it must be; or axis_name is no name.
       ValueError: an option is out of range.
     """
 
@@ -54,8 +53,10 @@ class Solver:
         name, steps = type(self).__name__, self.trajectory_steps
         if self.stop not in ("relative", "absolute"):
             raise ValueError(f"{name}: stop must be 'relative' or 'absolute', not {self.stop!r}")
-        check_limits(name, self.tol, self.max_steps)
-        if not isinstance(steps, tuple) or list(steps) != sorted({k for k in steps if 0 <= k < self.max_steps}):
+        check_options(self, tol="[0, inf)", max_steps="[1, inf)")
+        check_axis_name(name, self.axis_name)
+        sound = lambda k: isinstance(k, numbers.Integral) and 0 <= k < self.max_steps  # noqa: E731
+        if not isinstance(steps, tuple) or list(steps) != sorted(set(filter(sound, steps))):
             raise ValueError(
                 f"{name}: trajectory_steps must be a tuple of increasing steps below {self.max_steps}, not {steps!r}"
             )
@@ -98,24 +99,42 @@ class Solver:
         return solve(lambda x: jacobian(x) + b, b, self)
 
 
-def check_limits(name: str, tol: Any, max_steps: Any) -> None:
-    """Check the limits of the solver or gradient `name`; None is not checked.
+def check_options(options: Any, **intervals: str) -> None:
+    """Check numbers among the fields of a solver or gradient, each against an interval, such as relaxation="(0, 1]".
+
+    A field of type int must be a whole number, one of type float a number; one that may be None is not checked then.
 
     Raises:
-      TypeError: tol is no number, or max_steps no whole number. Traced values are neither: options are fixed in a program.
-      ValueError: tol is negative or not finite, or max_steps is less than 1.
+      TypeError, ValueError: as of `check_number`.
     """
-    for option, value, kind, noun in [
-        ("tol", tol, numbers.Real, "a number"),
-        ("max_steps", max_steps, numbers.Integral, "a whole number"),
-    ]:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            shown = "an array or a traced value" if isinstance(value, jax.Array) else repr(value)
-            raise TypeError(f"{name}: {option} must be {noun} of Python, not {shown}")
-    if tol is not None and not 0 <= tol < math.inf:
-        raise ValueError(f"{name}: tol must be at least 0 and finite, not {tol}")
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"{name}: max_steps must be at least 1, not {max_steps}")
+    types = {option.name: option.type for option in fields(options)}
+    for name, interval in intervals.items():
+        value, kind = getattr(options, name), types[name]
+        if value is not None or kind in (int, float):
+            check_number(f"{type(options).__name__}: {name}", value, interval, whole=kind in (int, int | None))
+
+
+def check_number(name: str, value: Any, interval: str, *, whole: bool) -> None:
+    """Check an option that is fixed in a program.
+
+    Raises:
+      TypeError: it is no number, or not a whole one. A traced value is neither.
+      ValueError: it is not in the interval.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        shown = "an array or a traced value" if hasattr(value, "dtype") else repr(value)
+        raise TypeError(f"{name} must be a {'whole ' * whole}number of Python, not {shown}")
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    if not (above and (value <= high if interval[-1] == "]" else value < high)):
+        raise ValueError(f"{name} must be in {interval}, not {value}")
+
+
+def check_axis_name(name: str, axis_name: Any) -> None:
+    """Raise TypeError unless it is None, the name of an axis, or a tuple of names."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(axis, str) for axis in names):
+        raise TypeError(f"{name}: axis_name must be the name of an axis or a tuple of names, not {axis_name!r}")
 
 
 class _Best(NamedTuple):

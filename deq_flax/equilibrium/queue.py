@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.fixed_point import check_map, check_max_steps, check_solver, flat_map, flattener
-from deq_flax.equilibrium.loop import Solver, iteration, never_frozen, select_samples, statistics
+from deq_flax.equilibrium.gradients.base import underivable
+from deq_flax.equilibrium.loop import Solver, check_number, iteration, never_frozen, select_samples, statistics
 from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import Solution, SolverStats
 from deq_flax.equilibrium.solvers.broyden import Broyden
+
+NO_DERIVATIVES = "fixed_point_queue has no derivatives: use fixed_point, or jax.lax.stop_gradient(f(...)) as its f"
 
 
 def fixed_point_queue(
@@ -33,12 +36,13 @@ def fixed_point_queue(
     >>> sol.value.shape, bool(sol.stats.converged.all())
     ((1000, 8), True)
 
-    It is for inference: differentiation in reverse mode raises JAX's error about while_loop.
+    It is for inference: derivatives in what f depends on raise NotImplementedError, in forward and in reverse mode. A queue
+    within a function that is differentiated is a constant of it with `lambda *row: jax.lax.stop_gradient(f(*row))` as its f.
 
     Args:
       f: called as f(z, *inputs) with `slots` rows of each; treats each row by itself. What all problems share, such as
         parameters, it closes over.
-      z0: initial guesses: a pytree of real floating arrays (P, ...).
+      z0: initial guesses: a pytree of real floating arrays (P, ...). They get no gradient.
       *inputs: pytrees of arrays (P, ...).
       slots: size of the batch, at least 1. The more it is below P, the fuller the evaluations.
       solver: default `Broyden()`. It may not record a trajectory.
@@ -48,18 +52,20 @@ def fixed_point_queue(
       `Solution` with value and statistics of all problems, in order; `stats.nfe` counts the evaluations of f on the slots.
 
     Raises:
-      TypeError: solver is not a `Solver`.
+      NotImplementedError: the solution is differentiated.
+      TypeError: solver is not a `Solver`, or slots or max_steps no whole number.
       ValueError: slots is less than 1, a leaf of inputs has not P rows, the solver records a trajectory, or for the reasons of
         `fixed_point`.
     """
     solver = Broyden() if solver is None else solver
     check_solver(solver)
     check_max_steps(max_steps, solver.max_steps)
-    if slots < 1 or solver.trajectory_steps:
-        raise ValueError(f"fixed_point_queue needs slots of at least 1, not {slots}, and a solver without trajectory_steps")
+    check_number("fixed_point_queue: slots", slots, "[1, inf)", whole=True)
+    if solver.trajectory_steps:
+        raise ValueError("fixed_point_queue needs a solver without trajectory_steps")
     z0, inputs = jax.tree.map(jnp.asarray, (z0, inputs))
     flatten, unflatten_all = flattener(z0)
-    x0 = flatten(z0)
+    x0 = jax.lax.stop_gradient(flatten(z0))
     problems = len(x0)
     slots = min(slots, problems)
     for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):
@@ -110,7 +116,7 @@ def fixed_point_queue(
     )
     start = cast(start, varying((z0, inputs, shapes)))
     end = jax.lax.while_loop(lambda s: jnp.any(s.problem < problems), body, start)
-    x, statistics_of_each = end.answers
+    x, statistics_of_each = underivable(end.answers, NO_DERIVATIVES)
     nfe = end.evaluations.astype(x.dtype)
     return Solution(value=unflatten_all(x), stats=SolverStats(**statistics_of_each, nfe=nfe))
 

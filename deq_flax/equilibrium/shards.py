@@ -69,7 +69,7 @@ COLLECTIVES = ("psum", "pmax", "pmin", "ppermute", "all_gather", "all_to_all", "
 
 
 def communicates(jaxpr: Jaxpr) -> frozenset[str]:
-    """Return the named axes over which a program communicates."""
+    """Return the named axes over which a program communicates, but for those of a `jax.shard_map` that it holds itself."""
     axes = set()
     for equation in jaxpr.eqns:
         values = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
@@ -77,5 +77,6 @@ def communicates(jaxpr: Jaxpr) -> frozenset[str]:
             axes |= {value for value in values if isinstance(value, str)}
         for value in values:
             if isinstance(value, Jaxpr | ClosedJaxpr):
-                axes |= communicates(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+                within = communicates(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+                axes |= within - equation.params.get("newly_manual_axes", frozenset())
     return frozenset(axes)

@@ -1,5 +1,7 @@
 """Edges: empty batches, limits, strict dtypes, and arguments of the wrong kind, each solved or refused in one clear line."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from deq_flax import (
     Unroll,
     backward_probe,
     fixed_point,
+    fixed_point_queue,
 )
 
 PAIRS = [
@@ -70,8 +73,8 @@ def traced(make):
 
 
 REFUSED = {
-    "negative tol": (lambda: Implicit(tol=-1), ValueError, "Implicit: tol must be at least 0 and finite, not -1"),
-    "infinite tol": (lambda: Picard(tol=np.inf), ValueError, "Picard: tol must be at least 0 and finite"),
+    "negative tol": (lambda: Implicit(tol=-1), ValueError, r"Implicit: tol must be in \[0, inf\), not -1"),
+    "infinite tol": (lambda: Picard(tol=np.inf), ValueError, r"Picard: tol must be in \[0, inf\), not inf"),
     "NaN tol": (lambda: GMRES(tol=np.nan), ValueError, "GMRES: tol"),
     "traced tol": (
         traced(lambda t: Broyden(tol=t).max_steps),
@@ -80,7 +83,7 @@ REFUSED = {
     ),
     "array tol": (lambda: Implicit(tol=jnp.ones(())), TypeError, "Implicit: tol must be a number of Python"),
     "text tol": (lambda: Anderson(tol="1e-3"), TypeError, "Anderson: tol must be a number of Python, not '1e-3'"),
-    "no steps": (lambda: Implicit(max_steps=0), ValueError, "Implicit: max_steps must be at least 1"),
+    "no steps": (lambda: Implicit(max_steps=0), ValueError, r"Implicit: max_steps must be in \[1, inf\), not 0"),
     "float steps": (lambda: Picard(max_steps=1e2), TypeError, "Picard: max_steps must be a whole number of Python, not 100.0"),
     "bool steps": (lambda: GMRES(max_steps=True), TypeError, "GMRES: max_steps must be a whole number"),
     "call's limit of 0": (
@@ -90,12 +93,69 @@ REFUSED = {
     ),
     "call's limit above": (lambda: solve(max_steps=np.int32(51)), ValueError, "from 1 to the solver's own limit, 50, not 51"),
     "call's float limit": (lambda: solve(max_steps=3.0), TypeError, "max_steps must be a whole number, not 3.0"),
-    "probe": (lambda: solve(probe=jnp.zeros(2)), ValueError, r"probe must be the array of backward_probe\(\)"),
+    "call's bool limit": (lambda: solve(max_steps=True), TypeError, "max_steps must be a whole number, not True"),
+    "call's vector limit": (
+        lambda: jax.jit(lambda n: solve(max_steps=n)).trace(np.ones(2, np.int32)),
+        TypeError,
+        r"max_steps must be a whole number, not a traced int32\[2\]",
+    ),
+    "call's traced float limit": (traced(lambda n: solve(max_steps=n)), TypeError, r"not a traced float32\[\]"),
+    "call's limit above the steps": (
+        lambda: solve(max_steps=50, gradient=Unroll(10)),
+        ValueError,
+        "max_steps must be from 1 to the steps of Unroll, 10, not 50",
+    ),
+    "probe's shape": (lambda: solve(probe=jnp.zeros(2)), ValueError, r"probe must be the array of backward_probe\(\).*\(2,\)"),
+    "probe's dtype": (
+        lambda: solve(probe=jnp.zeros(3, int)),
+        TypeError,
+        r"probe must be the array .* floating dtype, not int32",
+    ),
+    "probe's type": (lambda: solve(probe=[0.0, 0.0, 0.0]), TypeError, r"probe must be the array .* not list"),
+    "steps of a trajectory": (lambda: Picard(trajectory_steps=(1.5,)), ValueError, "trajectory_steps must be a tuple of inc"),
+    "axis": (
+        lambda: Picard(axis_name=3),
+        TypeError,
+        "Picard: axis_name must be the name of an axis or a tuple of names, not 3",
+    ),
+    "axes": (lambda: GMRES(axis_name=("a", 3)), TypeError, "GMRES: axis_name must be the name of an axis or a tuple of names"),
+    "slots": (
+        lambda: fixed_point_queue(jnp.tanh, jnp.zeros((1, 2)), slots=2.0),
+        TypeError,
+        "fixed_point_queue: slots must be a whole number of Python, not 2.0",
+    ),
+    "traced relaxation": (
+        traced(lambda r: Picard(relaxation=r).tol),
+        TypeError,
+        "relaxation must be a number of Python, not an",
+    ),
+    "infinite ridge": (lambda: Anderson(ridge=np.inf), ValueError, r"Anderson: ridge must be in \[0, inf\), not inf"),
     "gradient's name": (lambda: solve(gradient="implicit"), TypeError, r"gradient must be an object such as Implicit\(\)"),
     "gradient's class": (lambda: solve(gradient=Neumann), TypeError, r"gradient must be an object such as Implicit\(\)"),
     "layer's solver": (lambda: Equilibrium(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), solver=Broyden), TypeError, "solver must be"),
     "layer's gradient": (lambda: Equilibrium(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), gradient=Neumann), TypeError, "gradient must"),
 }
+
+
+WHOLE = [
+    (Anderson, "memory", 10.0),
+    (Broyden, "memory", 10.0),
+    (GMRES, "restart", 2.5),
+    (Neumann, "terms", 3.0),
+    (PhantomGradient, "steps", 2.0),
+    (Reversible, "checkpoint_every", 2.5),
+    (SHINE, "refine_steps", False),
+    (Unroll, "steps", True),
+    (Unroll, "steps", None),
+    (Unroll, "steps", "5"),
+    (functools.partial(Unroll, 5), "last", 2.0),
+]
+
+
+@pytest.mark.parametrize("make,option,value", WHOLE)
+def test_a_count_is_a_whole_number(make, option, value):
+    with pytest.raises(TypeError, match=f": {option} must be a whole number of Python, not {value!r}"):
+        make(**{option: value})
 
 
 @pytest.mark.parametrize("case", REFUSED)

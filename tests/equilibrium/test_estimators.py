@@ -270,7 +270,7 @@ def test_value_dtype_and_statistics_are_those_of_the_solver(gradient):
 @pytest.mark.parametrize(
     "make,message",
     [
-        (lambda: Unroll(0), "at least 1"),
+        (lambda: Unroll(0), "steps"),
         (lambda: Neumann(0), "terms"),
         (lambda: PhantomGradient(0), "steps"),
         (lambda: Neumann(relaxation=0.0), "relaxation"),

@@ -60,6 +60,25 @@ def test_on_failure_changes_the_gradient_of_failed_samples_only(gradient):
     jax.tree.map(np.testing.assert_array_equal, (with_nan.value, with_zero.value), (sol.value, sol.value))
 
 
+@pytest.mark.parametrize("gradient", [PhantomGradient(20, 1.0), Unroll(30, last=3)], ids=lambda g: type(g).__name__)
+def test_zero_gradient_is_zero_where_the_differentiated_steps_overflow(gradient):
+    """z = a (z^2 + 1) has no real solution for a = 10: its iterates overflow, and their slopes are infinite."""
+    gain = np.float32([[0.1], [10.0]])
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def slope(a):
+        f = lambda z: a * gain * (z * z + 1)  # noqa: E731
+        sol = fixed_point(f, jnp.zeros_like(gain), solver=Picard(), gradient=gradient, on_failure="zero_gradient")
+        return sol.value.sum(), sol.stats.converged
+
+    total, converged = slope(1.0)
+    np.testing.assert_array_equal(converged, [1, 0])
+    z = (1 - np.sqrt(1 - 4 * 0.1**2)) / 0.2
+    exact = 0.1 * (z * z + 1) / (1 - 0.2 * z)  # dz / da of the other sample
+    np.testing.assert_allclose(total, exact, rtol=1e-4)
+
+
 def test_unknown_on_failure_is_refused():
     with pytest.raises(ValueError, match="known: return, nan, zero_gradient"):
         fixed_point(jnp.tanh, jnp.zeros((1, 2)), on_failure="raise")

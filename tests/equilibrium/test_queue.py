@@ -67,9 +67,27 @@ def test_the_limit_may_be_traced():
     assert run._cache_size() == 1
 
 
+MODES = {"grad": lambda f: jax.grad(f)(1.0), "jvp": lambda f: jax.jvp(f, (1.0,), (1.0,))[1]}
+
+
+def test_derivatives_are_refused_and_a_constant_f_has_none():
+    """Started at the solution, where no step is taken that a derivative could be seen in."""
+    x = np.ones((4, 3), np.float32)
+
+    def total(a, f):
+        sol = fixed_point_queue(f(a), 2 * a * x, x, slots=2, solver=Picard(max_steps=2))
+        return a + sol.value.sum() + sol.stats.relative_residual.sum()
+
+    for mode in MODES.values():
+        with pytest.raises(NotImplementedError, match="fixed_point_queue has no derivatives: use fixed_point"):
+            jax.jit(lambda: mode(lambda a: total(a, lambda a: lambda z, x: 0.5 * z + a * x))).lower()  # noqa: B023
+    held = lambda a: total(a, lambda a: lambda z, x: jax.lax.stop_gradient(0.5 * z + a * x))  # noqa: E731
+    assert jax.jit(lambda: [mode(held) for mode in MODES.values()])() == [1, 1]
+
+
 def test_malformed_calls_are_refused():
     z0 = jnp.zeros((3, 2))
-    with pytest.raises(ValueError, match="slots of at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"fixed_point_queue: slots must be in \[1, inf\), not 0"):
         fixed_point_queue(jnp.tanh, z0, slots=0)
     with pytest.raises(ValueError, match=r"inputs\[0\] has shape \[2, 3\].*that of z0, 3"):
         fixed_point_queue(lambda z, x: z, z0, z0.T, slots=2)

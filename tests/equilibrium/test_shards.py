@@ -1,6 +1,7 @@
 """Solves inside `jax.shard_map`, with JAX's check of varying types and without: values and gradients are those of one."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -34,9 +35,15 @@ from tests.equilibrium.dense import cell, close, loss, problem
 
 TIGHT = {"tol": 1e-10, "max_steps": 60}
 checks = pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-mostly_checked = pytest.mark.parametrize(
-    "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["checked", "unchecked"]
-)
+
+
+def parameters(quick, every):
+    """Return all cases; those not among the quick ones are slow."""
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in quick)]
+
+
+def name(x):
+    return {True: "checked", False: "unchecked"}[x] if isinstance(x, bool) else getattr(x, "__name__", type(x).__name__)
 
 
 def mesh(size, name):
@@ -47,27 +54,23 @@ def differentiated(f, count):
     return jax.jit(jax.value_and_grad(f, argnums=tuple(range(count)), has_aux=True))
 
 
-EVERY = [
+PAIRS = [
     (Picard(**TIGHT), Implicit()),
+    (Picard(**TIGHT), JacobianFree()),
+    (Picard(**TIGHT), Unroll(20)),
     (Anderson(**TIGHT, trace=True), Implicit(solver=GMRES(**TIGHT))),
     (Broyden(**TIGHT, trajectory_steps=(2,)), Implicit()),
     (Broyden(**TIGHT), SHINE()),
-    *(
-        pytest.param(solver, gradient, marks=pytest.mark.slow)
-        for solver, gradient in [
-            (Broyden(**TIGHT, line_search=True), Neumann(5)),
-            (Picard(**TIGHT), JacobianFree()),
-            (Picard(**TIGHT), PhantomGradient(3)),
-            (Picard(**TIGHT), Reversible()),
-            (Picard(**TIGHT), Unroll(20)),
-            (Picard(**TIGHT), Unroll(20, last=3)),
-        ]
-    ),
+    (Broyden(**TIGHT, line_search=True), Neumann(5)),
+    (Picard(**TIGHT), PhantomGradient(3)),
+    (Picard(**TIGHT), Reversible()),
+    (Picard(**TIGHT), Unroll(20, last=3)),
 ]
+EVERY = [(*pair, check) for pair in PAIRS for check in (True, False)]
+QUICK = [(*pair, True) for pair in (PAIRS[0], *PAIRS[3:6])] + [(*pair, False) for pair in PAIRS[:3]]
 
 
-@mostly_checked
-@pytest.mark.parametrize("solver,gradient", EVERY, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("solver,gradient,check_vma", parameters(QUICK, EVERY), ids=name)
 def test_shards_of_a_batch_give_what_the_whole_gives(solver, gradient, check_vma):
     """The gradient is taken inside the shards, as a trainer does, and outside of them."""
     with jax.enable_x64(True):
@@ -144,15 +147,15 @@ SPREAD = {
 """Specs of w, x and the state."""
 METHODS = [
     (Broyden(**TIGHT, line_search=True), Implicit(solver=GMRES(**TIGHT))),
-    pytest.param(Anderson(**TIGHT), Implicit(), marks=pytest.mark.slow),
-    pytest.param(Broyden(**TIGHT), SHINE(), marks=pytest.mark.slow),
-    pytest.param(Picard(**TIGHT), Reversible(), marks=pytest.mark.slow),
+    (Anderson(**TIGHT), Implicit()),
+    (Broyden(**TIGHT), SHINE()),
+    (Picard(**TIGHT), Reversible()),
 ]
+EVERY_PLACE = [(*method, place, check) for method in METHODS for place in SPREAD for check in (True, False)]
+QUICK_PLACES = [(*METHODS[0], place, True) for place in SPREAD] + [(*METHODS[0], replicated, False)]
 
 
-@mostly_checked
-@pytest.mark.parametrize("place", SPREAD, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("solver,gradient", METHODS, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("solver,gradient,place,check_vma", parameters(QUICK_PLACES, EVERY_PLACE), ids=name)
 def test_a_problem_spread_over_shards_is_solved_as_on_one_device(solver, gradient, place, check_vma):
     with jax.enable_x64(True):
         w, x, _ = problem()
@@ -222,6 +225,20 @@ def test_communication_over_an_unnamed_axis_is_refused(f, check_vma):
     mapped = jax.shard_map(run, mesh=mesh(2, "model"), in_specs=P("model"), out_specs=P("model"), check_vma=check_vma)
     with pytest.raises(ValueError, match=r"over the axis 'model'.*Broyden\(axis_name='model'\)"):
         jax.eval_shape(mapped, jnp.ones((2, 3)))
+
+
+def test_an_f_that_holds_a_shard_map_is_solved_outside_of_one():
+    """Its shards are those of one evaluation, so that no axis need be named: value and gradient of a product in two parts."""
+    w, x, _ = problem()
+    parts = {"in_specs": (P(None, "model"), P("model")), "out_specs": P()}
+    product = jax.shard_map(lambda z, w: jax.lax.psum(z @ w, "model"), mesh=mesh(2, "model"), **parts)
+
+    def total(w, multiply):
+        f = lambda z: jnp.tanh(multiply(z, w) + x)  # noqa: E731
+        return loss(fixed_point(f, jnp.zeros_like(x), solver=Picard(tol=1e-6)).value)
+
+    sharded, dense = (jax.jit(jax.value_and_grad(functools.partial(total, multiply=m)))(w) for m in (product, jnp.matmul))
+    close(sharded, dense, rtol=1e-4, atol=1e-4)
 
 
 def test_an_axis_of_vmap_may_be_named_too():

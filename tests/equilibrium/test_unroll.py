@@ -147,8 +147,8 @@ def test_noise_is_drawn_anew_in_every_step_and_only_with_a_key():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"last": 0}, "last must be from 1 to steps"),
-        ({"last": 4}, "last must be from 1 to steps"),
+        ({"last": 0}, r"last must be in \[1, 3\], not 0"),
+        ({"last": 4}, r"last must be in \[1, 3\], not 4"),
         ({"relaxation": 0.0}, "relaxation"),
         ({"noise": -1.0}, "noise"),
     ],

@@ -1,7 +1,8 @@
 """The protocol of gradients, and the building blocks that several of them share."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +80,14 @@ def attach(value: jax.Array, surrogate: jax.Array) -> jax.Array:
 def _attach_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     # Not the bare value: a further level of differentiation looks at what this returns, and must see the surrogate again.
     return attach(*primals), tangents[1]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def underivable(value: Any, message: str) -> Any:
+    """Return the value, a pytree whose derivatives, in any mode, raise NotImplementedError with this message."""
+    return value
+
+
+@underivable.defjvp
+def _refuse(message: str, primals: Any, tangents: Any) -> NoReturn:
+    raise NotImplementedError(message)

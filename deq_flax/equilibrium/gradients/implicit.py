@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.linear import LinearSolver, solve_scaled
-from deq_flax.equilibrium.loop import Solver, check_limits, solve
+from deq_flax.equilibrium.loop import Solver, check_options, solve
 from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
@@ -25,7 +25,7 @@ class Implicit:
     accuracy of the gradient does not depend on the scale of the loss.
 
     Raises:
-      TypeError: solver solves no linear equations, or tol or max_steps is no number, or a traced one.
+      TypeError: solver solves no linear equations, or tol is not a number of Python, or max_steps not a whole one.
       ValueError: solver stops by the absolute residual, or tol or max_steps is out of range.
     """
 
@@ -40,7 +40,7 @@ class Implicit:
     def __post_init__(self):
         if self.solver is not None and (isinstance(self.solver, type) or not isinstance(self.solver, LinearSolver)):
             raise TypeError(f"Implicit: solver must be None, a Solver such as Broyden(), or GMRES(), not {self.solver!r}")
-        check_limits("Implicit", self.tol, self.max_steps)
+        check_options(self, tol="[0, inf)", max_steps="[1, inf)")
         if isinstance(self.solver, Solver) and self.solver.stop == "absolute":
             raise ValueError(
                 "Implicit: the adjoint equation is solved to a relative residual: set stop='relative' in its solver"

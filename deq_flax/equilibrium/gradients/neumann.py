@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 
-from deq_flax.equilibrium.loop import Solver, solve
+from deq_flax.equilibrium.loop import Solver, check_options, solve
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
 
@@ -20,6 +20,7 @@ class Neumann:
     nested too, vmap and scan work; a second derivative is the series of the series.
 
     Raises:
+      TypeError: an option is not a number of Python, or not a whole one, where it must be.
       ValueError: an option is out of range.
     """
 
@@ -29,10 +30,7 @@ class Neumann:
     """Weight r of the Jacobian in a term, in (0, 1]; 1 is the plain series, less keeps it bounded for a large Jacobian."""
 
     def __post_init__(self):
-        if self.terms < 1:
-            raise ValueError(f"Neumann: terms must be at least 1, not {self.terms}")
-        if not 0 < self.relaxation <= 1:
-            raise ValueError(f"Neumann: relaxation must be in (0, 1], not {self.relaxation}")
+        check_options(self, terms="[1, inf)", relaxation="(0, 1]")
 
     def __call__(
         self,

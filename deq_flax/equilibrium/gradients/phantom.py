@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from deq_flax.equilibrium.gradients.base import attach, stopped
-from deq_flax.equilibrium.loop import Solver, solve
+from deq_flax.equilibrium.loop import Solver, check_options, solve
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
 
@@ -20,6 +20,7 @@ class PhantomGradient:
     Reverse and forward mode, vmap and scan work.
 
     Raises:
+      TypeError: an option is not a number of Python, or not a whole one, where it must be.
       ValueError: an option is out of range.
     """
 
@@ -29,10 +30,7 @@ class PhantomGradient:
     """Weight of f(z) in a step, in (0, 1]; 1 is plain iteration, less keeps the gradient bounded for a large Jacobian."""
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"PhantomGradient: steps must be at least 1, not {self.steps}")
-        if not 0 < self.relaxation <= 1:
-            raise ValueError(f"PhantomGradient: relaxation must be in (0, 1], not {self.relaxation}")
+        check_options(self, steps="[1, inf)", relaxation="(0, 1]")
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.gradients.base import closed_over
-from deq_flax.equilibrium.loop import Solver, select_samples, solve_with_state
+from deq_flax.equilibrium.loop import Solver, check_options, select_samples, solve_with_state
 from deq_flax.equilibrium.shards import settled, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
@@ -31,6 +31,7 @@ class Reversible:
     JAX's errors about custom_vjp and while_loop.
 
     Raises:
+      TypeError: an option is not a number of Python, or not a whole one, where it must be.
       ValueError: an option is out of range.
     """
 
@@ -40,10 +41,7 @@ class Reversible:
     """Steps between kept pairs of states. None keeps only the end: constant memory, for float64 or few steps."""
 
     def __post_init__(self):
-        if not 0 < self.relaxation < 1:
-            raise ValueError(f"Reversible: relaxation must be in (0, 1), not {self.relaxation}")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(f"Reversible: checkpoint_every must be None or at least 1, not {self.checkpoint_every}")
+        check_options(self, relaxation="(0, 1)", checkpoint_every="[1, inf)")
 
     def __call__(
         self,

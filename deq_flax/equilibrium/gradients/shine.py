@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.gradients.base import attach, stopped
-from deq_flax.equilibrium.loop import Solver, solve, solve_with_state
+from deq_flax.equilibrium.gradients.base import attach, stopped, underivable
+from deq_flax.equilibrium.loop import Solver, check_options, solve, solve_with_state
 from deq_flax.equilibrium.shards import AxisName
 from deq_flax.equilibrium.solution import FlatMap, SolverStats, norm, power_of_two
 from deq_flax.equilibrium.solvers.broyden import Broyden, BroydenState, apply_inverse_transpose
+
+NO_SECOND = "SHINE(refine_steps=...) has no second derivatives: use refine_steps=0, or Implicit()"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class SHINE:
     iterations cannot be, they raise NotImplementedError.
 
     Raises:
+      TypeError: an option is not a number of Python, or not a whole one, where it must be.
       ValueError: an option is out of range, or the solver is not `Broyden`.
     """
 
@@ -37,10 +40,7 @@ class SHINE:
     """Largest length of the shared direction relative to the cotangent, beyond which the latter is taken; None is no limit."""
 
     def __post_init__(self):
-        if self.refine_steps < 0:
-            raise ValueError(f"SHINE: refine_steps must be at least 0, not {self.refine_steps}")
-        if self.fallback is not None and not self.fallback > 0:
-            raise ValueError(f"SHINE: fallback must be None or positive, not {self.fallback}")
+        check_options(self, refine_steps="[0, inf)", fallback="(0, inf]")
 
     def __call__(
         self,
@@ -63,7 +63,7 @@ class SHINE:
             direction = self._direction(state, unit, solver.axis_name)
             if self.refine_steps:
                 direction, _ = solve(lambda y: pullback(scale * y)[0] / scale + unit, direction, refiner)
-                direction = _differentiated_once(direction)
+                direction = underivable(direction, NO_SECOND)
             return scale * direction, None, None
 
         share = jax.custom_vjp(lambda fx, state, pullback: fx)
@@ -77,13 +77,3 @@ class SHINE:
         length = norm(direction, axis_name)
         limit = jnp.inf if self.fallback is None else self.fallback * norm(cotangent, axis_name)
         return jnp.where((jnp.isfinite(length) & (length <= limit))[:, None], direction, cotangent)
-
-
-@jax.custom_jvp
-def _differentiated_once(direction: jax.Array) -> jax.Array:
-    return direction
-
-
-@_differentiated_once.defjvp
-def _refuse(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    raise NotImplementedError("SHINE(refine_steps=...) has no second derivatives: use refine_steps=0, or Implicit()")

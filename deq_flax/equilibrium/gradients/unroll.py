@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_flax.equilibrium.gradients.base import stopped
-from deq_flax.equilibrium.loop import Solver, solve
+from deq_flax.equilibrium.loop import Solver, check_options, solve
 from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
@@ -30,6 +30,7 @@ class Unroll:
     one more evaluation, which the compiler drops when they are not read. Every mode of differentiation works.
 
     Raises:
+      TypeError: an option is not a number of Python, or not a whole one, where it must be.
       ValueError: an option is out of range.
     """
 
@@ -47,14 +48,8 @@ class Unroll:
     """Random key of the noise; None: no noise, as in evaluation."""
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"Unroll: steps must be at least 1, not {self.steps}")
-        if self.last is not None and not 1 <= self.last <= self.steps:
-            raise ValueError(f"Unroll: last must be from 1 to steps ({self.steps}), not {self.last}")
-        if not 0 < self.relaxation <= 1:
-            raise ValueError(f"Unroll: relaxation must be in (0, 1], not {self.relaxation}")
-        if not self.noise >= 0:
-            raise ValueError(f"Unroll: noise must be at least 0, not {self.noise}")
+        check_options(self, steps="[1, inf)", relaxation="(0, 1]", noise="[0, inf)")
+        check_options(self, last=f"[1, {self.steps}]")
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.loop import Solver
+from deq_flax.equilibrium.loop import Solver, check_options
 from deq_flax.equilibrium.shards import total
 from deq_flax.equilibrium.solution import scale_of
 
@@ -34,6 +34,7 @@ class Anderson(Solver):
     absolute ridge of 1e-4 stalls at residuals of 1e-4.
 
     Raises:
+      TypeError: an option is not a number of Python, or not a whole one, where it must be.
       ValueError: an option is out of range.
     """
 
@@ -50,12 +51,7 @@ class Anderson(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"Anderson: memory must be at least 1, not {self.memory}")
-        if not 0 < self.relaxation <= 1:
-            raise ValueError(f"Anderson: relaxation must be in (0, 1], not {self.relaxation}")
-        if not self.ridge >= 0:
-            raise ValueError(f"Anderson: ridge must be at least 0, not {self.ridge}")
+        check_options(self, memory="[1, inf)", relaxation="(0, 1]", ridge="[0, inf)")
 
     def init(self, z: jax.Array) -> AndersonState:
         batch, size = z.shape

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.loop import Solver, select_samples
+from deq_flax.equilibrium.loop import Solver, check_options, select_samples
 from deq_flax.equilibrium.shards import AxisName, settled, total
 from deq_flax.equilibrium.solution import norm, scale_of
 
@@ -72,6 +72,7 @@ class Broyden(Solver):
     nothing, a step with `memory=10` takes as long as one with 16 steps kept: below that, a bound saves no time.
 
     Raises:
+      TypeError: an option is not a number of Python, or not a whole one, where it must be.
       ValueError: an option is out of range.
     """
 
@@ -84,8 +85,7 @@ class Broyden(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.memory is not None and self.memory < 2:
-            raise ValueError(f"Broyden: memory must be None or at least 2, not {self.memory}")
+        check_options(self, memory="[2, inf)")
 
     @property
     def _bounded(self) -> bool:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.loop import Solver
+from deq_flax.equilibrium.loop import Solver, check_options
 from deq_flax.equilibrium.shards import total
 from deq_flax.equilibrium.solution import scale_of
 
@@ -31,6 +31,7 @@ class Picard(Solver):
     of 400 problems of 32 elements (benchmarks/battery.py), 100 evaluations solve 307, and 217 without.
 
     Raises:
+      TypeError: an option is not a number of Python, or not a whole one, where it must be.
       ValueError: an option is out of range.
     """
 
@@ -41,8 +42,7 @@ class Picard(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.relaxation <= 1:
-            raise ValueError(f"Picard: relaxation must be in (0, 1], not {self.relaxation}")
+        check_options(self, relaxation="(0, 1]")
 
     def init(self, z: jax.Array) -> AdaptiveState | None:
         if not self.adaptive:
