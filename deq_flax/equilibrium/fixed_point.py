@@ -61,9 +61,9 @@ def fixed_point(
       probe: `backward_probe()`, to get statistics of the adjoint solve.
       on_failure: gradient of a sample that did not converge. 'return': the gradient at its best iterate. 'nan': NaN, which
         makes the failure visible. 'zero_gradient': its cotangent becomes zero, so that it contributes nothing to the
-        gradients of shared parameters, except NaN if f is not finite at its z0 itself, since 0 times NaN is NaN.
-        `Unroll` and `PhantomGradient`, whose differentiated steps may overflow for such a sample, take the forward pass twice:
-        the second time it stays at its z0.
+        gradients of shared parameters, except NaN if f is not finite at its z0, or its slope not at its best iterate, since 0
+        times NaN is NaN. `Unroll` and `PhantomGradient`, whose differentiated steps may overflow for such a sample, take the
+        forward pass twice: the second time it stays at its z0.
       batched: False if the leaves of z0 have no batch axis: a single problem. f then gets them as they are, and the arrays of
         the statistics have no batch axis either. This is the way for an f that couples what it gets: statistics of a batch,
         nodes of a graph. With True each sample is a problem of its own, and f should treat it so. `stats.converged` is true of
