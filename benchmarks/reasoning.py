@@ -94,7 +94,8 @@ GRADIENTS = {
 _QUIET: Changes = {"train.eval_every": 0, "train.checkpoint_every": 10_000, "data.pictures": 0}
 
 MAZE = _QUIET | {
-    **{"data.size": 7, "data.test_sizes": (13,), "data.valid_examples": 100, "data.test_examples": 100},
+    **{"data.size": 7, "data.test_sizes": (13,), "data.train_examples": 10_000},
+    **{"data.valid_examples": 100, "data.test_examples": 100, "deq.solver_options": {}},
     **{"deq.max_steps": 24, "deq.max_steps_jitter": 16, "deq.eval_max_steps": 150},
     **{"train.steps": 400, "optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 40},
 }
@@ -129,12 +130,15 @@ ABLATION: dict[str, Changes] = {
     "Jacobian loss": {"deq.jacobian_weight": 0.5, "deq.jacobian_frequency": 0.3},
 }
 """Changes to Unroll(last=8) on mazes."""
-STATES: dict[str, Changes] = {
-    "equilibrium": {},
-    "Transformer, 4 blocks": FEED_FORWARD
-    | {"model.name": "attention_reasoner", "model.width": 64, "model.heads": 4, "model.blocks": 4},
+PLAIN: dict[str, Changes] = {"plain": {"deq.solver_options": {}}}
+"""Evaluation by plain iteration instead of relaxed."""
+STATES: dict[str, tuple[str, Changes]] = {
+    "A5": ("a5", {}),
+    "A5, h = relu(a)": ("a5", {"model.gated": False}),
+    "A5, Transformer": ("transformer", {}),
+    "S5": ("s5", {}),
 }
-
+"""Row -> variant of configs/state_tracking.py and changes to it."""
 
 FURTHER: dict[str, Changes] = {
     "sweep": {"eval.max_steps_sweep": (5, 10, 20, 40, 80)},
@@ -155,6 +159,10 @@ def runs() -> Iterator[Run]:
         for name, changes in PREFIX_SUMS.items():
             more = {"thousand": THOUSAND} if name == "10 to 30 steps" else {}
             yield Run("prefix sums", name, "configs/prefix_sums.py", BITS | changes, seed, more)
+    for seed in range(2):
+        yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, PLAIN)
+    for name, (variant, changes) in STATES.items():
+        yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", changes)
     for name, changes in ABLATION.items():
         yield Run("mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes)
 

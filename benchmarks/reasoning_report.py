@@ -110,6 +110,43 @@ def prefix_sums(folder: Path) -> str:
     return tables.markdown(head, body) + seeds(rows)
 
 
+def twice_the_side(folder: Path) -> str:
+    body = []
+    for evaluation, words in ((None, "relaxed by 0.5"), ("plain", "plain")):
+        for name, results in read(folder, "mazes of twice the side", evaluation).items():
+            shares = [spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_21")]
+            residual = spread(numbers(results, "residual_21"), "{:.0e}".format)
+            converged = spread(numbers(results, "converged_21"), percent)
+            steps = spread(numbers(results, "steps_21"), "{:.0f}".format)
+            body.append([f"`{name}`", words, *shares, residual, converged, steps])
+    if not body:
+        return ""
+    head = [
+        "training",
+        "iteration of evaluation",
+        "exact, side 11",
+        "exact, side 21",
+        "residual, 21",
+        "converged, 21",
+        "steps, 21",
+    ]
+    return tables.markdown(head, body) + seeds(read(folder, "mazes of twice the side"))
+
+
+def states(folder: Path) -> str:
+    rows, lengths = read(folder, "state tracking"), ("", "_32", "_64", "_128")
+    if not rows:
+        return ""
+    body = []
+    for name, results in rows.items():
+        line = [name, spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
+        line += [spread(numbers(results, f"exact_match{length}"), percent) for length in lengths]
+        line += [", ".join(spread(numbers(results, f"steps{length}"), "{:.0f}".format) for length in lengths)]
+        body.append([*line, spread(numbers(results, "converged_128"), percent)])
+    head = ["model", "parameters", "16", "32", "64", "128", "steps at each length", "converged, 128"]
+    return tables.markdown(head, body) + seeds(rows)
+
+
 def ablation(folder: Path) -> str:
     if not read(folder, "mazes"):
         return ""
@@ -169,6 +206,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gradients on sudoku": sudoku,
     "prefix sums": prefix_sums,
     "mazes": ablation,
+    "mazes of twice the side": twice_the_side,
+    "state tracking": states,
     "longer iteration": longer,
 }
 """Name of the place in docs/reasoning.md -> its table."""
