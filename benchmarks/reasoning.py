@@ -44,6 +44,8 @@ class Run:
     seed: int = 0
     evaluations: dict[str, Changes] = field(default_factory=dict)
     """More evaluations by name, besides that at the end of training."""
+    start: str = ""
+    """Name of the run, of its group and seed, from whose weights it starts."""
 
     @property
     def stem(self) -> str:
@@ -132,13 +134,15 @@ ABLATION: dict[str, Changes] = {
 """Changes to Unroll(last=8) on mazes."""
 PLAIN: dict[str, Changes] = {"plain": {"deq.solver_options": {}}}
 """Evaluation by plain iteration instead of relaxed."""
-STATES: dict[str, tuple[str, Changes]] = {
-    "A5": ("a5", {}),
-    "A5, h = relu(a)": ("a5", {"model.gated": False}),
-    "A5, Transformer": ("transformer", {}),
-    "S5": ("s5", {}),
+STATES: dict[str, tuple[str, str]] = {
+    "A5, 4 symbols": ("a5", ""),
+    "A5, 8 symbols": ("a5_longer", "A5, 4 symbols"),
+    "A5, Transformer, 4 symbols": ("transformer", ""),
+    "A5, Transformer, 8 symbols": ("transformer_longer", "A5, Transformer, 4 symbols"),
+    "S5, 4 symbols": ("s5", ""),
+    "S5, 8 symbols": ("s5_longer", "S5, 4 symbols"),
 }
-"""Row -> variant of configs/state_tracking.py and changes to it."""
+"""Row -> variant of configs/state_tracking.py, and the row from whose weights it starts."""
 
 FURTHER: dict[str, Changes] = {
     "sweep": {"eval.max_steps_sweep": (5, 10, 20, 40, 80)},
@@ -161,8 +165,8 @@ def runs() -> Iterator[Run]:
             yield Run("prefix sums", name, "configs/prefix_sums.py", BITS | changes, seed, more)
     for seed in range(2):
         yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, PLAIN)
-    for name, (variant, changes) in STATES.items():
-        yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", changes)
+    for name, (variant, start) in STATES.items():
+        yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, start=start)
     for name, changes in ABLATION.items():
         yield Run("mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes)
 
@@ -177,7 +181,8 @@ def perform(run: Run, folder: Path) -> None:
     if file.exists():
         return
     print(f"== {run.stem}", flush=True)
-    config, start = training.resolved(run.config, run.everything()), process_time()
+    weights = {"checkpoint.init_from": str(folder / replace(run, name=run.start).stem)} if run.start else {}
+    config, start = training.resolved(run.config, run.everything() | weights), process_time()
     task = make_task(config)
     record = to_dict(replace(config, model=task.model_options))
     parts = {name: getattr(config, name) for name in ("optimizer", "train", "mesh", "checkpoint")}

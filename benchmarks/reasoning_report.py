@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import tables, training
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -134,17 +134,20 @@ def twice_the_side(folder: Path) -> str:
 
 
 def states(folder: Path) -> str:
-    rows, lengths = read(folder, "state tracking"), ("", "_32", "_64", "_128")
-    if not rows:
-        return ""
-    body = []
+    from deq_flax.plot_puzzles import by_size
+
+    rows, lengths, body = read(folder, "state tracking"), (4, 8, 16, 32, 64, 128), []
     for name, results in rows.items():
         line = [name, spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
-        line += [spread(numbers(results, f"exact_match{length}"), percent) for length in lengths]
-        line += [", ".join(spread(numbers(results, f"steps{length}"), "{:.0f}".format) for length in lengths)]
-        body.append([*line, spread(numbers(results, "converged_128"), percent)])
-    head = ["model", "parameters", "16", "32", "64", "128", "steps at each length", "converged, 128"]
-    return tables.markdown(head, body) + seeds(rows)
+        scored = [result for result in results if "metrics" in result]
+        for metric, form in (("exact_match", percent), ("steps", "{:.0f}".format)):
+            found = [
+                by_size(each["metrics"]["test"], training.resolved(each["run"]["config"]).data.size, metric) for each in scored
+            ]
+            line += [spread([shares[length] for shares in found if length in shares], form) for length in lengths]
+        body.append(line)
+    head = ["model, symbols trained on", "parameters", *map(str, lengths), *(f"steps, {length}" for length in lengths)]
+    return tables.markdown(head, body) + seeds(rows) if rows else ""
 
 
 def ablation(folder: Path) -> str:
