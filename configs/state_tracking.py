@@ -7,7 +7,7 @@
 |---|---|---|---|
 | a5, a5_longer | even permutations of five things, 60 symbols | 98.1 (FPRM), 65.3 (TRM with halting) | 100, 88, 34, 0 |
 | s5, s5_longer | all of them, 120 symbols | 98.8 (FPRM) | not trained here |
-| transformer, transformer_longer | a5 by a Transformer of four blocks, to stand beside it | | see docs/reasoning.md |
+| transformer, transformer_longer | a5 by a Transformer of four blocks, to stand beside it | | not trained here |
 
 The published numbers are those of models trained with other data and far more of it.
 """
