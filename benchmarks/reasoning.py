@@ -44,6 +44,8 @@ class Run:
     seed: int = 0
     evaluations: dict[str, Changes] = field(default_factory=dict)
     """More evaluations by name, besides that at the end of training."""
+    start: str = ""
+    """Name of the run, of its group and seed, from whose weights it starts."""
 
     @property
     def stem(self) -> str:
@@ -94,7 +96,8 @@ GRADIENTS = {
 _QUIET: Changes = {"train.eval_every": 0, "train.checkpoint_every": 10_000, "data.pictures": 0}
 
 MAZE = _QUIET | {
-    **{"data.size": 7, "data.test_sizes": (13,), "data.valid_examples": 100, "data.test_examples": 100},
+    **{"data.size": 7, "data.test_sizes": (13,), "data.train_examples": 10_000},
+    **{"data.valid_examples": 100, "data.test_examples": 100, "deq.solver_options": {}},
     **{"deq.max_steps": 24, "deq.max_steps_jitter": 16, "deq.eval_max_steps": 150},
     **{"train.steps": 400, "optimizer.learning_rate": 2e-3, "optimizer.warmup_steps": 40},
 }
@@ -129,12 +132,17 @@ ABLATION: dict[str, Changes] = {
     "Jacobian loss": {"deq.jacobian_weight": 0.5, "deq.jacobian_frequency": 0.3},
 }
 """Changes to Unroll(last=8) on mazes."""
-STATES: dict[str, Changes] = {
-    "equilibrium": {},
-    "Transformer, 4 blocks": FEED_FORWARD
-    | {"model.name": "attention_reasoner", "model.width": 64, "model.heads": 4, "model.blocks": 4},
+PLAIN: dict[str, Changes] = {"plain": {"deq.solver_options": {}}}
+"""Evaluation by plain iteration instead of relaxed."""
+STATES: dict[str, tuple[str, str]] = {
+    "A5, 4 symbols": ("a5", ""),
+    "A5, 8 symbols": ("a5_longer", "A5, 4 symbols"),
+    "A5, Transformer, 4 symbols": ("transformer", ""),
+    "A5, Transformer, 8 symbols": ("transformer_longer", "A5, Transformer, 4 symbols"),
+    "S5, 4 symbols": ("s5", ""),
+    "S5, 8 symbols": ("s5_longer", "S5, 4 symbols"),
 }
-
+"""Row -> variant of configs/state_tracking.py, and the row from whose weights it starts."""
 
 FURTHER: dict[str, Changes] = {
     "sweep": {"eval.max_steps_sweep": (5, 10, 20, 40, 80)},
@@ -155,6 +163,10 @@ def runs() -> Iterator[Run]:
         for name, changes in PREFIX_SUMS.items():
             more = {"thousand": THOUSAND} if name == "10 to 30 steps" else {}
             yield Run("prefix sums", name, "configs/prefix_sums.py", BITS | changes, seed, more)
+    for seed in range(2):
+        yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, PLAIN)
+    for name, (variant, start) in STATES.items():
+        yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, start=start)
     for name, changes in ABLATION.items():
         yield Run("mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes)
 
@@ -169,7 +181,8 @@ def perform(run: Run, folder: Path) -> None:
     if file.exists():
         return
     print(f"== {run.stem}", flush=True)
-    config, start = training.resolved(run.config, run.everything()), process_time()
+    weights = {"checkpoint.init_from": str(folder / replace(run, name=run.start).stem)} if run.start else {}
+    config, start = training.resolved(run.config, run.everything() | weights), process_time()
     task = make_task(config)
     record = to_dict(replace(config, model=task.model_options))
     parts = {name: getattr(config, name) for name in ("optimizer", "train", "mesh", "checkpoint")}

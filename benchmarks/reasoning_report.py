@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import tables, training
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -110,6 +110,46 @@ def prefix_sums(folder: Path) -> str:
     return tables.markdown(head, body) + seeds(rows)
 
 
+def twice_the_side(folder: Path) -> str:
+    body = []
+    for evaluation, words in ((None, "relaxed by 0.5"), ("plain", "plain")):
+        for name, results in read(folder, "mazes of twice the side", evaluation).items():
+            shares = [spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_21")]
+            residual = spread(numbers(results, "residual_21"), "{:.0e}".format)
+            converged = spread(numbers(results, "converged_21"), percent)
+            steps = spread(numbers(results, "steps_21"), "{:.0f}".format)
+            body.append([f"`{name}`", words, *shares, residual, converged, steps])
+    if not body:
+        return ""
+    head = [
+        "training",
+        "iteration of evaluation",
+        "exact, side 11",
+        "exact, side 21",
+        "residual, 21",
+        "converged, 21",
+        "steps, 21",
+    ]
+    return tables.markdown(head, body) + seeds(read(folder, "mazes of twice the side"))
+
+
+def states(folder: Path) -> str:
+    from deq_flax.plot_puzzles import by_size
+
+    rows, lengths, body = read(folder, "state tracking"), (4, 8, 16, 32, 64, 128), []
+    for name, results in rows.items():
+        line = [name, spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
+        scored = [result for result in results if "metrics" in result]
+        for metric, form in (("exact_match", percent), ("steps", "{:.0f}".format)):
+            found = [
+                by_size(each["metrics"]["test"], training.resolved(each["run"]["config"]).data.size, metric) for each in scored
+            ]
+            line += [spread([shares[length] for shares in found if length in shares], form) for length in lengths]
+        body.append(line)
+    head = ["model, symbols trained on", "parameters", *map(str, lengths), *(f"steps, {length}" for length in lengths)]
+    return tables.markdown(head, body) + seeds(rows) if rows else ""
+
+
 def ablation(folder: Path) -> str:
     if not read(folder, "mazes"):
         return ""
@@ -169,6 +209,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gradients on sudoku": sudoku,
     "prefix sums": prefix_sums,
     "mazes": ablation,
+    "mazes of twice the side": twice_the_side,
+    "state tracking": states,
     "longer iteration": longer,
 }
 """Name of the place in docs/reasoning.md -> its table."""

@@ -4,7 +4,7 @@
 
 | variant | what | exact match, published | measured |
 |---|---|---|---|
-| small | convolutional cell, mazes of 5 x 5 cells (side 11), minutes on two CPU cores | none | not trained here |
+| small | convolutional cell, mazes of 5 x 5 cells (side 11), 11 minutes on a busy core | none | 100; at side 21: 91.6 |
 | unique_eqr | Maze-Unique (side 30, paths of 100 to 140 steps) by the recipe of EqR | 82.2 in 16 segments | not trained here |
 | unique_trm | the same by the recipe of TRM | 44.9 | not trained here |
 
@@ -19,19 +19,28 @@ from deq_flax.published import EQR, TRM
 
 BASE = {
     "task": "reasoning",
-    "data": {"name": "maze", "size": 11, "test_sizes": (21,), "batch_size": 32, "test_examples": 500},
+    "data": {
+        "name": "maze",
+        "size": 11,
+        "test_sizes": (21,),
+        "train_examples": 100_000,
+        "valid_examples": 200,
+        "test_examples": 500,
+        "batch_size": 32,
+    },
     "model": {"name": "conv_reasoner", "width": 32, "axes": 2},
     "deq": {
         "solver": "picard",
+        "solver_options": {"relaxation": 0.5},  # of evaluation: plain iteration alternates between two states in larger mazes
         "tol": 1e-4,
-        "max_steps": 28,
-        "max_steps_jitter": 20,
+        "max_steps": 40,
+        "max_steps_jitter": 32,  # 8 to 40 steps
         "eval_max_steps": 300,
         "gradient": "unroll",
         "gradient_options": {"last": 8, "remat": False},
     },
     "optimizer": {"clip_norm": 1.0},
-    "train": {"steps": 1500, "log_every": 50, "eval_every": 500, "checkpoint_every": 500},
+    "train": {"steps": 3000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500},
 }
 
 _UNIQUE = {

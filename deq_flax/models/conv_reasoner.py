@@ -33,6 +33,8 @@ class ConvReasonerOptions(ReasonerOptions):
     """Side of the convolutions' kernels, odd."""
     blocks: int = 1
     """Residual blocks of two convolutions after the one that joins state and puzzle."""
+    gated: bool = False
+    """Hidden features are products, silu(a) b, not relu(a): a composition, as of permutations, is a sum of products."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +58,9 @@ class CellConv(nnx.Module):
 
 
 class ConvReasoner(Reasoner):
-    """h = relu(conv([z, x])), residual blocks h <- relu(h + conv(relu(conv(h)))), then f(z, x) = norm(z + conv(h)).
+    """h = act(conv([z, x])), residual blocks h <- relu(h + conv(act(conv(h)))), then f(z, x) = norm(z + conv(h)).
+
+    act(a) is relu(a) or, gated, silu(a) b, with b from as many more features of its convolution (SwiGLU, Shazeer 2020).
 
     Raises:
       ValueError: an option is out of range.
@@ -67,8 +71,10 @@ class ConvReasoner(Reasoner):
     def __init__(self, options: ConvReasonerOptions, *, rngs: nnx.Rngs):
         super().__init__(options, rngs=rngs)
         width, size, axes = options.width, options.kernel, options.axes
-        self.join = CellConv(2 * width, width, size, axes, rngs=rngs)
-        self.blocks = nnx.List([CellConv(width, width, size, axes, rngs=rngs) for _ in range(2 * options.blocks)])
+        inner = width * (2 if options.gated else 1)
+        self.join = CellConv(2 * width, inner, size, axes, rngs=rngs)
+        outputs = [inner, width] * options.blocks
+        self.blocks = nnx.List([CellConv(width, d_out, size, axes, rngs=rngs) for d_out in outputs])
         self.out = CellConv(width, width, size, axes, rngs=rngs)
 
     def embed(self, inputs_BS: jax.Array) -> jax.Array:
@@ -81,7 +87,14 @@ class ConvReasoner(Reasoner):
     def evaluate(self, z: jax.Array, x_BSD: jax.Array) -> jax.Array:
         shape = z.shape
         z_BHWD, x_BHWD = (a.reshape(shape[0], -1, *shape[-2:]) for a in (z, x_BSD))
-        h = jax.nn.relu(self.join(jnp.concatenate([z_BHWD, x_BHWD], axis=-1), self.dtype))
+        h = self.activate(self.join(jnp.concatenate([z_BHWD, x_BHWD], axis=-1), self.dtype))
         for first, second in zip(self.blocks[::2], self.blocks[1::2], strict=True):
-            h = jax.nn.relu(h + second(jax.nn.relu(first(h, self.dtype)), self.dtype))
+            h = jax.nn.relu(h + second(self.activate(first(h, self.dtype)), self.dtype))
         return rms_norm(z_BHWD + self.out(h, self.dtype).astype(z.dtype)).reshape(shape)
+
+    def activate(self, h: jax.Array) -> jax.Array:
+        """The activation of a hidden convolution's features."""
+        if not self.options.gated:
+            return jax.nn.relu(h)
+        a, b = jnp.split(h, 2, axis=-1)
+        return jax.nn.silu(a) * b

@@ -70,7 +70,7 @@ def test_random_symbols_stand_in_for_puzzles(name):
     config = resolve(load_config(name), [])
     data = dataclasses.replace(config.data, batch_size=8, eval_batch_size=4)
     task = make_task(without_data(dataclasses.replace(config, data=data)))
-    shape = {"sudoku": (9, 9), "maze": (30, 30), "state_tracking": (16,)}[name.split(":")[0]]
+    shape = {"sudoku": (9, 9), "maze": (30, 30), "state_tracking": (4,)}[name.split(":")[0]]
     assert next(task.train_batches(0))["inputs"].shape == (8, *shape)
     assert task.eval_batches("valid")[0]["targets"].shape == (4, *shape)
     assert task.model_options.input_symbols == {"sudoku": 10, "maze": 6, "state_tracking": 120}[name.split(":")[0]]

@@ -78,8 +78,9 @@ def test_the_start_is_drawn_by_the_key_and_fixed_in_evaluation(name):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(make(name, initial="zero").initial_state(INPUTS)))
 
 
-def test_the_convolutional_cell_is_the_formula():
-    model, z = make("conv_reasoner"), np.random.default_rng(1).normal(size=(2, 5, 4, 6)).astype(np.float32)
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_convolutional_cell_is_the_formula(gated):
+    model, z = make("conv_reasoner", gated=gated), np.random.default_rng(1).normal(size=(2, 5, 4, 6)).astype(np.float32)
     x = np.asarray(model.embed(INPUTS))
 
     def conv(layer, h):
@@ -88,8 +89,9 @@ def test_the_convolutional_cell_is_the_formula():
         return sum(shifted) + np.asarray(layer.bias_O[...])
 
     relu = lambda h: np.maximum(h, 0)  # noqa: E731
-    h = relu(conv(model.join, np.concatenate([z, x], axis=-1)))
-    h = relu(h + conv(model.blocks[1], relu(conv(model.blocks[0], h))))
+    act = (lambda h: h[..., :6] / (1 + np.exp(-h[..., :6])) * h[..., 6:]) if gated else relu
+    h = act(conv(model.join, np.concatenate([z, x], axis=-1)))
+    h = relu(h + conv(model.blocks[1], act(conv(model.blocks[0], h))))
     np.testing.assert_allclose(model.evaluate(z, x), rms(z + conv(model.out, h)), rtol=1e-3, atol=1e-4)
 
 
