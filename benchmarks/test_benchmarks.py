@@ -1,13 +1,17 @@
 """The benchmarks can be run, and their tables have a place to go to."""
 
+import dataclasses
 import importlib
 import re
+from argparse import Namespace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import jax
 import pytest
 
-from benchmarks import tables, training
+from benchmarks import language, tables, training
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +46,17 @@ def test_a_table_replaces_the_one_before_and_nothing_else(tmp_path):
     assert text.endswith("<!-- begin b -->\nother\n<!-- end b -->\n")
     tables.publish("a", "newer", str(file))
     assert file.read_text() == text.replace("new\n", "newer\n")
+
+
+@pytest.mark.parametrize("ptb", [None, "PTB"])
+@pytest.mark.parametrize("name", language.MODELS)
+def test_a_language_model_is_measured_as_the_command_trains_it(name, ptb):
+    """With options within options, such as the terms of a Neumann series, which the command takes as flags."""
+    config, changes = language.chosen(language.MODELS[name], Namespace(steps=60, ptb=ptb, full=False))
+    measured = dataclasses.asdict(training.resolved(config, changes))
+    for path, value in changes.items():
+        if path.split(".")[0] != "deq" or measured["deq"] is not None:
+            assert reduce(getitem, path.split("."), measured) == value
 
 
 @pytest.mark.slow

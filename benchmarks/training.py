@@ -8,6 +8,7 @@ unrolled evaluation, less that evaluation. A compiler can fuse across parts, so 
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ CASES = ("f", "vjp", "step of one evaluation", "step")
 
 
 def resolved(path: str, changes: Mapping[str, Any] | None = None) -> "Config":
-    """The config `FILE[:VARIANT]` with `changes` ('section.key': value) to the sections that it has."""
+    """The config `FILE[:VARIANT]` with `changes` ('section.key' or 'section.options.key': value) to the sections it has."""
     from deq_flax.config import resolve, section_types
 
     file, *variant = path.split(":")
@@ -31,9 +32,9 @@ def resolved(path: str, changes: Mapping[str, Any] | None = None) -> "Config":
     spec.loader.exec_module(module)
     mapping = module.get_config(*variant).to_dict()
     for path, value in (changes or {}).items():
-        section, _, key = path.partition(".")
-        if section in section_types(mapping):
-            mapping.setdefault(section, {})[key] = value
+        *sections, key = path.split(".")
+        if sections[0] in section_types(mapping):
+            reduce(lambda part, name: part.setdefault(name, {}), sections, mapping)[key] = value
     return resolve(mapping)
 
 

@@ -77,7 +77,7 @@ def test_an_earlier_run_that_left_its_vocabulary_to_the_text_is_no_run_of_anothe
     record["model"]["vocab_size"] = 39
     _refuse_another_config(record, workdir)
     record["model"]["d_model"] += 2
-    with pytest.raises(UserError, match=r"differs in model\.d_model:"):
+    with pytest.raises(UserError, match=r"differs in model\.d_model \(16 there, 18 here\):"):
         _refuse_another_config(record, workdir)
 
 

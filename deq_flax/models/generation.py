@@ -6,7 +6,7 @@ solved for again.
 B texts, L length, M memory, D model features, J features of an injection, V words, K most likely words.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -104,7 +104,8 @@ class Generator:
         model.options = replace(model.options, mem_len=memory)
         graphdef, self._params = nnx.split(model)
         self._fresh = model.fresh_memory
-        self._extend = jax.jit(partial(_extend, graphdef, solver, sampling, words))
+        extend = partial(_extend, graphdef, solver, sampling, words)
+        self._extend, self._step = jax.jit(extend), jax.jit(partial(_step, extend))
 
     def start(self, prompts: Sequence[Sequence[int] | np.ndarray], seed: int = 0) -> State:
         """Read prompts of at least one token each, and choose the word that follows each of them."""
@@ -119,7 +120,7 @@ class Generator:
 
     def step(self, state: State, seed: int = 0) -> State:
         """Move the next words into the memory and choose those that follow them."""
-        return self._extend(self._params, state, state.token_B[:, None], jnp.ones_like(state.token_B), np.int32(seed))
+        return self._step(self._params, state, np.int32(seed))
 
     def tokens(
         self, prompts: Sequence[Sequence[int] | np.ndarray], count: int, seed: int = 0
@@ -161,6 +162,11 @@ def _extend(
     key_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed_B, position_B)
     token_B = jnp.where(count_B > 0, jax.vmap(sampling.choose)(log_p_BV, key_B), state.token_B)
     return State(memory, token_B, position_B, solution.stats.nfe)
+
+
+def _step(extend: Callable[..., State], params: nnx.State, state: State, seed: jax.Array) -> State:
+    """Read the next words: one program, as a small model costs less than the dispatch of an operation or two."""
+    return extend(params, state, state.token_B[:, None], jnp.ones_like(state.token_B), seed)
 
 
 def nearest_states(memory: Memory, injection_BLJ: jax.Array) -> jax.Array:
