@@ -69,7 +69,7 @@ class Broyden(Solver):
 
     Of 400 problems of 32 elements (benchmarks/battery.py), 100 evaluations solve 394 with all steps kept, 390 with `memory=20`,
     379 with 10 and 362 with 6, of which the last two take 21% and 36% more evaluations than the first. Where f costs
-    nothing, a step with `memory=10` takes as long as one with 16 steps kept: below that, a bound saves no time.
+    nothing, a step with `memory=10` takes as long as one with 20 steps kept: below that, a bound saves no time.
 
     Raises:
       TypeError: an option is not a number of Python, or not a whole one, where it must be.
