@@ -59,7 +59,7 @@ def run(graphdef, state, tokens_BL, targets_BL, memory):
     return model.nll(out.hidden_BLD, targets_BL), out.memory
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", [FIXTURES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FIXTURES[1:])])
 def test_converted_weights_give_the_authors_likelihoods(name, tmp_path):
     model = load_model(converted(name, tmp_path / "dir")).model
     arrays, memory = reference.load(name), model.fresh_memory(2)

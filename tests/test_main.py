@@ -48,6 +48,7 @@ def test_training_prints_its_result(trained):
         assert (workdir / name).exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_reports_that_the_run_is_complete(trained):
     workdir, first = trained
     again = main("--workdir", str(workdir))  # the config is the run's own

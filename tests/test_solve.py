@@ -25,7 +25,7 @@ MAZE = {
 }
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize("unrolled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_course_ends_at_the_iterate_that_evaluation_returns(unrolled):
     c = MAZE | {"deq": MAZE["deq"] | {"eval_unrolled": unrolled}}
     config = resolve(c)

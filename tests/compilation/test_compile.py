@@ -49,8 +49,8 @@ def small(mesh):
     [
         (lambda: resolved("wt103", "base"), None),
         (lambda: get("cifar10", "tiny"), (32, 32, 3)),
-        (lambda: get("imagenet", "small"), (224, 224, 3)),
-        (lambda: get("cityscapes", "small"), (512, 1024, 3)),
+        pytest.param(lambda: get("imagenet", "small"), (224, 224, 3), marks=pytest.mark.slow),
+        pytest.param(lambda: get("cityscapes", "small"), (512, 1024, 3), marks=pytest.mark.slow),
     ],
     ids=["wt103", "cifar10", "imagenet", "cityscapes"],
 )

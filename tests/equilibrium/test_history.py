@@ -14,7 +14,11 @@ import pytest
 from deq_flax import Anderson, Broyden, fixed_point
 
 STEPS = 9
-SOLVERS = [Anderson(memory=5), Anderson(memory=5, relaxation=0.7), Anderson(memory=5, ridge=0.0), Broyden(memory=5)]
+SOLVERS = [
+    Anderson(memory=5, relaxation=0.7),
+    Broyden(memory=5),
+    *(pytest.param(solver, marks=pytest.mark.slow) for solver in (Anderson(memory=5), Anderson(memory=5, ridge=0.0))),
+]
 
 
 def iterates(solver, memory):

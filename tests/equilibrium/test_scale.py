@@ -25,16 +25,21 @@ from tests.equilibrium.dense import adjoint, cell, loss, problem
 
 GRADIENTS = [
     Implicit(),
-    Implicit(Picard()),
     Implicit(Anderson(max_steps=80)),
-    Implicit(Broyden(line_search=True)),
     Implicit(GMRES(restart=4)),
-    Neumann(),
     PhantomGradient(),
     SHINE(),
-    SHINE(refine_steps=9),
     Reversible(),
-    Unroll(20),
+    *(
+        pytest.param(gradient, marks=pytest.mark.slow)
+        for gradient in (
+            Implicit(Picard()),
+            Implicit(Broyden(line_search=True)),
+            Neumann(),
+            SHINE(refine_steps=9),
+            Unroll(20),
+        )
+    ),
 ]
 SCALES = np.float32([1.0, 1e-30, 1e-4, 1e4, 1e30])
 

@@ -56,7 +56,7 @@ def test_later_tokens_do_not_affect_earlier_states():
     assert np.abs(a[:, 5:] - b[:, 5:]).min() > 0
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("pre_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_segments_with_enough_memory_equal_the_whole(pre_norm):
     model = build(pre_norm, mem_len=8)
     split = nnx.split(model)

@@ -145,6 +145,7 @@ def run_jacobian(graphdef, state, tokens_BL, memory, v):
     return value, jax.tree.map(jnp.add, direct, pull(z_bar)[0]), direct
 
 
+@pytest.mark.slow
 def test_spectral_radius():
     arrays, found = results("lm_deq_postln")
     with jax.enable_x64(True):

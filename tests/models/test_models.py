@@ -46,7 +46,10 @@ def options(name, **changed):
     return MODELS[name].Options(**{"name": name} | SMALL[name] | changed)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("deq_transformer", "mdeq") else name for name in MODELS],
+)
 def test_every_model_has_the_interface_of_its_kind(name):
     model = build_model(options(name), rngs=nnx.Rngs(0))
     given = dict(solve=solving(gradient=Unroll(2)), key=jax.random.key(0))

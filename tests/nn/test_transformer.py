@@ -97,7 +97,7 @@ def written_out(cell, z_BLD, injection_BLJ, memory, positions_KD):
 TODAY = dict(norm="rms", positions="rotary", gated=True)
 
 
-@pytest.mark.parametrize("options", [{}, TODAY])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), TODAY])
 def test_the_affine_block_is_its_formulas(options):
     block, given = cell(**options), inputs()
     np.testing.assert_allclose(nnx.jit(block)(*given), written_out(block, *given), rtol=2e-4, atol=2e-4)

@@ -58,7 +58,11 @@ def measured():
     return task, summary, answers
 
 
-@pytest.mark.parametrize("sections", [{}, {"loss": {"segments": 2}}], ids=["one segment", "two segments"])
+@pytest.mark.parametrize(
+    "sections",
+    [pytest.param({}, marks=pytest.mark.slow), {"loss": {"segments": 2}}],
+    ids=["one segment", "two segments"],
+)
 def test_slots_change_no_score(measured, sections):
     """Four puzzles at a time through three slots: the numbers are those of whole batches, up to rounding."""
     c = config(**sections)
