@@ -137,12 +137,18 @@ PLAIN: dict[str, Changes] = {"plain": {"deq.solver_options": {}}}
 STATES: dict[str, tuple[str, str]] = {
     "A5, 4 symbols": ("a5", ""),
     "A5, 8 symbols": ("a5_longer", "A5, 4 symbols"),
+    "A5, 16 symbols": ("a5_longest", "A5, 8 symbols"),
     "A5, Transformer, 4 symbols": ("transformer", ""),
     "A5, Transformer, 8 symbols": ("transformer_longer", "A5, Transformer, 4 symbols"),
+    "A5, Transformer, 16 symbols": ("transformer_longest", "A5, Transformer, 8 symbols"),
     "S5, 4 symbols": ("s5", ""),
     "S5, 8 symbols": ("s5_longer", "S5, 4 symbols"),
+    "S5, 16 symbols": ("s5_longest", "S5, 8 symbols"),
 }
 """Row -> variant of configs/state_tracking.py, and the row from whose weights it starts."""
+
+BOARDS = {"4 x 4": "four", "6 x 6": "six", "9 x 9": "nine"}
+"""Sudoku's side -> variant of configs/sudoku.py."""
 
 FURTHER: dict[str, Changes] = {
     "sweep": {"eval.max_steps_sweep": (5, 10, 20, 40, 80)},
@@ -163,10 +169,14 @@ def runs() -> Iterator[Run]:
         for name, changes in PREFIX_SUMS.items():
             more = {"thousand": THOUSAND} if name == "10 to 30 steps" else {}
             yield Run("prefix sums", name, "configs/prefix_sums.py", BITS | changes, seed, more)
-    for seed in range(2):
+    for seed in range(3):
         yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, PLAIN)
-    for name, (variant, start) in STATES.items():
-        yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, start=start)
+    for seed in range(3):
+        for name, (variant, start) in STATES.items():
+            yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, seed, start=start)
+    for seed in range(3):
+        for side, variant in BOARDS.items():
+            yield Run("boards", side, f"configs/sudoku.py:{variant}", _QUIET, seed)
     for name, changes in ABLATION.items():
         yield Run("mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes)
 

@@ -86,6 +86,18 @@ def sudoku(folder: Path) -> str:
     return gradients(rows, sizes=[""]) + seeds(rows)
 
 
+def boards(folder: Path) -> str:
+    rows, body = read(folder, "boards"), []
+    for name, results in rows.items():
+        scored = [result for result in results if "metrics" in result]
+        forms = {"exact_match": percent, "cell_accuracy": percent, "converged": percent, "steps": "{:.0f}".format}
+        line = [name, spread([result["parameters"] for result in scored], "{:,.0f}".format)]
+        line += [spread(numbers(scored, metric), form) for metric, form in forms.items()]
+        body.append([*line, spread([result["seconds"] / 60 for result in scored], "{:.0f}".format)])
+    head = ["board", "parameters", "exact", "cells right", "converged", "steps", "minutes of a core"]
+    return tables.markdown(head, body) + seeds(rows) if rows else ""
+
+
 def seeds(rows: Rows) -> str:
     """A line on the seeds of the rows."""
     used = sorted({result["run"]["seed"] for results in rows.values() for result in results})
@@ -207,6 +219,7 @@ def figures(folder: Path) -> dict[str, Any]:
 TABLES: dict[str, Callable[[Path], str]] = {
     "gradients on mazes": mazes,
     "gradients on sudoku": sudoku,
+    "boards": boards,
     "prefix sums": prefix_sums,
     "mazes": ablation,
     "mazes of twice the side": twice_the_side,

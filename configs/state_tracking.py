@@ -53,6 +53,13 @@ _LONGER = {
     "train.eval_every": 0,
     "train.checkpoint_every": 350,
 }
+_LONGEST = _LONGER | {
+    "data.size": 16,
+    "data.test_sizes": (32, 64, 128, 256),
+    "deq.max_steps": 36,
+    "deq.max_steps_jitter": 20,  # 16 to 36 steps
+    "train.steps": 1000,
+}
 _TRANSFORMER = {
     "model": {"name": "attention_reasoner", "width": 72, "heads": 4, "blocks": 4, "initial": "zero"},
     "deq.max_steps": 1,
@@ -65,10 +72,13 @@ _TRANSFORMER = {
 VARIANTS = {
     "a5": {},
     "a5_longer": _LONGER,
+    "a5_longest": _LONGEST,
     "s5": {"data.name": "s5"},
     "s5_longer": _LONGER | {"data.name": "s5"},
+    "s5_longest": _LONGEST | {"data.name": "s5"},
     "transformer": _TRANSFORMER,
     "transformer_longer": _LONGER | _TRANSFORMER,
+    "transformer_longest": _LONGEST | _TRANSFORMER,
 }
 
 
