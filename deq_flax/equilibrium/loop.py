@@ -203,6 +203,21 @@ def select_samples(which: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(jnp.reshape(which, (-1,) + (1,) * (n.ndim - 1)), n, o), new, old)
 
 
+def change_where(which: jax.Array, change: Callable[[Any], Any], state: Any) -> Any:
+    """Return change(state) for the samples in `which`, () or (B,), and a state unchanged for the others.
+
+    A loop of one turn or none works in place, where `lax.cond` copies the state in every step, and `vmap` makes both branches
+    run.
+    """
+
+    def turn(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        which, state = carry
+        changed = change(state)
+        return jnp.zeros_like(which), changed if which.ndim == 0 else select_samples(which, changed, state)
+
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), turn, settled(turn, (which, state)))[1]
+
+
 def solve_with_state(
     f: FlatMap,
     z0: jax.Array,

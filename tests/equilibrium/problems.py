@@ -16,7 +16,7 @@ SOLVERS = [
     Picard(relaxation=0.5, **OPTIONS),
     Picard(adaptive=True, **OPTIONS),
     Anderson(**OPTIONS),
-    Anderson(relaxation=0.7, memory=3, **OPTIONS),
+    Anderson(relaxation=0.7, memory=3, restart=True, **OPTIONS),
     Broyden(**OPTIONS),
     Broyden(line_search=True, **OPTIONS),
     Broyden(memory=8, **OPTIONS),

@@ -15,7 +15,12 @@ W = RNG.normal(size=(N, N)) / N**0.5
 X = RNG.normal(size=(PROBLEMS, N))
 GAIN = np.where(np.arange(PROBLEMS) % 9 == 4, 1.4, 0.3)[:, None]  # some problems are hard
 GAIN[20] = np.nan
-SOLVERS = [Picard(1e-6, 60), Anderson(1e-6, 60, trace=True), Broyden(1e-6, 40, memory=10), Broyden(1e-6, 40, line_search=True)]
+SOLVERS = [
+    Picard(1e-6, 60),
+    Anderson(1e-6, 60, trace=True, memory=4, restart=True),
+    Broyden(1e-6, 40, memory=10),
+    Broyden(1e-6, 40, line_search=True),
+]
 
 
 def f(z, x, gain):

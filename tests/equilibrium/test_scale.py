@@ -73,6 +73,7 @@ SOLVERS = [
     Picard(relaxation=0.7),
     Picard(adaptive=True),
     Anderson(),
+    Anderson(memory=5, restart=True),
     Broyden(),
     Broyden(line_search=True),
 ]

@@ -58,7 +58,7 @@ PAIRS = [
     (Picard(**TIGHT), Implicit()),
     (Picard(**TIGHT), JacobianFree()),
     (Picard(**TIGHT), Unroll(20)),
-    (Anderson(**TIGHT, trace=True), Implicit(solver=GMRES(**TIGHT))),
+    (Anderson(**TIGHT, memory=5, restart=True, trace=True), Implicit(solver=GMRES(**TIGHT))),
     (Broyden(**TIGHT, trajectory_steps=(2,)), Implicit()),
     (Broyden(**TIGHT), SHINE()),
     (Broyden(**TIGHT, line_search=True), Neumann(5)),
@@ -147,7 +147,7 @@ SPREAD = {
 """Specs of w, x and the state."""
 METHODS = [
     (Broyden(**TIGHT, line_search=True), Implicit(solver=GMRES(**TIGHT))),
-    (Anderson(**TIGHT), Implicit()),
+    (Anderson(**TIGHT, memory=4, restart=True), Implicit()),
     (Broyden(**TIGHT), SHINE()),
     (Picard(**TIGHT), Reversible()),
 ]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deq_flax import GMRES, Anderson, Broyden, Picard, fixed_point
+from deq_flax.equilibrium.solvers.anderson import AndersonState, _restarted
 from tests.equilibrium.problems import (
     NAMES,
     RECORDED,
@@ -193,9 +194,70 @@ def test_adaptive_relaxation_is_right_for_each_sample():
     assert [share_solved(solver, -8.0, 0.0) for solver in solvers] == [1.0, 0.0, 0.0]
 
 
-def test_the_window_of_anderson_is_a_third_after_a_restart():
-    windows = [int(Anderson(memory=6, restart=True)._window(jnp.asarray(k), 6)) for k in range(12)]
-    assert windows == [1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 3, 4]
+def test_a_restart_of_anderson_keeps_leading_directions_on_the_way_down_and_else_the_newest_third():
+    """Of sample 0 the newest residual is the smallest, of sample 1 the largest. NumPy's SVD says which directions lead."""
+    random = np.random.default_rng(0)
+    matrix, shift = random.normal(size=(32, 32)) / 8, random.normal(size=32)
+    z = random.normal(size=(2, 10, 32)) * np.geomspace(2, 1, 10)[:, None]
+    z[1] = z[1, ::-1]
+    fz = z @ matrix + shift
+    g = fz - z
+    scales = 2.0 ** random.integers(-3, 3, (2, 10))
+    units = g / scales[:, :, None]
+    with jax.enable_x64(True):
+        full = AndersonState(fz, units, units @ units.swapaxes(1, 2), scales)
+        relaxed, residuals, gram, scales = jax.device_get(jax.jit(_restarted, static_argnums=1)(full, None))
+    np.testing.assert_allclose(gram[:, :7, :7], residuals[:, :7] @ residuals[:, :7].swapaxes(1, 2), rtol=1e-12)
+    residuals = residuals * scales[:, :, None]
+    # Each is an iterate and its f still, for this f is affine.
+    np.testing.assert_allclose((relaxed - residuals)[:, :7] @ matrix + shift, relaxed[:, :7], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(relaxed[0, 6], fz[0, 9])
+    np.testing.assert_array_equal(relaxed[1, :7], fz[1, [6, 6, 6, 6, 7, 8, 9]])
+
+    def correction(relaxed, residuals):
+        """The map from the newest residual to the correction of the newest iterate."""
+        return (relaxed[:-1] - relaxed[-1]).T @ np.linalg.pinv((residuals[:-1] - residuals[-1]).T)
+
+    u, s, vt = np.linalg.svd(correction(fz[0], g[0]))
+    np.testing.assert_allclose(correction(relaxed[0, :7], residuals[0, :7]), (u[:, :6] * s[:6]) @ vt[:6], atol=1e-8)
+
+
+def test_every_third_step_restarts_an_anderson_that_keeps_seven_of_ten():
+    solver = Anderson(memory=10, restart=True, max_steps=20)
+    state, step, restarts = solver.init(jnp.zeros((1, 4))), jax.jit(solver.step), []
+    for k in range(17):
+        g = jnp.full((1, 4), 2.0**-k)
+        _, state = step(jnp.asarray(k), jnp.full((1, 4), float(k)), g, state)
+        if np.all(state.relaxed[0, 6] == k + 2.0**-k) and k > 6:  # the newest, behind six directions
+            restarts.append(k)
+    assert restarts == [9, 12, 15]
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+def test_a_restart_that_keeps_the_newest_alone_is_the_sliding_window(memory):
+    """With one slot nothing is ever combined, with two the newest is kept."""
+    f, z0, _ = reference_problem(jnp.float32)
+    restarted, sliding = (
+        fixed_point(f, z0, solver=Anderson(memory=memory, restart=restart, tol=0.0, max_steps=8)).value
+        for restart in (True, False)
+    )
+    np.testing.assert_allclose(restarted, sliding, rtol=0, atol=1e-6)
+
+
+def test_anderson_with_restarts_solves_rotations_in_fewer_evaluations():
+    """Eigenvalues 1.1 exp(+-i a) at 16 angles a: plain iteration diverges, and they span three times the memory."""
+    random = np.random.default_rng(0)
+    q = np.linalg.qr(random.normal(size=(32, 32)))[0]
+    angles = random.uniform(0.3 * np.pi, np.pi, 16)
+    blocks = np.zeros((32, 32))
+    for i, a in enumerate(angles):
+        blocks[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = 1.1 * np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
+    matrix, shift = q @ blocks @ q.T, random.normal(size=32)
+    with jax.enable_x64(True):
+        solvers = [Anderson(tol=1e-8, max_steps=100, memory=10, restart=restart) for restart in (True, False)]
+        run = jax.jit(lambda z0, s: fixed_point(lambda z: z @ matrix + shift[None], z0, solver=s).stats, static_argnums=1)
+        restarted, sliding = (run(np.zeros((1, 32)), solver) for solver in solvers)
+        assert restarted.converged.all() and restarted.nfe <= 55 and sliding.nfe >= 75
 
 
 def test_line_search_halves_a_step_that_raises_the_residual_too_far():

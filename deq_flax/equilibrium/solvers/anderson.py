@@ -6,13 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.loop import Solver, check_options
-from deq_flax.equilibrium.shards import total
+from deq_flax.equilibrium.loop import Solver, change_where, check_options
+from deq_flax.equilibrium.shards import AxisName, total
 from deq_flax.equilibrium.solution import scale_of
 
 
 class AndersonState(NamedTuple):
-    """The last `memory` iterates, in a ring; slot i holds iterate k with k mod memory = i."""
+    """The iterates that are combined: the last `memory` in a ring; with `restart`, what the last one kept and those since."""
 
     relaxed: jax.Array
     """(B, m, N): z_i + relaxation g_i."""
@@ -43,9 +43,10 @@ class Anderson(Solver):
     relaxation: float = 1.0
     """Weight of f(z) against z in the combined iterates, in (0, 1]; 1 combines values of f alone."""
     restart: bool = False
-    """When `memory` iterates are held, go on from the newest third and the next one, where the published algorithm drops the
-    oldest in each step. Solves more hard problems (benchmarks/battery.py), but a DEQ-Transformer limited to 16 evaluations took
-    more of them and reached a higher perplexity."""
+    """When `memory` iterates are held, make room for a third of them at once, where the published algorithm drops the oldest
+    in each step. If the newest has the smallest residual of all, it is kept beside the leading directions of the others, as
+    `Broyden` does; if not, the iteration wanders, and the newest third is kept. Solves more hard problems
+    (benchmarks/battery.py) than sliding."""
     ridge: float = 1e-4
     """Tikhonov regularization of the combination's weights, relative to the squared residuals."""
 
@@ -61,7 +62,8 @@ class Anderson(Solver):
 
     def step(self, k: jax.Array, z: jax.Array, g: jax.Array, state: AndersonState) -> tuple[jax.Array, AndersonState]:
         slots = state.gram.shape[1]
-        slot = k % slots
+        restart, kept = self.restart and slots > 1, _kept(slots)
+        slot = jnp.where(k < slots, k, kept + (k - slots) % (slots - kept)) if restart else k % slots
         scale = scale_of(g, self.axis_name)
         unit = g / scale
         # Both writes come before the reads: XLA then updates the buffers in place instead of copying them every step.
@@ -70,16 +72,67 @@ class Anderson(Solver):
         row = total(jnp.einsum("bmn,bn->bm", residuals, unit), self.axis_name)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
         scales = jax.lax.dynamic_update_index_in_dim(state.scales, scale[:, 0], slot, axis=1)
-        age = (slot - jnp.arange(slots, dtype=jnp.int32)) % slots
-        weights = _weights(gram, scales / scale, age < self._window(k, slots), self.ridge)
-        return jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scales)
+        used = jnp.arange(slots, dtype=jnp.int32) <= (slot if restart else k)
+        weights = _weights(gram, scales / scale, used, self.ridge)
+        value, state = jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scales)
+        if restart:
+            state = change_where(slot == slots - 1, lambda state: _restarted(state, self.axis_name), state)
+        return value, state
 
-    def _window(self, k: jax.Array, slots: int) -> jax.Array:
-        """Return the number of newest iterates that are combined in step k."""
-        if not self.restart:
-            return jnp.minimum(k + 1, slots)
-        kept = min(slots, max(2, 1 + slots // 3))
-        return jnp.where(k < slots, k + 1, kept + (k - slots) % (slots + 1 - kept))
+
+def _kept(slots: int) -> int:
+    """Slots that a restart fills."""
+    return min(slots - 1, (2 * slots + 1) // 3)
+
+
+def _restarted(state: AndersonState, axis_name: AxisName | None) -> AndersonState:
+    """Return a state of which the first `_kept` slots are filled, from one that is full; its newest iterate is the last.
+
+    Let the columns of S be the changes of g from the newest iterate to the others, and those of Y the changes of z + relaxation
+    g. Without the ridge, the next iterate is the newest z + relaxation g, less Y S^+ g. With orthonormal Q = S C it is
+    Y S^+ = (Y C) Q^T. Kept are the pairs S C W and Y C W, with the leading right singular vectors W of Y C; added to the newest
+    iterate they are iterates again.
+    """
+    slots, last = state.gram.shape[1], state.scales[:, -1:]
+    kept, third = _kept(slots), min(_kept(slots), 1 + slots // 3)
+    relative = last / state.scales
+    # Each change in units of the scale of its iterate.
+    change = state.residuals[:, :-1] - relative[:, :-1, None] * state.residuals[:, -1:]
+    gain = (state.relaxed[:, :-1] - state.relaxed[:, -1:]) / state.scales[:, :-1, None]
+
+    def products(x: jax.Array) -> jax.Array:
+        return total(jnp.einsum("bin,bjn->bij", x, x), axis_name)
+
+    gram = products(change)
+    size = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
+    size = jnp.where(size > 0, size, 1.0)
+    values, basis = jnp.linalg.eigh(gram / size[:, :, None] / size[:, None, :])
+    independent = values > 100 * jnp.finfo(gram.dtype).eps * values[:, -1:]
+    inverse = jnp.where(independent, 1.0 / jnp.sqrt(jnp.where(independent, values, 1.0)), 0.0)
+    mix = basis * inverse[:, None, :] / size[:, :, None]
+    square = jnp.einsum("bji,bjk,bkl->bil", mix, products(gain), mix)
+    leading = mix @ jnp.linalg.eigh(square)[1][:, :, slots - kept :]
+    # As long as the newest residual: the ridge is relative to the size of what is combined.
+    norms = jnp.sqrt(jnp.diagonal(state.gram, axis1=1, axis2=2))
+    leading = norms[:, -1:, None] * leading
+
+    down = jnp.all(norms[:, -1:] * relative <= norms, axis=1)
+    # The newest third fills the slots with its oldest repeated: held several times, an iterate only has less of the ridge.
+    recent = [max(slot, slots - third) for slot in range(slots - kept, slots)]
+
+    def chosen(old: jax.Array, change: jax.Array) -> jax.Array:
+        directions = old[:, -1:] + jnp.einsum("bij,bin->bjn", leading, change)
+        return jnp.where(down[:, None, None], jnp.concatenate([directions, old[:, -1:]], axis=1), old[:, jnp.asarray(recent)])
+
+    residuals = chosen(state.residuals, change)
+    relaxed = chosen(state.relaxed, last[:, :, None] * gain)
+    scales = jnp.where(down[:, None], last, state.scales[:, jnp.asarray(recent)])
+    return AndersonState(
+        relaxed=jax.lax.dynamic_update_slice_in_dim(state.relaxed, relaxed, 0, axis=1),
+        residuals=jax.lax.dynamic_update_slice_in_dim(state.residuals, residuals, 0, axis=1),
+        gram=jnp.zeros_like(state.gram).at[:, :kept, :kept].set(products(residuals)),
+        scales=jax.lax.dynamic_update_slice_in_dim(state.scales, scales, 0, axis=1),
+    )
 
 
 def _weights(gram: jax.Array, scales: jax.Array, used: jax.Array, ridge: float) -> jax.Array:

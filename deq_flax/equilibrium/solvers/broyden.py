@@ -21,8 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_flax.equilibrium.loop import Solver, check_options, select_samples
-from deq_flax.equilibrium.shards import AxisName, settled, total
+from deq_flax.equilibrium.loop import Solver, change_where, check_options, select_samples
+from deq_flax.equilibrium.shards import AxisName, total
 from deq_flax.equilibrium.solution import norm, scale_of
 
 
@@ -179,7 +179,7 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
         return updated
     here = row_of[:, :-1] == 0
     gram = jnp.where(here[:, :, None], along_d[:, None, :], jnp.where(here[:, None, :], along_d[:, :, None], state.gram))
-    return _reduced_where(slot == slots - 1, updated._replace(gram=gram), along_g, g, axis_name)
+    return change_where(slot == slots - 1, lambda state: _reduced(state, along_g, g, axis_name), updated._replace(gram=gram))
 
 
 def _first_multiple(length: jax.Array, pending: jax.Array, g: jax.Array, axis_name: AxisName | None) -> jax.Array:
@@ -188,22 +188,11 @@ def _first_multiple(length: jax.Array, pending: jax.Array, g: jax.Array, axis_na
     return jnp.clip(step / jnp.where(change > 0, change, step), 0.05, 1.0)
 
 
-def _reduced_where(
-    full: jax.Array, state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: AxisName | None
-) -> BroydenState:
-    """Reduce the estimates that are `full`, () or (B,): the pending direction becomes -H g. `along_g` is D g."""
-
-    # A loop of one turn or none works in place, where `lax.cond` copies D in every step, and `vmap` makes both branches run.
-    def reduce(carry: tuple[jax.Array, BroydenState]) -> tuple[jax.Array, BroydenState]:
-        full, state = carry
-        reduced = _reduced(state, along_g, g, axis_name)
-        return jnp.zeros_like(full), reduced if full.ndim == 0 else select_samples(full, reduced, state)
-
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), reduce, settled(reduce, (full, state)))[1]
-
-
 def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: AxisName | None) -> BroydenState:
-    """Project D^T M D, in the span of D and the pending direction, onto its leading left singular vectors."""
+    """Project D^T M D, in the span of D and the pending direction, onto its leading left singular vectors.
+
+    The pending direction becomes -H g; `along_g` is D g.
+    """
     assert state.gram is not None
     slots, last = state.directions.shape[1], state.pending
     kept = _kept(slots)
