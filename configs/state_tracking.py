@@ -58,7 +58,8 @@ _LONGEST = _LONGER | {
     "data.test_sizes": (32, 64, 128, 256),
     "deq.max_steps": 36,
     "deq.max_steps_jitter": 20,  # 16 to 36 steps
-    "train.steps": 1000,
+    "train.steps": 3000,
+    "train.checkpoint_every": 500,
 }
 _TRANSFORMER = {
     "model": {"name": "attention_reasoner", "width": 72, "heads": 4, "blocks": 4, "initial": "zero"},
