@@ -150,6 +150,7 @@ def test_the_published_augmentation():
     assert len(get("cityscapes", "large").loss.class_weights) == 19
 
 
+@pytest.mark.slow
 def test_a_segmentation_model_has_the_body_of_the_classifier_of_its_variant():
     """All but the head has the same names and shapes, so that `checkpoint.init_from` can load it."""
     for variant in ("small", "large", "xl"):

@@ -113,6 +113,7 @@ def lines(c, workdir):
     return [line for line in metrics(workdir) if line["split"] == "train"]
 
 
+@pytest.mark.slow
 def test_a_solver_and_a_gradient(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(SOLVERS, "heavy_ball", HeavyBall)
     monkeypatch.setitem(GRADIENTS, "scaled", ScaledOneStep)

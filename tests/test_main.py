@@ -20,6 +20,7 @@ QUICK = [
         "train.eval_every=0",
         "train.log_every=2",
         "deq.pretrain_steps=0",
+        "deq.jacobian_frequency=0",
         "model.d_model=16",
         "model.d_embed=16",
         "model.n_head=2",
@@ -154,8 +155,9 @@ def bad_inputs(tmp_path):
     }
 
 
-def test_every_user_error_is_one_line_with_exit_code_2_and_leaves_no_files(tmp_path):
-    cases = bad_inputs(tmp_path)
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_user_error_is_one_line_with_exit_code_2_and_leaves_no_files(tmp_path, part):
+    cases = dict(list(bad_inputs(tmp_path).items())[part::2])
     results = commands("main", [arguments for arguments, _ in cases.values()])
     for (name, (_, mentioned)), result in zip(cases.items(), results, strict=True):
         out, err = result.stdout, result.stderr

@@ -88,6 +88,7 @@ def test_the_confusion_matrix_is_shown_by_row():
     pyplot.close(figure)
 
 
+@pytest.mark.slow
 def test_the_residual_of_the_only_branch_is_that_of_the_state(tmp_path):
     task = make_task(resolve(classification(write_labeled(tmp_path))))
     model, solver = task.build_model(nnx.Rngs(0)), Anderson(max_steps=6)

@@ -27,6 +27,7 @@ def encoded(tmp_path_factory):
     return texts, folder / "out", done
 
 
+@pytest.mark.slow
 def test_the_splits_together_are_the_text(encoded):
     texts, out, _ = encoded
     tokenizer = Tokenizer.load(out / "tokenizer.json")

@@ -49,7 +49,7 @@ def load_params(path: str | Path, params: Any, variables: Any = None) -> Restore
     Raises:
       UserError: there is no checkpoint, it is damaged, or it does not fit the templates.
     """
-    folder = _find(path)
+    folder = find_checkpoint(path)
     if is_step(folder):
         return read_step(folder, params=params, ema=params, variables=variables)
     return Checkpoints(folder, read_only=True).restore_best(params=params, variables=variables)
@@ -103,7 +103,7 @@ def _fits(leaf: Any, entry: Mapping[str, Any]) -> bool:
 
 def _one_step(path: str | Path) -> Path:
     """The folder of the checkpoint that `path` means; of a run's, the best one."""
-    folder = _find(path)
+    folder = find_checkpoint(path)
     if is_step(folder):
         return folder
     step = Checkpoints(folder, read_only=True).best_step()
@@ -112,8 +112,8 @@ def _one_step(path: str | Path) -> Path:
     return folder / str(step)
 
 
-def _find(path: str | Path) -> Path:
-    """The checkpoints folder or the checkpoint that `path` means."""
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoints folder or the checkpoint that `path` means. UserError: it is neither."""
     folder = Path(path).absolute()
     if not folder.is_dir():
         raise UserError(f"no checkpoint at {path}: there is no such folder")

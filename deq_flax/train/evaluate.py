@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from deq_flax.checkpoints.loading import load_params
+from deq_flax.checkpoints.loading import find_checkpoint, load_params
 from deq_flax.devices.mesh import FSDP, MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
 from deq_flax.devices.processes import is_first
 from deq_flax.devices.sharding import gathered_shardings
@@ -88,6 +88,7 @@ class Loaded(NamedTuple):
 
 def load(task: Task, path: Path, mesh: Mesh, *, seed: int = 0) -> Loaded:
     """The checkpoint at `path` on a mesh; arguments and errors as of `evaluate_checkpoint`."""
+    find_checkpoint(path)  # where there is none, say so before the seconds that a model takes
     model = task.build_model(nnx.Rngs(seed))
     graphdef, params, variables = split_model(model)
     restored = load_params(path, params, variables)

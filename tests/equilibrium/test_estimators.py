@@ -188,9 +188,8 @@ def test_reversible_uses_neither_memory_for_steps_nor_steps_after_the_best():
 ALL = [Neumann(), PhantomGradient(), SHINE(), Reversible()]
 
 
-@pytest.mark.parametrize(
-    "gradient", [SHINE(), *(pytest.param(g, marks=pytest.mark.slow) for g in ALL if not isinstance(g, SHINE))], ids=repr
-)
+@pytest.mark.parametrize("gradient", ALL, ids=repr)
+@pytest.mark.slow
 def test_inside_vmap_scan_and_checkpoint(gradient):
     """With a traced integer that f closes over; the sum over a batch or a scan equals that of single gradients."""
     w, x, _ = problem(batch=2)

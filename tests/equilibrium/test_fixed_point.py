@@ -43,7 +43,11 @@ def slopes(w, x, gain, gradient, on_failure):
     return jax.grad(total, argnums=(0, 1), has_aux=True)(w, x)
 
 
-@pytest.mark.parametrize("gradient", [Implicit(), PhantomGradient(), Reversible()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "gradient",
+    [Implicit(), *(pytest.param(g, marks=pytest.mark.slow) for g in (PhantomGradient(), Reversible()))],
+    ids=lambda g: type(g).__name__,
+)
 def test_on_failure_changes_the_gradient_of_failed_samples_only(gradient):
     w, x, _ = problem()
     gain = np.float32([[0.2], [30.0], [0.2]])
@@ -182,7 +186,11 @@ def with_aux(w, x, gradient, batched=True, on_failure="return"):
     return f, fixed_point(f, z0, w, x, has_aux=True, **options)
 
 
-@pytest.mark.parametrize("gradient", AUX_GRADIENTS, ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "gradient",
+    [g if isinstance(g, Implicit | Unroll) else pytest.param(g, marks=pytest.mark.slow) for g in AUX_GRADIENTS],
+    ids=lambda g: type(g).__name__,
+)
 def test_aux_is_that_of_the_returned_iterate_and_differentiable(gradient):
     """The same as a further evaluation of f by hand at the solution, in value and in gradient; the value is unchanged."""
     with jax.enable_x64(True):

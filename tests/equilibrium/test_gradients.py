@@ -84,6 +84,7 @@ def test_every_mode_of_differentiation(mode):
         close(compute(x) if mode == "eager" else jax.jit(compute)(x), expected_of(mode), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_looser_adjoint_costs_less_and_errs_more():
     with jax.enable_x64(True):
         w, x, _ = problem()

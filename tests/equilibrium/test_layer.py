@@ -22,6 +22,7 @@ class Cell(nnx.Module):
 X = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_cell_parameters_is_that_of_the_unrolled_cell():
     def gradient(estimator):
         layer = Equilibrium(Cell(8, rngs=nnx.Rngs(0)), solver=Broyden(tol=1e-6), gradient=estimator)
@@ -31,6 +32,7 @@ def test_gradient_of_the_cell_parameters_is_that_of_the_unrolled_cell():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, unrolled)
 
 
+@pytest.mark.slow
 def test_one_dropout_mask_per_solve_and_a_new_one_for_the_next():
     layer = Equilibrium(Cell(8, rate=0.5, rngs=nnx.Rngs(0)), solver=Anderson(tol=1e-5))
     first, second = (layer(jnp.zeros_like(X), X) for _ in range(2))

@@ -97,6 +97,7 @@ def test_path_independence_is_the_mean_similarity_of_pairs():
     np.testing.assert_array_equal(run(np.zeros((2, 1, 3), np.float32)), [0])
 
 
+@pytest.mark.slow
 def test_path_independence_tells_one_fixed_point_from_two():
     starts = jnp.linspace(-2, 2, 4)[:, None, None] * jnp.ones((1, 2, 3))
     gain = jnp.array([[0.5], [2.0]])  # z = tanh(2 z) has two stable solutions

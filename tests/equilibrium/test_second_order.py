@@ -88,7 +88,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case in ("shine in shine", "trajectory", "phantom") else case
+        for case in CASES
+    ],
+)
 def test_every_nesting_is_that_of_the_function_in_closed_form(case):
     """Reverse over reverse, through the value and the gradient; forward over reverse; reverse over forward."""
     ours, by_hand = CASES[case]

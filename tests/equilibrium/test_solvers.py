@@ -279,6 +279,7 @@ def test_line_search_halves_a_step_that_raises_the_residual_too_far():
         assert searched.stats.steps[0] < plain.stats.steps[0]
 
 
+@pytest.mark.slow
 def test_line_search_solves_what_unit_steps_solve_and_where_they_overshoot():
     """On linear problems with cond(I - J) = 1000, not symmetric, and on z = c - A exp(z), where long steps overshoot."""
     rng = np.random.default_rng(0)

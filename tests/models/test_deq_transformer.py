@@ -81,6 +81,7 @@ def test_masks_are_drawn_once_per_solve():
     assert np.abs(twice(jax.random.key(1))[0] - first).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_without_a_key_there_is_no_dropout_and_with_one_a_solve_still_converges():
     model = build(mem_len=0, dropout=0.2, attention_dropout=0.2)
     split, memory = nnx.split(model), model.fresh_memory(2)
@@ -102,6 +103,7 @@ def test_output_dropout_drops_whole_tokens_or_features(kind, axis):
     assert 0 < zero.mean() < 1
 
 
+@pytest.mark.slow
 def test_the_jacobian_loss_is_optional_and_so_is_a_limit_on_evaluations():
     model = build()
     split, memory = nnx.split(model), model.fresh_memory(2)
@@ -125,6 +127,7 @@ def fixed_point_alone(f, z0):
     return fixed_point(f, z0), None
 
 
+@pytest.mark.slow
 def test_the_jacobian_loss_holds_the_equilibrium_constant_unless_asked_otherwise():
     graphdef, state = nnx.split(build(mem_len=0))
     key = jax.random.key(0)

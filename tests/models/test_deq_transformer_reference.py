@@ -116,6 +116,7 @@ def test_implicit_gradients(name):
         same_gradients(found[s]["gradient"], reference.our_gradients(arrays, f"seg{s}/grad/"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lm_deq_postln", "lm_tdeq_postln"])
 def test_jacobian_loss(name):
     arrays, found = results(name)
@@ -155,6 +156,7 @@ def test_spectral_radius():
     np.testing.assert_allclose(rho_B, arrays["seg1/rho"], rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prefix", "steps"), [("train_n2", 2), ("eval_n4", 4)])
 def test_unrolled_pretraining(prefix, steps):
     arrays = reference.load("lm_deq_unroll2")
@@ -171,6 +173,7 @@ def test_unrolled_pretraining(prefix, steps):
                 same_gradients(reference.flat(gradient), reference.our_gradients(arrays, f"{prefix}/seg{s}/grad/"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["postln", "preln"])
 def test_dropout_masks(variant):
     arrays = {key.removeprefix(variant + "/"): value for key, value in reference.load("lm_deq_dropmask").items()}

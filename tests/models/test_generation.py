@@ -46,6 +46,7 @@ def test_greedy_text_is_the_argmax_of_a_full_forward_pass():
     assert written == likeliest[len(PROMPT) - 1 : -1].tolist()
 
 
+@pytest.mark.slow
 def test_a_warm_start_saves_evaluations_and_changes_no_token(monkeypatch):
     """For a model that attends to few tokens, as the tokens of real texts depend on few others."""
     text, found = np.tile(PROMPT[1:6], 6), []
@@ -89,6 +90,7 @@ def test_a_prompt_may_come_in_pieces():
     assert at_once.token_B == state.token_B
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text_of_known_words_alone_or_with_others(monkeypatch):
     """Prompts of other lengths, a seed for each text, and solves that end at other evaluations do not mix."""
     monkeypatch.setattr(generation, "CHUNK", 1)

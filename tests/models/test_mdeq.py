@@ -86,6 +86,7 @@ def test_training_draws_masks_and_updates_statistics_once():
     np.testing.assert_allclose(flat(after)["stem/layers/0/norm/mean_C"], 0.1 * y.mean((0, 1, 2)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_key_without_dropout_normalizes_by_the_batch_and_draws_nothing():
     state = nnx.split(build(dropout=0.0))
     (a, after), (b, _) = (run(*state, images(), solver=SOLVER, key=jax.random.key(seed)) for seed in (0, 1))

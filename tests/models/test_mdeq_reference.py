@@ -107,6 +107,7 @@ def test_evaluation(name):
     jax.tree.map(np.testing.assert_array_equal, flat(after), flat(variables))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", reference.FIXTURES)
 def test_training_step(name):
     arrays, table, ((loss, (logits, z, after)), gradient) = trained(name)
@@ -137,6 +138,7 @@ def test_phantom_gradient(name):
     same_gradients(gradient, arrays, "phantom5_tau0.7_train", table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", reference.FIXTURES[:-1])
 def test_float32(name):
     arrays = load(name)

@@ -48,7 +48,7 @@ def options(name, **changed):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in ("deq_transformer", "mdeq") else name for name in MODELS],
+    [pytest.param(name, marks=pytest.mark.slow) if not name.endswith("reasoner") else name for name in MODELS],
 )
 def test_every_model_has_the_interface_of_its_kind(name):
     model = build_model(options(name), rngs=nnx.Rngs(0))
@@ -164,6 +164,7 @@ def test_params_carry_the_axes_that_tensor_may_split(name, changed, places, spli
         assert {path: param.get_metadata().get("out_sharding") for path, param in parameters(again).items()} == found
 
 
+@pytest.mark.slow
 def test_metadata_works_in_jit_under_a_mesh_and_in_a_shard_map():
     """The metadata places no arrays: that is left to the trainer."""
     graphdef, state = nnx.split(build_model(options("deq_transformer"), rngs=nnx.Rngs(0)))

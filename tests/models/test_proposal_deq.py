@@ -64,7 +64,8 @@ def close(a, b, error=2e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=error)
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param(TODAY | dict(scale_D=0.1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, TODAY | dict(scale_D=0.1)])
 def test_segments_with_enough_memory_equal_the_whole(options):
     """The memory of each block in f holds what it sees at the equilibrium, and later tokens do not change earlier states."""
     model = build(mem_len=12, proposal_blocks=1, blocks=2, **options)
@@ -80,6 +81,7 @@ def test_segments_with_enough_memory_equal_the_whole(options):
         close(a, b)
 
 
+@pytest.mark.slow
 def test_without_updates_it_is_its_explicit_blocks():
     model = build(scale_D=0.0)
     out = hidden(model)

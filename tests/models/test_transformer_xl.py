@@ -56,6 +56,7 @@ def test_segments_with_enough_memory_equal_the_whole(options):
     assert np.abs(call(forgetful, tokens()[:, 6:], memory).hidden_BLD - whole[:, 6:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_layers_are_the_cells_of_a_deq_transformer_in_sequence():
     """Without memory, the output is the embeddings passed through each cell, with nothing injected."""
     model = build(weight_norm=False)
@@ -73,6 +74,7 @@ def test_later_tokens_do_not_affect_earlier_states():
     assert np.abs(a[:, 7:] - b[:, 7:]).min() > 0
 
 
+@pytest.mark.slow
 def test_invalid_memory_is_not_attended_to():
     model = build(mem_len=4)
     memory = model.fresh_memory(2)

@@ -97,6 +97,7 @@ def test_branches_halve_rounding_up_and_keep_their_shapes(n, sizes):
     assert [z.shape for z in jax.eval_shape(cell, z0, injection)] == [z.shape for z in z0]
 
 
+@pytest.mark.slow
 def test_masks_drop_whole_channels_of_an_image():
     cell = MultiscaleCell(MultiscaleOptions(channels=(16, 32), groups=4, dropout=0.5), rngs=nnx.Rngs(0))
     masks = cell.draw_masks(jax.random.key(0), 40)

@@ -97,12 +97,14 @@ def written_out(cell, z_BLD, injection_BLJ, memory, positions_KD):
 TODAY = dict(norm="rms", positions="rotary", gated=True)
 
 
-@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), TODAY])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, TODAY])
 def test_the_affine_block_is_its_formulas(options):
     block, given = cell(**options), inputs()
     np.testing.assert_allclose(nnx.jit(block)(*given), written_out(block, *given), rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_blocks_in_sequence():
     z_BLD, *rest = inputs()
     stack = TransformerStack(cell_options(dropout=0.5), blocks=3, rngs=nnx.Rngs(0))

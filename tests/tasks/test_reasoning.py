@@ -60,9 +60,10 @@ def measured():
 
 @pytest.mark.parametrize(
     "sections",
-    [pytest.param({}, marks=pytest.mark.slow), {"loss": {"segments": 2}}],
+    [{}, {"loss": {"segments": 2}}],
     ids=["one segment", "two segments"],
 )
+@pytest.mark.slow
 def test_slots_change_no_score(measured, sections):
     """Four puzzles at a time through three slots: the numbers are those of whole batches, up to rounding."""
     c = config(**sections)
@@ -74,6 +75,7 @@ def test_slots_change_no_score(measured, sections):
     assert queued == pytest.approx(whole, rel=1e-4) and whole["steps"] > 1
 
 
+@pytest.mark.slow
 def test_slots_need_a_solve(measured):
     """An unrolled iteration, which `eval_unrolled` asks for, has no samples that stop."""
     task, *_ = measured

@@ -162,6 +162,7 @@ def test_buffers_may_be_missing(tmp_path):
         assert convert_tensors(FAMILY, model, file)[1] == {}
 
 
+@pytest.mark.slow
 def test_sizes_are_inferred_for_every_model_that_can_be_built():
     """Names and shapes of random models: inferring from them gives a model that they fit."""
     sizes = itertools.product([(), (200,), (200, 500)], [1, 2, 4], [(32, 32), (32, 16)], [False, True])

@@ -129,6 +129,7 @@ def test_unrolled_training_is_evaluated_by_solving():
     assert isinstance(p.evaluation.gradient, Implicit)
 
 
+@pytest.mark.slow
 def test_a_truncated_iteration_is_drawn_evaluated_and_given_its_noise():
     options = {"last": 3, "noise": 0.5}
     p = phases(gradient="unroll", gradient_options=options, pretrain_steps=1, max_steps_jitter=8, eval_max_steps=40)
