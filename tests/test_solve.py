@@ -25,7 +25,8 @@ MAZE = {
 }
 
 
-@pytest.mark.parametrize("unrolled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unrolled", [False, True])
 def test_the_course_ends_at_the_iterate_that_evaluation_returns(unrolled):
     c = MAZE | {"deq": MAZE["deq"] | {"eval_unrolled": unrolled}}
     config = resolve(c)

@@ -114,6 +114,7 @@ def test_trajectory_carries_the_gradient_of_one_evaluation():
 leaf = st.tuples(st.lists(st.integers(1, 3), max_size=2), st.sampled_from([np.float32, jnp.bfloat16]))
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True, database=None)
 @hypothesis.given(st.integers(1, 3), st.lists(leaf, min_size=1, max_size=3))
 def test_any_pytree_is_flattened_restored_solved_and_differentiated(batch, leaves):

@@ -62,6 +62,7 @@ def test_evaluation_changes_nothing_and_training_the_random_stream():
     assert not equal(arrays(layer), before)
 
 
+@pytest.mark.slow
 def test_a_cell_without_a_batch_axis_and_with_aux():
     """The same as the batched layer, for one sample; aux comes from the same dropout mask as the solve."""
 

@@ -44,10 +44,11 @@ def run(graphdef, state, x, key=None, **options):
     ("n_branches", "head"),
     [
         (1, "classification"),
-        pytest.param(4, "classification", marks=pytest.mark.slow),
-        pytest.param(2, "segmentation", marks=pytest.mark.slow),
+        (4, "classification"),
+        (2, "segmentation"),
     ],
 )
+@pytest.mark.slow
 def test_the_branches_are_an_equilibrium_and_logits_have_the_shape_of_the_task(n_branches, head):
     model, x = build(n_branches, head, in_channels=1, downsample=1), images(height=13, width=10, channels=1)
     out, _ = run(*nnx.split(model), x, solver=SOLVER)

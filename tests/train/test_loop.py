@@ -57,12 +57,16 @@ def crash_at(*steps):
     return lambda task: ChangedBatches(task, crash)
 
 
-def test_a_run_crashed_twice_is_bit_identical_to_one_never_stopped(folder, uninterrupted, tmp_path):
-    """Across the end of pretraining (step 3), with dropout, jitter, Jacobian loss, memory and a running average."""
+@pytest.mark.parametrize("own_steps", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_crashed_twice_is_bit_identical_to_one_never_stopped(folder, uninterrupted, tmp_path, own_steps):
+    """Across the end of pretraining (step 3), with dropout, jitter, Jacobian loss, memory and a running average.
+
+    `own_steps`: the last part compiles its steps, as a new process does.
+    """
     for steps in ((3,), (7,)):
         with pytest.raises(RuntimeError, match="crash"):
             run(config(folder), tmp_path, crash_at(*steps))
-    run(config(folder), tmp_path, own_steps=True)
+    run(config(folder), tmp_path, own_steps=own_steps)
     assert metrics(tmp_path) == metrics(uninterrupted)
     assert arrays(tmp_path, 8) == arrays(uninterrupted, 8)
 
