@@ -78,11 +78,15 @@ def in_code(rows: Rows) -> Rows:
 
 def mazes(folder: Path) -> str:
     rows = in_code(read(folder, "gradients, mazes"))
+    if not rows:
+        return ""
     return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13") + seeds(rows)
 
 
 def sudoku(folder: Path) -> str:
     rows = in_code(read(folder, "gradients, sudoku"))
+    if not rows:
+        return ""
     return gradients(rows, sizes=[""]) + seeds(rows)
 
 
@@ -148,7 +152,7 @@ def twice_the_side(folder: Path) -> str:
 def states(folder: Path) -> str:
     from deq_flax.plot_puzzles import by_size
 
-    rows, lengths, body = read(folder, "state tracking"), (4, 8, 16, 32, 64, 128), []
+    rows, lengths, body = read(folder, "state tracking"), (4, 8, 16, 32, 64, 128, 256), []
     for name, results in rows.items():
         line = [name, spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
         scored = [result for result in results if "metrics" in result]

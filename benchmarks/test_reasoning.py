@@ -31,6 +31,26 @@ def test_a_row_has_the_mean_and_the_extremes_of_its_seeds():
     assert lines[3].startswith("| b | 99.96% |") and lines[4].startswith("| c | - | - |")
 
 
+def test_states_and_boards_have_a_row_for_every_model(tmp_path):
+    """Results of two seeds, as `perform` writes them."""
+    (tmp_path / "results").mkdir()
+    for run in reasoning.runs():
+        if run.group in ("state tracking", "boards") and run.name in ("A5, 8 symbols", "6 x 6") and run.seed < 2:
+            test = {"exact_match": 1.0, "exact_match_16": 0.5 + run.seed / 4, "steps": 9.0, "steps_16": 30.0}
+            test |= {"cell_accuracy": 1.0, "converged": 1.0}
+            found = {
+                "run": {"config": run.config, "seed": run.seed},
+                "parameters": 1234,
+                "seconds": 600,
+                "metrics": {"test": test},
+            }
+            (tmp_path / "results" / f"{run.stem}.json").write_text(json.dumps(found))
+    lines = reasoning_report.states(tmp_path).splitlines()
+    row = "| A5, 8 symbols | 1,234 | - | 100% | 62.5% (50.0% to 75.0%) | - | - | - | - | - | 9 | 30 | - | - | - | - |"
+    assert lines[2] == row and lines[-1].startswith("Seeds 0, 1;")
+    assert reasoning_report.boards(tmp_path).splitlines()[2] == "| 6 x 6 | 1,234 | 100% | 100% | 100% | 9 | 10 |"
+
+
 @pytest.mark.slow
 def test_a_run_is_made_once(tmp_path, capsys):
     small = {"data.size": 6, "data.test_sizes": (9,), "data.train_examples": 8, "data.valid_examples": 1}

@@ -33,12 +33,12 @@ def read_evaluation(workdir: Path) -> Mapping[str, Any] | None:
         raise UserError(f"{path} is no evaluation of puzzles: run --mode eval again, or delete it") from error
 
 
-def by_size(metrics: Mapping[str, Any], trained: int) -> dict[int, float]:
-    """The share of exact answers at every size in an evaluation; `trained`: the size whose metric has no number at its end."""
-    found = {trained: float(metrics["exact_match"])}
+def by_size(metrics: Mapping[str, Any], trained: int, metric: str = "exact_match") -> dict[int, float]:
+    """A metric at every size in an evaluation; `trained`: the size whose metric has no number at its end."""
+    found = {trained: float(metrics[metric])}
     for key, value in metrics.items():
         base, _, size = key.rpartition("_")
-        if base == "exact_match" and size.isdigit():
+        if base == metric and size.isdigit():
             found[int(size)] = float(value)
     return found
 
