@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from deq_flax.errors import UserError
 from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.pretrained import load_model
 from deq_flax.train import loop
+from deq_flax.train.step import _micro_batches, _whole
 from tests.train.commands import metrics
 from tests.train.small import ChangedBatches, arrays, config, explicit, make_run, run, write_tokens
 
@@ -309,3 +311,18 @@ def test_impossible_configs_are_refused_in_one_line(folder, tmp_path, change, me
         run(config(folder, **change), tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 0, 4), (6,)])
+def test_micro_batches_together_are_the_batch_with_empty_axes_too(shape):
+    """A memory of length 0 has an empty axis."""
+    x = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    parts = _micro_batches(x, 3)
+    assert parts.shape == (3, 2, *shape[1:])
+    np.testing.assert_array_equal(_whole(parts), x)
+
+
+@pytest.mark.slow
+def test_a_model_without_memory_trains_and_resumes(folder, tmp_path):
+    c = config(folder, model={"mem_len": 0}, deq={"pretrain_steps": 0}, train={"steps": 6, "accumulate": 2})
+    assert len(lines_of_a_run_that_resumes(c, tmp_path)) > 6
