@@ -6,7 +6,7 @@
 
 | variant | what | exact match at length 128, published | measured: 16, 32, 64, 128 |
 |---|---|---|---|
-| a5, a5_longer, a5_longest | even permutations of five things, 60 symbols | 98.1 (FPRM), 65.3 (TRM with halting) | 97, 86, 44, 14 |
+| a5, a5_longer, a5_longest | even permutations of five, 60 symbols | 98.1 (FPRM), 65.3 (TRM with halting) | 97, 86, 44, 14 |
 | s5, s5_longer, s5_longest | all of them, 120 symbols | 98.8 (FPRM) | not trained here |
 | transformer, and so on | a5 by a Transformer of four blocks, to stand beside it | | not trained here |
 

@@ -244,7 +244,7 @@ def _micro_batches(tree: Any, parts: int) -> Any:
 
 
 def _whole(parts: Any) -> Any:
-    """Undo `_micro_batches`. The size is written out: where another axis is empty, as in a memory of length 0, -1 is not one."""
+    """Undo `_micro_batches`. Where another axis is empty, as in a memory of length 0, no size can be inferred from -1."""
     return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), parts)
 
 
