@@ -131,6 +131,19 @@ def power_of_two(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
     return largest / jnp.frexp(largest)[0]
 
 
+def decomposed(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return S (B, m), V (B, m, m), sqrt(E) and 1 / sqrt(E) (B, m) of Gram matrices S V E V^T S, (B, m, m).
+
+    S has the lengths of the vectors, 1 for those of length 0. Where vectors depend on others, sqrt(E) and its inverse are 0.
+    """
+    size = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
+    size = jnp.where(size > 0, size, 1.0)
+    values, basis = jnp.linalg.eigh(gram / size[:, :, None] / size[:, None, :])
+    independent = values > 100 * jnp.finfo(gram.dtype).eps * values[:, -1:]
+    root = jnp.sqrt(jnp.where(independent, values, 1.0))
+    return size, basis, jnp.where(independent, root, 0.0), jnp.where(independent, 1.0 / root, 0.0)
+
+
 def scale_of(g: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """Return a power of two near the norm of each residual g, (B, N) -> (B, 1).
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver, change_where, check_options
 from deq_flax.equilibrium.shards import AxisName, total
-from deq_flax.equilibrium.solution import scale_of
+from deq_flax.equilibrium.solution import decomposed, scale_of
 
 
 class AndersonState(NamedTuple):
@@ -103,12 +103,7 @@ def _restarted(state: AndersonState, axis_name: AxisName | None) -> AndersonStat
     def products(x: jax.Array) -> jax.Array:
         return total(jnp.einsum("bin,bjn->bij", x, x), axis_name)
 
-    gram = products(change)
-    size = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
-    size = jnp.where(size > 0, size, 1.0)
-    values, basis = jnp.linalg.eigh(gram / size[:, :, None] / size[:, None, :])
-    independent = values > 100 * jnp.finfo(gram.dtype).eps * values[:, -1:]
-    inverse = jnp.where(independent, 1.0 / jnp.sqrt(jnp.where(independent, values, 1.0)), 0.0)
+    size, basis, _, inverse = decomposed(products(change))
     mix = basis * inverse[:, None, :] / size[:, :, None]
     square = jnp.einsum("bji,bjk,bkl->bil", mix, products(gain), mix)
     leading = mix @ jnp.linalg.eigh(square)[1][:, :, slots - kept :]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver, change_where, check_options, select_samples
 from deq_flax.equilibrium.shards import AxisName, total
-from deq_flax.equilibrium.solution import norm, scale_of
+from deq_flax.equilibrium.solution import decomposed, norm, scale_of
 
 
 class BroydenState(NamedTuple):
@@ -200,19 +200,15 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
     square = total(jnp.sum(last * last, axis=1), axis_name)[:, None, None]
     last_row = jnp.concatenate([jnp.swapaxes(along_last, 1, 2), square], axis=2)
     gram = jnp.concatenate([jnp.concatenate([state.gram, along_last], axis=2), last_row], axis=1)
-    size = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
-    size = jnp.where(size > 0, size, 1.0)
-    # [D, d] = S V sqrt(E) Q, with orthonormal rows of Q: sizes S, eigenvectors V and values E of the scaled Gram matrix.
-    values, basis = jnp.linalg.eigh(gram / size[:, :, None] / size[:, None, :])
-    independent = values > 100 * jnp.finfo(g.dtype).eps * values[:, -1:]
-    root = jnp.sqrt(jnp.where(independent, values, 1.0))
+    # [D, d] = S V sqrt(E) Q, with orthonormal rows of Q.
+    size, basis, root, inverse = decomposed(gram)
     core = jnp.pad(state.core, ((0, 0), (0, 0), (0, 1))) * size[:, :, None] * size[:, None, :]
-    factor = jnp.where(independent, root, 0.0)[:, None, :] * basis
+    factor = root[:, None, :] * basis
     core = jnp.einsum("bji,bjk,bkl->bil", factor, core, factor)
     leading = jnp.linalg.eigh(jnp.einsum("bij,bkj->bik", core, core))[1][:, :, -kept:]
     core = jnp.einsum("bij,bik,bkl->bjl", leading, core, leading)
     # The rows that are kept are combinations of D and d, and with the new pending direction one more is.
-    mix = jnp.einsum("bij,bki,bi->bjk", leading, basis, jnp.where(independent, 1.0 / root, 0.0)) / size[:, None, :]
+    mix = jnp.einsum("bij,bki,bi->bjk", leading, basis, inverse) / size[:, None, :]
     along_g = jnp.concatenate([along_g, total(jnp.sum(last * g, axis=1), axis_name)[:, None]], axis=1)
     weights = jnp.einsum("bij,bjk,bk->bi", core, mix, along_g)
     mix = jnp.concatenate([mix, -jnp.einsum("bi,bij->bj", weights, mix)[:, None]], axis=1)
