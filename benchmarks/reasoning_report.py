@@ -54,7 +54,7 @@ def costs(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
-    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step."""
+    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step. "": no rows."""
     head = ["gradient, solver"]
     for size in sizes:
         head += [f"exact{size}", f"residual{size}", f"converged{size}"]
@@ -68,7 +68,7 @@ def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
                 spread(numbers(results, f"converged{size}"), percent),
             ]
         body.append([*line, *costs(results)])
-    return tables.markdown([*head, "evaluations a step", "s a step", "MB"], body)
+    return tables.markdown([*head, "evaluations a step", "s a step", "MB"], body) + seeds(rows) if rows else ""
 
 
 def in_code(rows: Rows) -> Rows:
@@ -78,16 +78,12 @@ def in_code(rows: Rows) -> Rows:
 
 def mazes(folder: Path) -> str:
     rows = in_code(read(folder, "gradients, mazes"))
-    if not rows:
-        return ""
-    return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13") + seeds(rows)
+    return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13")
 
 
 def sudoku(folder: Path) -> str:
     rows = in_code(read(folder, "gradients, sudoku"))
-    if not rows:
-        return ""
-    return gradients(rows, sizes=[""]) + seeds(rows)
+    return gradients(rows, sizes=[""])
 
 
 def boards(folder: Path) -> str:
@@ -171,7 +167,7 @@ def ablation(folder: Path) -> str:
         return ""
     base = {"as in the table above, `Unroll(last=8)`": read(folder, "gradients, mazes").get("Unroll(last=8)", [])}
     rows = base | read(folder, "mazes")
-    return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13") + seeds(rows)
+    return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13")
 
 
 def longer(folder: Path) -> str:

@@ -58,12 +58,8 @@ def measured():
     return task, summary, answers
 
 
-@pytest.mark.parametrize(
-    "sections",
-    [{}, {"loss": {"segments": 2}}],
-    ids=["one segment", "two segments"],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("sections", [{}, {"loss": {"segments": 2}}], ids=["one segment", "two segments"])
 def test_slots_change_no_score(measured, sections):
     """Four puzzles at a time through three slots: the numbers are those of whole batches, up to rounding."""
     c = config(**sections)
