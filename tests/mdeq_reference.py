@@ -7,21 +7,24 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from deq_flax.models.mdeq import MDEQ, MDEQOptions
 from deq_flax.torch_checkpoint import FAMILIES, family_of, open_tensors, slots
+from tests.cases import others_slow
 from tests.reference import FOLDER
 
-FIXTURES = [
-    "mdeq_deq_cls2",
-    pytest.param("mdeq_deq_cls4", marks=pytest.mark.slow),
-    pytest.param("mdeq_deq_seg3", marks=pytest.mark.slow),
-    pytest.param("mdeq_deq_cls2_nownorm_bigk", marks=pytest.mark.slow),
-    pytest.param("mdeq_tdeq_cls2", marks=pytest.mark.slow),
-    pytest.param("mdeq_tdeq_cls4", marks=pytest.mark.slow),
-]
+FIXTURES = others_slow(
+    [
+        "mdeq_deq_cls2",
+        "mdeq_deq_cls4",
+        "mdeq_deq_seg3",
+        "mdeq_deq_cls2_nownorm_bigk",
+        "mdeq_tdeq_cls2",
+        "mdeq_tdeq_cls4",
+    ],
+    ["mdeq_deq_cls2"],
+)
 """Names of the fixtures, for `pytest.mark.parametrize`. Several of them, and three or four branches, take long to compile."""
 
 

@@ -8,10 +8,12 @@ from flax import nnx
 
 from deq_flax.config import phases_of, resolve
 from deq_flax.models import abstract_model
+from tests.cases import others_slow
 from tests.test_configs import load, repeated
 
 IMAGES = {name: load(name) for name in ("digits", "mnist", "cifar10", "imagenet", "camvid", "cityscapes")}
 VARIANTS = [(name, variant) for name, module in IMAGES.items() for variant in getattr(module, "VARIANTS", {None: {}})]
+QUICK = [next(case for case in VARIANTS if case[0] == name) for name in IMAGES]
 
 
 def get(name, variant):
@@ -19,7 +21,7 @@ def get(name, variant):
     return resolve(config.to_dict())
 
 
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+@pytest.mark.parametrize(("name", "variant"), others_slow(VARIANTS, QUICK))
 def test_every_model_can_be_built(name, variant):
     config = get(name, variant)
     abstract_model(config.model)

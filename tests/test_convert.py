@@ -22,6 +22,7 @@ from deq_flax.torch_checkpoint import FAMILIES, open_tensors
 from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
 from deq_flax.train.step import split_model
 from tests import reference
+from tests.cases import others_slow
 from tests.commands import command
 from tests.test_configs import resolved
 
@@ -59,7 +60,7 @@ def run(graphdef, state, tokens_BL, targets_BL, memory):
     return model.nll(out.hidden_BLD, targets_BL), out.memory
 
 
-@pytest.mark.parametrize("name", [FIXTURES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FIXTURES[1:])])
+@pytest.mark.parametrize("name", others_slow(FIXTURES, FIXTURES[:1]))
 def test_converted_weights_give_the_authors_likelihoods(name, tmp_path):
     model = load_model(converted(name, tmp_path / "dir")).model
     arrays, memory = reference.load(name), model.fresh_memory(2)

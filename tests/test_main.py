@@ -8,6 +8,7 @@ import pytest
 from deq_flax.config import flattened, to_dict
 from deq_flax.main import MAY_CHANGE, _keep, _table
 from deq_flax.run_log.results import write_evaluation
+from tests.cases import others_slow
 from tests.commands import ROOT, command, commands
 from tests.test_configs import resolved
 from tests.test_configs_vision import get
@@ -155,9 +156,9 @@ def bad_inputs(tmp_path):
     }
 
 
-@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", others_slow(range(3), [0]))
 def test_every_user_error_is_one_line_with_exit_code_2_and_leaves_no_files(tmp_path, part):
-    cases = dict(list(bad_inputs(tmp_path).items())[part::2])
+    cases = dict(list(bad_inputs(tmp_path).items())[part::3])
     results = commands("main", [arguments for arguments, _ in cases.values()])
     for (name, (_, mentioned)), result in zip(cases.items(), results, strict=True):
         out, err = result.stdout, result.stderr

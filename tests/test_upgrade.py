@@ -16,6 +16,7 @@ from deq_flax.errors import UserError
 from deq_flax.main import _refuse_another_config
 from deq_flax.pretrained import load_model
 from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
+from tests.cases import others_slow
 from tests.commands import ROOT
 from tests.tasks.images import write_labeled, write_scenes
 from tests.test_configs import resolved
@@ -50,7 +51,7 @@ def last_evaluation(workdir):
     return [line for line in lines if line["split"] == "valid"][-1]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", others_slow(MODELS, list(MODELS)[:2]))
 def test_an_earlier_run_evaluates_to_its_own_numbers(stored, name):
     workdir = stored(name)
     config = read_run_config(workdir)

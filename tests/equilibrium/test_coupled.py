@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deq_flax import GMRES, SHINE, Anderson, Broyden, Implicit, Picard, backward_probe, fixed_point
+from tests.cases import others_slow
 
 RNG = np.random.default_rng(0)
 W, X = RNG.normal(size=(5, 5)) / 5**0.5, RNG.normal(size=(6, 5))
@@ -28,7 +29,7 @@ def solved(batched, solvers):
             yield solver, sol.stats, absolute, absolute / np.linalg.norm(fz, axis=axis)
 
 
-@pytest.mark.parametrize("method", [Picard, *(pytest.param(m, marks=pytest.mark.slow) for m in (Anderson, Broyden))])
+@pytest.mark.parametrize("method", others_slow([Picard, Anderson, Broyden], [Picard]))
 def test_as_one_problem_all_is_true_and_every_solver_converges(method):
     for solver, stats, absolute, relative in solved(False, [method(1e-8, n) for n in LIMITS]):
         np.testing.assert_allclose(stats.absolute_residual, absolute, rtol=1e-6, atol=1e-12)

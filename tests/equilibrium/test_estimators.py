@@ -12,6 +12,7 @@ from deq_flax import SHINE, Broyden, Implicit, JacobianFree, Neumann, PhantomGra
 from deq_flax.equilibrium.gradients.base import attach, stopped
 from deq_flax.equilibrium.loop import solve, solve_with_state
 from deq_flax.equilibrium.solvers.broyden import apply_inverse_transpose
+from tests.cases import others_slow
 from tests.equilibrium.dense import LOOSE, TIGHT, adjoint, cell, close, gradients, loss, problem, run
 
 
@@ -226,6 +227,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(gradient):
         np.testing.assert_allclose(pushed, np.vdot(gradients(run(w, x, TIGHT, gradient))[1], v), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_hessian_vector_product_through_reversible():
     with jax.enable_x64(True):
         w, x, v = problem()
@@ -244,7 +246,10 @@ def test_forward_mode_is_refused_where_it_is_not_offered(gradient):
         jax.jit(lambda x: jax.jvp(f, (x,), (x,))).lower(np.ones((1, 2), np.float32))
 
 
-@pytest.mark.parametrize("gradient", [Implicit(), *ALL, JacobianFree(), Unroll(50)], ids=lambda g: type(g).__name__)
+EVERY = [Implicit(), *ALL, JacobianFree(), Unroll(50)]
+
+
+@pytest.mark.parametrize("gradient", others_slow(EVERY, [Implicit(), SHINE(), Unroll(50)]), ids=lambda g: type(g).__name__)
 def test_value_dtype_and_statistics_are_those_of_the_solver(gradient):
     """With a bfloat16 leaf, a float32 leaf and a probe. But for Unroll and Reversible, the value is the same bit for bit."""
     x = np.float32([[0.3, -1.0, 2.0]])

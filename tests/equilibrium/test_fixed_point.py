@@ -27,6 +27,7 @@ from deq_flax import (
     fixed_point_correction_loss,
 )
 from deq_flax.equilibrium.fixed_point import flattener
+from tests.cases import others_slow
 from tests.equilibrium.dense import cell, close, loss, problem, run
 from tests.equilibrium.test_compiled import outside_entry
 
@@ -45,7 +46,7 @@ def slopes(w, x, gain, gradient, on_failure):
 
 @pytest.mark.parametrize(
     "gradient",
-    [Implicit(), *(pytest.param(g, marks=pytest.mark.slow) for g in (PhantomGradient(), Reversible()))],
+    others_slow([Implicit(), PhantomGradient(), Reversible()], [Implicit()]),
     ids=lambda g: type(g).__name__,
 )
 def test_on_failure_changes_the_gradient_of_failed_samples_only(gradient):
@@ -141,7 +142,9 @@ def test_any_pytree_is_flattened_restored_solved_and_differentiated(batch, leave
         np.testing.assert_allclose(slope[i].astype(float), 2.0, rtol=2e-2)
 
 
-@pytest.mark.parametrize("gradient", [Implicit(), SHINE(), Reversible()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "gradient", others_slow([Implicit(), SHINE(), Reversible()], [Implicit(), SHINE()]), ids=lambda g: type(g).__name__
+)
 def test_shards_solve_without_communication(gradient):
     """Inside shard_map no loop holds a collective, and value and gradients are those of the whole batch."""
     with jax.enable_x64(True):
@@ -189,7 +192,7 @@ def with_aux(w, x, gradient, batched=True, on_failure="return"):
 
 @pytest.mark.parametrize(
     "gradient",
-    [g if isinstance(g, Implicit | Unroll) else pytest.param(g, marks=pytest.mark.slow) for g in AUX_GRADIENTS],
+    others_slow(AUX_GRADIENTS, [g for g in AUX_GRADIENTS if isinstance(g, Implicit | Unroll)]),
     ids=lambda g: type(g).__name__,
 )
 def test_aux_is_that_of_the_returned_iterate_and_differentiable(gradient):

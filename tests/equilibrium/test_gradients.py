@@ -9,6 +9,7 @@ import pytest
 
 from deq_flax import GMRES, Anderson, Broyden, Implicit, Picard, Unroll, backward_probe, fixed_point
 from deq_flax.equilibrium import SOLVERS, LinearSolver
+from tests.cases import others_slow
 from tests.equilibrium.dense import TIGHT, WEIGHTS, adjoint, cell, close, gradients, loss, problem, run
 
 
@@ -75,7 +76,11 @@ def expected_of(mode):
     return per_mode.get(mode, gradient)
 
 
-@pytest.mark.parametrize("mode", modes(jnp.sum, None, None))
+MODES = modes(jnp.sum, None, None)
+FURTHER = {"jacrev", "jacfwd", "hvp reverse over forward", "hvp reverse over reverse", "grad of vmap"}
+
+
+@pytest.mark.parametrize("mode", others_slow(MODES, MODES.keys() - FURTHER))
 def test_every_mode_of_differentiation(mode):
     with jax.enable_x64(True):
         w, x, v = problem(batch=1)
@@ -233,7 +238,7 @@ def test_an_absolute_tolerance_is_not_taken_for_a_relative_one():
         forward.solve_linear(lambda x: x, jnp.ones((1, 2)))
 
 
-@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("bad", others_slow([0, 2], [0]))
 def test_the_probe_leaves_a_sample_without_an_adjoint_to_itself(bad):
     """The Jacobian of one sample is NaN at a finite equilibrium. The gradients are those without a probe."""
     w, x, _ = problem()

@@ -21,25 +21,21 @@ from deq_flax import (
     fixed_point,
 )
 from deq_flax.equilibrium.solution import norm
+from tests.cases import others_slow
 from tests.equilibrium.dense import adjoint, cell, loss, problem
 
 GRADIENTS = [
     Implicit(),
-    Implicit(Anderson(max_steps=80)),
-    Implicit(GMRES(restart=4)),
     PhantomGradient(),
     SHINE(),
     Reversible(),
-    *(
-        pytest.param(gradient, marks=pytest.mark.slow)
-        for gradient in (
-            Implicit(Picard()),
-            Implicit(Broyden(line_search=True)),
-            Neumann(),
-            SHINE(refine_steps=9),
-            Unroll(20),
-        )
-    ),
+    Implicit(Anderson(max_steps=80)),
+    Implicit(GMRES(restart=4)),
+    Implicit(Picard()),
+    Implicit(Broyden(line_search=True)),
+    Neumann(),
+    SHINE(refine_steps=9),
+    Unroll(20),
 ]
 SCALES = np.float32([1.0, 1e-30, 1e-4, 1e4, 1e30])
 
@@ -55,7 +51,7 @@ def slopes(w, x, scales, solver, gradient):
     return jax.vmap(jax.grad(total, argnums=(0, 1), has_aux=True), (None, None, 0))(w, x, scales)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS, ids=repr)
+@pytest.mark.parametrize("gradient", others_slow(GRADIENTS, GRADIENTS[:4]), ids=repr)
 def test_gradient_is_invariant_to_the_scale_of_the_loss(gradient):
     """In float32, where the square of a number below 1e-19 or above 1e19 is none; the forward tolerance is absolute."""
     w, x, _ = problem()
@@ -71,10 +67,10 @@ def test_gradient_is_invariant_to_the_scale_of_the_loss(gradient):
 
 SOLVERS = [
     Picard(relaxation=0.7),
-    Picard(adaptive=True),
     Anderson(),
-    Anderson(memory=5, restart=True),
     Broyden(),
+    Picard(adaptive=True),
+    Anderson(memory=5, restart=True),
     Broyden(line_search=True),
 ]
 
@@ -91,7 +87,7 @@ def scaled(w, x, scales, solver):
     return jax.grad(solve, has_aux=True)(x)
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", others_slow(SOLVERS, SOLVERS[:3]), ids=repr)
 def test_a_state_of_any_scale_is_solved_alike(solver):
     """The batch holds one problem in several units. Units are powers of two, so that nothing at all may differ."""
     scales = np.float32(2.0) ** np.float32([0, -100, -60, 60, 100])

@@ -10,6 +10,7 @@ import pytest
 from deq_flax import SHINE, Anderson, Broyden, Implicit, PhantomGradient, Picard, Reversible, Unroll, fixed_point
 from deq_flax.equilibrium.loop import solve_with_state
 from deq_flax.equilibrium.solvers.broyden import apply_inverse_transpose
+from tests.cases import others_slow
 from tests.equilibrium.dense import TIGHT, cell, loss, problem
 
 LOOSE = Broyden(tol=1e-4)
@@ -90,10 +91,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=pytest.mark.slow) if case in ("shine in shine", "trajectory", "phantom") else case
-        for case in CASES
-    ],
+    others_slow(CASES, CASES.keys() - {"shine in shine", "trajectory", "phantom"}),
 )
 def test_every_nesting_is_that_of_the_function_in_closed_form(case):
     """Reverse over reverse, through the value and the gradient; forward over reverse; reverse over forward."""

@@ -30,16 +30,12 @@ from deq_flax import (
     spectral_radius,
 )
 from deq_flax.equilibrium import backward_probe
+from tests.cases import others_slow
 from tests.commands import ROOT
 from tests.equilibrium.dense import cell, close, loss, problem
 
 TIGHT = {"tol": 1e-10, "max_steps": 60}
 checks = pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-
-
-def parameters(quick, every):
-    """Return all cases; those not among the quick ones are slow."""
-    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in quick)]
 
 
 def name(x):
@@ -67,10 +63,10 @@ PAIRS = [
     (Picard(**TIGHT), Unroll(20, last=3)),
 ]
 EVERY = [(*pair, check) for pair in PAIRS for check in (True, False)]
-QUICK = [(*pair, True) for pair in PAIRS[4:5]] + [(*pair, False) for pair in PAIRS[2:4]]
+QUICK = [(*PAIRS[4], True), (*PAIRS[2], False)]
 
 
-@pytest.mark.parametrize("solver,gradient,check_vma", parameters(QUICK, EVERY), ids=name)
+@pytest.mark.parametrize("solver,gradient,check_vma", others_slow(EVERY, QUICK), ids=name)
 def test_shards_of_a_batch_give_what_the_whole_gives(solver, gradient, check_vma):
     """The gradient is taken inside the shards, as a trainer does, and outside of them."""
     with jax.enable_x64(True):
@@ -155,7 +151,7 @@ EVERY_PLACE = [(*method, place, check) for method in METHODS for place in SPREAD
 QUICK_PLACES = [(*METHODS[0], place, True) for place in SPREAD]
 
 
-@pytest.mark.parametrize("solver,gradient,place,check_vma", parameters(QUICK_PLACES, EVERY_PLACE), ids=name)
+@pytest.mark.parametrize("solver,gradient,place,check_vma", others_slow(EVERY_PLACE, QUICK_PLACES), ids=name)
 def test_a_problem_spread_over_shards_is_solved_as_on_one_device(solver, gradient, place, check_vma):
     with jax.enable_x64(True):
         w, x, _ = problem()

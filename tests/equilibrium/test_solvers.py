@@ -10,6 +10,7 @@ import pytest
 
 from deq_flax import GMRES, Anderson, Broyden, Picard, fixed_point
 from deq_flax.equilibrium.solvers.anderson import AndersonState, _restarted
+from tests.cases import others_slow
 from tests.equilibrium.problems import (
     NAMES,
     RECORDED,
@@ -233,7 +234,7 @@ def test_every_third_step_restarts_an_anderson_that_keeps_seven_of_ten():
     assert restarts == [9, 12, 15]
 
 
-@pytest.mark.parametrize("memory", [1, 2])
+@pytest.mark.parametrize("memory", others_slow([1, 2], [1]))
 def test_a_restart_that_keeps_the_newest_alone_is_the_sliding_window(memory):
     """With one slot nothing is ever combined, with two the newest is kept."""
     f, z0, _ = reference_problem(jnp.float32)

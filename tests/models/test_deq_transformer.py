@@ -12,6 +12,7 @@ from deq_flax.equilibrium import Picard, Unroll, fixed_point, jacobian_loss
 from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.models.language_model import TransformerOptions
 from tests import reference
+from tests.cases import others_slow
 from tests.reference import solving
 
 SOLVER = Picard(tol=1e-6, max_steps=200)
@@ -56,7 +57,7 @@ def test_later_tokens_do_not_affect_earlier_states():
     assert np.abs(a[:, 5:] - b[:, 5:]).min() > 0
 
 
-@pytest.mark.parametrize("pre_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pre_norm", others_slow([False, True], [False]))
 def test_segments_with_enough_memory_equal_the_whole(pre_norm):
     model = build(pre_norm, mem_len=8)
     split = nnx.split(model)

@@ -16,12 +16,10 @@ from deq_flax.equilibrium import Broyden, Unroll, jacobian_loss, spectral_radius
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.transformer import Masks, Memory
 from tests import reference
+from tests.cases import others_slow
 from tests.reference import solving
 
-AUTHORS = [
-    "lm_deq_postln",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("lm_deq_preln", "lm_deq_local", "lm_deq_div1", "lm_deq_nocut")),
-]
+AUTHORS = others_slow(["lm_deq_postln", "lm_deq_preln", "lm_deq_local", "lm_deq_div1", "lm_deq_nocut"], ["lm_deq_postln"])
 FIXTURES = [*AUTHORS, "lm_tdeq_postln"]
 TIGHT = Broyden(tol=1e-12, max_steps=120)
 jit = partial(jax.jit, compiler_options=reference.QUICK_COMPILE)

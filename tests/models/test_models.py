@@ -26,6 +26,7 @@ from deq_flax.models.model import (
     PuzzleModel,
     PuzzleOutput,
 )
+from tests.cases import others_slow
 from tests.reference import parameters, solving
 
 SMALL_TRANSFORMER = dict(
@@ -48,7 +49,7 @@ def options(name, **changed):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if not name.endswith("reasoner") else name for name in MODELS],
+    others_slow(MODELS, [name for name in MODELS if name.endswith("reasoner")]),
 )
 def test_every_model_has_the_interface_of_its_kind(name):
     model = build_model(options(name), rngs=nnx.Rngs(0))

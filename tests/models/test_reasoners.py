@@ -12,6 +12,7 @@ from deq_flax import Picard, Unroll, fixed_point
 from deq_flax.models import MODELS, build_model
 from deq_flax.models.two_level_reasoner import Levels
 from deq_flax.nn.normalization import EPSILON
+from tests.cases import others_slow
 from tests.reference import QUICK_COMPILE
 
 SYMBOLS = {"input_symbols": 4, "output_symbols": 3}
@@ -35,7 +36,7 @@ def rms(x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", others_slow(SMALL, ["two_level_reasoner"]))
 def test_a_call_reads_the_state_that_the_solve_returns(name):
     model = make(name, halting=True)
 

@@ -10,6 +10,7 @@ from deq_flax.models.language_model import TransformerOptions
 from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.nn.attention import position_encoding
 from deq_flax.nn.transformer import Memory
+from tests.cases import others_slow
 
 SIZES = dict(vocab_size=50, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=24, cutoffs=(20,), div_value=2)
 SMALL = SIZES | dict(mem_len=0, dropout=0.0)
@@ -33,13 +34,14 @@ def call(model, tokens_BL, memory):
     return model(tokens_BL, memory)
 
 
+OPTIONS = [{"weight_norm": False}, {"pre_norm": True, "affine_norm": True}]
+
+
 def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "options", [{"weight_norm": False}, pytest.param({"pre_norm": True, "affine_norm": True}, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("options", others_slow(OPTIONS, OPTIONS[:1]))
 def test_segments_with_enough_memory_equal_the_whole(options):
     """Each layer's memory holds the inputs of that layer, so cutting a text loses nothing."""
     model = build(mem_len=12, **options)

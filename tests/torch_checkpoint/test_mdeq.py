@@ -17,6 +17,7 @@ from deq_flax.torch_checkpoint import FAMILIES, family_of, mismatches, open_tens
 from deq_flax.torch_checkpoint.mapping import counters
 from deq_flax.train.step import split_model
 from tests import mdeq_reference as reference
+from tests.cases import others_slow
 from tests.reference import QUICK_COMPILE, load, parameters, solving
 
 LARGE = dict(channels=(32, 64, 128, 256), head_channels=(14, 28, 56, 112), final_channels=1680, num_classes=10)
@@ -75,7 +76,7 @@ def test_all_published_models_are_here():
     assert set(FULL_SIZE) == set(reference.facts()["full_size"])
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize("name", others_slow(FULL_SIZE, list(FULL_SIZE)[::4]))
 def test_the_published_files_are_covered_name_by_name(name):
     shapes, n_params, model = published(name)
     family = FAMILIES[family_of("mdeq", shapes)]

@@ -9,6 +9,7 @@ from deq_flax.equilibrium import Picard, Unroll
 from deq_flax.errors import UserError
 from deq_flax.train.consistency import consistency_loss, with_loss
 from deq_flax.train.phases import DEQOptions, EquilibriumPhases
+from tests.cases import others_slow
 
 SIZE = 3
 
@@ -60,7 +61,7 @@ def test_a_loss_that_rides_along_adds_its_gradient_and_no_value():
     assert value == alone
 
 
-@pytest.mark.parametrize("gradient", [pytest.param("implicit", marks=pytest.mark.slow), "unroll"])
+@pytest.mark.parametrize("gradient", others_slow(["implicit", "unroll"], ["unroll"]))
 def test_a_training_step_adds_its_gradient_with_the_given_weight(gradient):
     w, f, z0 = problem()
     solvers = {weight: phase(gradient=gradient, consistency_weight=weight).solve() for weight in (0.0, 0.7)}

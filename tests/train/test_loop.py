@@ -19,6 +19,7 @@ from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.pretrained import load_model
 from deq_flax.train import loop
 from deq_flax.train.step import _micro_batches, _whole
+from tests.cases import others_slow
 from tests.train.commands import metrics
 from tests.train.small import ChangedBatches, arrays, config, explicit, make_run, run, write_tokens
 
@@ -59,7 +60,7 @@ def crash_at(*steps):
     return lambda task: ChangedBatches(task, crash)
 
 
-@pytest.mark.parametrize("own_steps", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("own_steps", others_slow([False, True], [False]))
 def test_a_run_crashed_twice_is_bit_identical_to_one_never_stopped(folder, uninterrupted, tmp_path, own_steps):
     """Across the end of pretraining (step 3), with dropout, jitter, Jacobian loss, memory and a running average.
 
