@@ -2,7 +2,8 @@
 
 The compiler writes an estimate of cycles beside most operations of its text. The body of a loop whose number of iterations
 depends on data, such as a solver's, is a part of its own, and is counted once. Loops within it are counted with it, and all
-other loops as often as they run. Of the branches of a conditional the cheapest counts, as in `operations.py`.
+other loops as often as they run. Of two branches of a conditional the cheaper counts, as in
+`operations.py`, and of more the median.
 """
 
 import re
@@ -106,18 +107,20 @@ class _Program:
                 for callee in _named(_CALLEES, rest):
                     self.collect(callee, parts, part, times)
             elif opcode == "conditional":
-                self._collect_cheapest(_named(_BRANCHES, rest), parts, part, times)
+                self._collect_branch(_named(_BRANCHES, rest), parts, part, times)
             cycles = _first(_CYCLES, rest)
             if cycles:
                 operation = Operation(times * int(cycles), opcode, op_name, self._line(rest))
                 parts[part].operations.append(operation)
 
-    def _collect_cheapest(self, branches: list[str], parts: dict[str, Part], part: str, times: float) -> None:
+    def _collect_branch(self, branches: list[str], parts: dict[str, Part], part: str, times: float) -> None:
+        """Add the cheaper of two branches; of more, which read as much of a history as is filled, the median one."""
         found = []
         for branch in branches:
             found.append({part: Part(part)})
             self.collect(branch, found[-1], part, times)
-        for name, one in min(found, key=lambda own: sum(one.cycles for one in own.values()), default={}).items():
+        found.sort(key=lambda own: sum(one.cycles for one in own.values()))
+        for name, one in found[len(found) // 2 if len(found) > 2 else 0].items() if found else ():
             parts.setdefault(name, Part(name)).operations.extend(one.operations)
 
     def _trips(self, rest: str) -> int:

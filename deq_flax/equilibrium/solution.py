@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -106,15 +107,16 @@ def norms(
     return jax.lax.cond(_all(jnp.stack(trusted)), plain, scaled, *operands)
 
 
-@jax.custom_batching.custom_vmap
-def _all(x: jax.Array) -> jax.Array:
-    return jnp.all(x)
+def _over_vmap(reduction: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Give one answer for a whole vmap: `lax.cond` then still takes one branch; with one for each problem, it takes all."""
+    reduce = jax.custom_batching.custom_vmap(lambda x: reduction(x))
+    reduce.def_vmap(lambda size, batched, x: (reduce(x), False))
+    return reduce
 
 
-@_all.def_vmap
-def _all_of_the_batch(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
-    """Give one answer for a whole vmap: `lax.cond` then still takes one branch; with an answer for each, it takes both."""
-    return _all(x), False
+_all = _over_vmap(jnp.all)
+largest_index = _over_vmap(partial(jnp.max, initial=0))
+"""The largest entry of an array of integers, and under `vmap` of the arrays of all problems; 0 at least."""
 
 
 def power_of_two(x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:

@@ -87,6 +87,12 @@ def test_cycles_are_counted_by_part():
     assert largest.cycles == 100 and largest.opcode == "fusion" and largest.op_name == "jit(step)/mul"
 
 
+def test_of_many_branches_the_median_counts():
+    """A solver reads as much of its history as is filled, by one of several branches."""
+    program = HLO.replace("{%branch, %cheap}", "{%cheap, %branch, %branch}")
+    assert parts_of(program)[0].cycles - parts_of(HLO)[0].cycles == 9 - 2
+
+
 def test_an_operation_has_the_line_of_ours_that_it_comes_from():
     outside = parts_of(HLO)[0]
     assert [operation.line for operation in outside.operations] == ["train/step.py:17", "", ""]

@@ -148,7 +148,7 @@ METHODS = [
     (Picard(**TIGHT), Reversible()),
 ]
 EVERY_PLACE = [(*method, place, check) for method in METHODS for place in SPREAD for check in (True, False)]
-QUICK_PLACES = [(*METHODS[0], place, True) for place in SPREAD]
+QUICK_PLACES = [(*METHODS[0], coupled, True)]
 
 
 @pytest.mark.parametrize("solver,gradient,place,check_vma", others_slow(EVERY_PLACE, QUICK_PLACES), ids=name)

@@ -61,6 +61,7 @@ def test_the_branches_are_an_equilibrium_and_logits_have_the_shape_of_the_task(n
         np.testing.assert_allclose(out.logits, resize_bilinear(model.head(out.branches, False), (13, 10)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_three_downsamplings():
     model = build(1, downsample=3)
     assert [z.shape for z in model.equation(images(height=20, width=16)).z0] == [(2, 3, 2, 4)]

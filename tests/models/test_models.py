@@ -84,7 +84,7 @@ def test_every_model_has_the_interface_of_its_kind(name):
         assert jax.tree.map(jnp.shape, jax.eval_shape(f, z0)) == jax.tree.map(jnp.shape, z0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", others_slow(MODELS, MODELS.keys() - {"mdeq"}))
 def test_an_abstract_model_has_the_shapes_and_the_structure_of_the_real_one(name):
     (graphdef, state), (abstract_graphdef, abstract) = (
         nnx.split(model) for model in (build_model(options(name), rngs=nnx.Rngs(0)), abstract_model(options(name)))

@@ -173,8 +173,8 @@ def test_the_solve_of_a_phase_is_that_of_the_library():
     x = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
     phase = phases(jacobian_frequency=1.0, pretrain_steps=0).phase(0)
     f = lambda z: jnp.tanh(0.3 * z + x)  # noqa: E731
-    expected = fixed_point(f, 0 * x, solver=phase.solver)
-    solution, jacobian = phase.solve(key=jax.random.key(0))(f, 0 * x)
+    expected = jax.jit(lambda z: fixed_point(f, z, solver=phase.solver))(0 * x)
+    solution, jacobian = jax.jit(lambda z: phase.solve(key=jax.random.key(0))(f, z))(0 * x)
     np.testing.assert_array_equal(solution.value, expected.value)
     slope = 0.3 * (1 - jnp.square(expected.value))  # f works element by element
     v = jax.random.normal(jax.random.split(jax.random.split(jax.random.fold_in(jax.random.key(0), 1), 1)[0], 1)[0], x.shape)

@@ -12,10 +12,13 @@ Storing the rank-one terms takes two buffers, each read twice a step. But u_j is
     s_j . H_j y_j = l_j (d_j . H_j g_{j+1} + |d_j|^2),    u_j = (d_{j+1} + (l_j - 1) d_j) / (l_j |d_j|^2).
 
 So H = -c I + D^T M D with the directions as rows of D and a small matrix M, which gains a row a step: u_j s_j^T H_j adds
-d_j^T H_j / |d_j|^2 to the row of d_{j+1}, and (l_j - 1) times that to the row of d_j. A step reads one buffer twice.
+d_j^T H_j / |d_j|^2 to the row of d_{j+1}, and (l_j - 1) times that to the row of d_j. A step reads one buffer twice, and of a
+large state no more of it than the blocks that hold directions.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
@@ -23,14 +26,19 @@ import jax.numpy as jnp
 
 from deq_flax.equilibrium.loop import Solver, change_where, check_options, select_samples
 from deq_flax.equilibrium.shards import AxisName, total
-from deq_flax.equilibrium.solution import decomposed, norm, scale_of
+from deq_flax.equilibrium.solution import decomposed, largest_index, norm, scale_of
+
+BLOCK = 8
+"""Rows of D in a block."""
+CUT_FROM = 4096
+"""Elements of all samples from which D is cut into blocks: below, to read a row costs less than to choose what to read."""
 
 
 class BroydenState(NamedTuple):
     """The estimate H = -c I + D^T M D of the inverse Jacobian of f(z) - z. Steps and residuals are in units of `scale`."""
 
-    directions: jax.Array
-    """(B, m, N): D."""
+    directions: tuple[jax.Array, ...]
+    """(B, rows, N) each: D in blocks of rows, of which those without a direction yet are not read."""
     core: jax.Array
     """(B, m + 1, m): M; row and column j for row j of D, row m for a pending direction that D has no row for."""
     multiple: jax.Array
@@ -91,12 +99,18 @@ class Broyden(Solver):
     def _bounded(self) -> bool:
         return self.memory is not None and self.memory < self.max_steps - 1
 
+    def _blocks(self, slots: int, elements: int) -> list[int]:
+        """Return the rows of each block. A bounded memory is one: it is full most of the time, and then its rows are mixed."""
+        if self._bounded or elements < CUT_FROM or slots < 2 * BLOCK:
+            return [slots]
+        return [BLOCK] * (slots // BLOCK - 1) + [BLOCK + slots % BLOCK]
+
     def init(self, z: jax.Array) -> BroydenState:
         batch, size = z.shape
         slots = max(1, min(self.memory or self.max_steps, self.max_steps - 1))
         ones = jnp.ones(batch, z.dtype)
         return BroydenState(
-            directions=jnp.zeros((batch, slots, size), z.dtype),
+            directions=tuple(jnp.zeros((batch, rows, size), z.dtype) for rows in self._blocks(slots, z.size)),
             core=jnp.zeros((batch, slots + 1, slots), z.dtype),
             multiple=ones,
             gram=jnp.zeros((batch, slots, slots), z.dtype) if self._bounded else None,
@@ -111,9 +125,9 @@ class Broyden(Solver):
         g = g / state.scale
         if state.search is not None:
             return _step_with_search(z, g, state, state.search, self.axis_name)
-        slots = state.directions.shape[1]
         slot = k - 1
         if self._bounded:
+            slots = state.core.shape[2]
             # Full for the first time at k = slots, and then each time that the freed rows have been filled again.
             kept = _kept(slots)
             slot = jnp.where(k <= slots, k - 1, kept + (k - 1 - slots) % (slots - kept))
@@ -131,7 +145,7 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
 
     The new pending direction is -H g.
     """
-    pending, multiple, slots = state.pending, state.multiple, state.directions.shape[1]
+    pending, multiple, slots = state.pending, state.multiple, state.core.shape[2]
     if state.gram is not None:
         first = jnp.broadcast_to(slot == 0, length.shape)
         c = jax.lax.cond(
@@ -141,16 +155,24 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
         )
         multiple, pending, length = multiple * c, pending * c[:, None], length / c
 
-    # The write comes before every read of the buffer: XLA then updates it in place instead of copying it every step.
-    if jnp.ndim(slot) == 0:
-        directions = jax.lax.dynamic_update_index_in_dim(state.directions, pending, slot, axis=1)
-    else:
-        here = jnp.arange(slots, dtype=jnp.int32)[None] == slot[:, None]
-        directions = jnp.where(here[:, :, None], pending[:, None, :], state.directions)
-    along_g = total(jnp.einsum("bmn,bn->bm", directions, g), axis_name)
-    along_d = total(jnp.einsum("bmn,bn->bm", directions, pending), axis_name)
-    weights = jnp.einsum("bij,bj->bi", state.core[:, :slots], along_g)
-    h_g = jnp.einsum("bm,bmn->bn", weights, directions) - multiple[:, None] * g
+    # The write comes before every read of a block: XLA then updates it in place instead of copying it every step.
+    directions = _written(state.directions, slot, pending)
+    ends = list(accumulate(block.shape[1] for block in directions))
+
+    def products(blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return D g and D d, (B, m), and D^T M D g, from the first blocks of D."""
+        first, rows = directions[:blocks], ends[blocks - 1]
+        along_g, along_d = (jnp.concatenate([jnp.einsum("bmn,bn->bm", D, x) for D in first], axis=1) for x in (g, pending))
+        along_g, along_d = (total(x, axis_name) for x in (along_g, along_d))
+        weights = jnp.einsum("bij,bj->bi", state.core[:, :rows, :rows], along_g)
+        parts = zip(jnp.split(weights, ends[: blocks - 1], axis=1), first, strict=True)
+        h_g = sum(jnp.einsum("bm,bmn->bn", w, D) for w, D in parts)
+        rest = ((0, 0), (0, slots - rows))
+        return jnp.pad(along_g, rest), jnp.pad(along_d, rest), jnp.asarray(h_g)
+
+    filled = jnp.minimum(largest_index(slot) // BLOCK, len(ends) - 1)
+    along_g, along_d, h_g = jax.lax.switch(filled, [partial(products, n + 1) for n in range(len(ends))])
+    h_g = h_g - multiple[:, None] * g
 
     row_of = jnp.arange(slots + 1, dtype=jnp.int32)[None] - jnp.reshape(
         slot, (-1, 1)
@@ -182,6 +204,22 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
     return change_where(slot == slots - 1, lambda state: _reduced(state, along_g, g, axis_name), updated._replace(gram=gram))
 
 
+def _written(blocks: tuple[jax.Array, ...], slot: jax.Array, row: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the blocks with `row` (B, N) as number `slot`, () or (B,), of all their rows."""
+    written = []
+    for block in blocks:
+        rows = block.shape[1]
+        if jnp.ndim(slot) == 0:
+            at = jnp.clip(slot, 0, rows - 1)
+            new = jnp.where(slot == at, row, jax.lax.dynamic_index_in_dim(block, at, axis=1, keepdims=False))
+            written.append(jax.lax.dynamic_update_index_in_dim(block, new, at, axis=1))
+        else:
+            here = jnp.arange(rows, dtype=jnp.int32)[None] == slot[:, None]
+            written.append(jnp.where(here[:, :, None], row[:, None, :], block))
+        slot = slot - rows
+    return tuple(written)
+
+
 def _first_multiple(length: jax.Array, pending: jax.Array, g: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """Return c = |z_1 - z_0| / |g_1 - g_0|, within 0.05 and 1, (B,), from the first step and g_1; `pending` is g_0."""
     step, change = length * norm(pending, axis_name), norm(g - pending, axis_name)
@@ -194,9 +232,9 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
     The pending direction becomes -H g; `along_g` is D g.
     """
     assert state.gram is not None
-    slots, last = state.directions.shape[1], state.pending
+    (directions,), slots, last = state.directions, state.core.shape[2], state.pending
     kept = _kept(slots)
-    along_last = total(jnp.einsum("bmn,bn->bm", state.directions, last), axis_name)[:, :, None]
+    along_last = total(jnp.einsum("bmn,bn->bm", directions, last), axis_name)[:, :, None]
     square = total(jnp.sum(last * last, axis=1), axis_name)[:, None, None]
     last_row = jnp.concatenate([jnp.swapaxes(along_last, 1, 2), square], axis=2)
     gram = jnp.concatenate([jnp.concatenate([state.gram, along_last], axis=2), last_row], axis=1)
@@ -212,10 +250,10 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
     along_g = jnp.concatenate([along_g, total(jnp.sum(last * g, axis=1), axis_name)[:, None]], axis=1)
     weights = jnp.einsum("bij,bjk,bk->bi", core, mix, along_g)
     mix = jnp.concatenate([mix, -jnp.einsum("bi,bij->bj", weights, mix)[:, None]], axis=1)
-    rows = jnp.einsum("bjk,bkn->bjn", mix[:, :, :slots], state.directions) + mix[:, :, slots:] * last[:, None, :]
+    rows = jnp.einsum("bjk,bkn->bjn", mix[:, :, :slots], directions) + mix[:, :, slots:] * last[:, None, :]
     # What the other rows hold has no weight until it is written over.
     return state._replace(
-        directions=jax.lax.dynamic_update_slice_in_dim(state.directions, rows[:, :kept], 0, axis=1),
+        directions=(jax.lax.dynamic_update_slice_in_dim(directions, rows[:, :kept], 0, axis=1),),
         core=jnp.pad(core, ((0, 0), (0, slots + 1 - kept), (0, slots - kept))),
         gram=jnp.pad(jnp.einsum("bij,bik->bjk", leading, leading), ((0, 0), (0, slots - kept), (0, slots - kept))),
         pending=rows[:, kept] + state.multiple[:, None] * g,
@@ -226,12 +264,12 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
 def apply_inverse_transpose(state: BroydenState, x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
     """Return H^T x, (B, N), for x (B, N) and the inverse Jacobian estimate H of g(z) = f(z) - z in a state."""
     with jax.default_matmul_precision("highest"):
-        slots = state.directions.shape[1]
-        along_x = jnp.pad(total(jnp.einsum("bmn,bn->bm", state.directions, x), axis_name), ((0, 0), (0, 1)))
+        slots, directions = state.core.shape[2], jnp.concatenate(state.directions, axis=1)
+        along_x = jnp.pad(total(jnp.einsum("bmn,bn->bm", directions, x), axis_name), ((0, 0), (0, 1)))
         here = jnp.arange(slots + 1, dtype=jnp.int32)[None] == state.slot[:, None]
         along_x = jnp.where(here, total(jnp.sum(state.pending * x, axis=1), axis_name)[:, None], along_x)
         weights = jnp.einsum("bij,bi->bj", state.core, along_x)
-        return jnp.einsum("bm,bmn->bn", weights, state.directions) - state.multiple[:, None] * x
+        return jnp.einsum("bm,bmn->bn", weights, directions) - state.multiple[:, None] * x
 
 
 def _step_with_search(
