@@ -70,6 +70,8 @@ def topology_of(accelerator: str) -> str:
 def topology_devices(name: str) -> tuple[Chip, Sequence[Any]]:
     """Return the chip and the devices of a topology such as 'v5e:16x16', or of an accelerator type, for a mesh.
 
+    From then on this process is one that compiles for chips that are not there: on the CPU, without a cache of programs.
+
     Raises:
       UserError: there is no such topology, or libtpu is not installed.
     """
@@ -83,6 +85,7 @@ def topology_devices(name: str) -> tuple[Chip, Sequence[Any]]:
     # libtpu reads these when it is loaded: it then looks for no TPU, and other processes may have it loaded too.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # without the chip, no program can be read from a cache again
     try:
         return CHIPS[kind], topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # its type depends on what is wrong

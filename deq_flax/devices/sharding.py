@@ -95,6 +95,8 @@ def gather(params: Any, specs: Specs) -> Any:
     def one(x: jax.Array, spec: P) -> jax.Array:
         if FSDP in spec:
             x = jax.lax.all_gather(x, FSDP, axis=spec.index(FSDP), tiled=True)
+            # TPU's compiler would gather in every iteration of a solver, to save the memory of what is gathered.
+            x = jax.lax.optimization_barrier(x)
         return _keep_tensor(x, spec)
 
     return jax.tree.map(one, params, specs)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from deq_flax.nn.linear import whole
+
 
 def check_rate(name: str, rate: float) -> None:
     """Raise ValueError unless `rate` is a probability below one."""
@@ -31,7 +33,7 @@ def draw_masks(
     sizes = [0 if key is None or rate == 0 else math.prod(shape) for rate, shape in wanted]
     if key is None or not any(sizes):
         return [None] * len(wanted)
-    uniform, start = jax.random.uniform(key, (sum(sizes),), jnp.float32), 0
+    uniform, start = whole(jax.random.uniform(key, (sum(sizes),), jnp.float32)), 0
     masks: list[jax.Array | None] = []
     for (rate, shape), size in zip(wanted, sizes, strict=True):
         kept = uniform[start : start + size].reshape(shape) < 1 - rate if size else None

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from deq_flax.nn.precision import contract
@@ -99,6 +100,15 @@ class Linear(nnx.Module):
         if self.bias_O is None:
             return y
         return y + self.bias_O[...].reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Return x, which the compiler is not to split where the mesh axis `tensor` is all that is left to it; elsewhere, x.
+
+    Left alone, TPU's compiler splits the states between two layers that are split: a gather before and a sum after each norm.
+    """
+    left = jax.sharding.get_abstract_mesh().auto_axes
+    return jax.lax.with_sharding_constraint(x, P()) if left == (TENSOR,) else x
 
 
 def _param(value: jax.Array, axes: Axes) -> nnx.Param[jax.Array]:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from deq_flax.nn.attention import attention, attention_mask, mask_to_bias, relative_attention
 from deq_flax.nn.dropout import apply_mask, check_rate, draw_masks
-from deq_flax.nn.linear import Linear, Split, normal_param
+from deq_flax.nn.linear import Linear, Split, normal_param, whole
 from deq_flax.nn.normalization import LayerNorm, RMSNorm, layer_norm, rms_norm
 from deq_flax.nn.precision import compute_dtype, contract, contract_narrow
 from deq_flax.nn.rotary import rotary_angles, rotate
@@ -233,7 +233,7 @@ class TransformerCell(nnx.Module):
         else:
             inner_BLF = inner_BLF * jax.nn.silu(contract_narrow("bld,df->blf", x_BLD, context.gate_DF, self.dtype))
         inner_BLF = apply_mask(inner_BLF, context.masks.inner_B1F)
-        outer_BLD = _add_bias(contract("blf,fd->bld", inner_BLF, context.outer_FD, self.dtype), self.outer)
+        outer_BLD = whole(_add_bias(contract("blf,fd->bld", inner_BLF, context.outer_FD, self.dtype), self.outer))
         sum_BLD = residual_BLD + apply_mask(outer_BLD, context.masks.output_B1D)
         return (sum_BLD if self.options.pre_norm else self._normalize(sum_BLD)).astype(z_BLD.dtype)
 
@@ -265,7 +265,7 @@ class TransformerCell(nnx.Module):
             )
         if self.norm_attended is not None:
             attended_BLHE = self.norm_attended(attended_BLHE.reshape(*z_BLD.shape[:2], -1)).reshape(attended_BLHE.shape)
-        return _add_bias(contract("blhe,hed->bld", attended_BLHE, context.out_HED, self.dtype), self.out)
+        return whole(_add_bias(contract("blhe,hed->bld", attended_BLHE, context.out_HED, self.dtype), self.out))
 
     def _memory_keys_values(self, memory: Memory, kernel_D3HE: jax.Array) -> jax.Array:
         x_BMD = self._attention_input(memory.states_BMD)

@@ -141,14 +141,16 @@ def test_mistakes_are_one_line(monkeypatch):
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_every_mesh_compiles_for_a_tpu(mesh):
     axes = [f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
-    text = ["--config", "configs/wt103.py:tiny", "--config.data.batch_size=16", *FLAGS, *axes]
+    # Over `tensor` with the features of the recipe: some of the small ones are split in another way.
+    text = ["--config", "configs/wt103.py:tiny", *(FLAGS if mesh[2] == 1 else ()), "--config.data.batch_size=16", *axes]
     done = command("compile", *text, "--topology", "v5e:2x4", "--step", "train", "--json", timeout=900)
     assert done.returncode == 0, done.stderr
     step = json.loads(done.stdout)["steps"]["train"]
     assert step["fits"] and step["parts"].keys() >= {"outside", "forward iteration", "adjoint iteration"}
     assert all(part["cycles"] > 0 for part in step["parts"].values()) and 0 < step["utilization"] < 1
-    # With an axis `tensor` TPU's compiler splits states too.
-    assert mesh[2] > 1 or not step["collectives"]["in_loops"]
+    # Over `tensor`, the sums of a block's two pairs of layers, in both solves; nothing else, and nothing without it.
+    found = {kind: total["count"] for kind, total in step["collectives"]["in_loops"].items()}
+    assert found == ({"all-reduce": 4} if mesh[2] > 1 else {})
     held = step["bytes"]
     assert step["aliased"] >= 0.95 * (held["parameters"] + held["optimizer"] + held["carry"])
 
