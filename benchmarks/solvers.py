@@ -22,9 +22,8 @@ CASES = ("f", "vjp", "picard", "anderson", "broyden", "gradient", "idle anderson
 """'idle' is f(z) = a z + x with a diagonal a, which costs nothing: the solver's own time. 'gradient' is Anderson forward and
 Broyden adjoint."""
 LIMITS = (10, 20, 40, 80)
-HALF = "Broyden(), half of the limit"
-BY_LIMIT = ("Picard", "Anderson(memory=6)", "Broyden(memory=10)", "Broyden()", HALF)
-"""Solvers of ours that run at all LIMITS. `Broyden()` has room for as many directions; the last ends halfway."""
+BOUNDED = ("Picard", "Anderson(memory=6)", "Broyden(memory=10)", "Broyden()")
+"""Solvers of ours that run at all LIMITS; the last keeps as many pairs as steps."""
 
 
 def jax_cases(library: str, dtype: str) -> tuple[dict[str, Callable], dict[str, int]]:
@@ -198,11 +197,6 @@ def torch_cases() -> tuple[dict[str, Callable], dict[str, int]]:
     return programs, counts
 
 
-def steps_taken(name: str, limit: int) -> int:
-    """Evaluations of a program of `cases_by_limit`."""
-    return limit // 2 if name == HALF else limit
-
-
 def cases_by_limit(dtype: str) -> dict[str, Callable]:
     """Programs of our solvers on a free f of state (4, 16384)."""
     import jax
@@ -213,18 +207,13 @@ def cases_by_limit(dtype: str) -> dict[str, Callable]:
     z0 = jnp.zeros((4, 64 * 256), dtype)
     a = jnp.linspace(-0.99, 0.99, z0.shape[1], dtype=dtype)[None]
 
-    solvers: dict[str, Callable[[int], Any]] = {
-        "Picard": lambda limit: Picard(0.0, limit),
-        "Anderson(memory=6)": lambda limit: Anderson(0.0, limit),
-        "Broyden(memory=10)": lambda limit: Broyden(0.0, limit, memory=10),
-    }
-
     def program(name: str, limit: int) -> Callable:
-        solver = solvers.get(name, lambda limit: Broyden(0.0, limit))(limit)
-        run = jax.jit(lambda z, steps: fixed_point(lambda z: a * z + 1, z, solver=solver, max_steps=steps).value)
-        return bind(run, z0, steps_taken(name, limit))
+        solver = {"Picard": Picard, "Anderson(memory=6)": Anderson}.get(name, Broyden)(tol=0.0, max_steps=limit)
+        if name == "Broyden(memory=10)":
+            solver = Broyden(tol=0.0, max_steps=limit, memory=10)
+        return bind(jax.jit(lambda z: fixed_point(lambda z: a * z + 1, z, solver=solver).value), z0)
 
-    return {f"{name}, {limit}": program(name, limit) for name in BY_LIMIT for limit in LIMITS}
+    return {f"{name}, {limit}": program(name, limit) for name in BOUNDED for limit in LIMITS}
 
 
 def programs(library: str, dtype: str) -> tuple[dict[str, Callable], dict[str, int]]:
@@ -251,9 +240,7 @@ def table(times: turns.Times, facts: turns.Facts) -> str:
         rows.append([case, *cells])
     text += f"\nOverhead: time / (calls x the library's own f in a loop); gradient: / ({STEPS} f + {STEPS} vjp).\n\n"
     text += tables.markdown(["case", *with_f], rows)
-    microseconds = {
-        key: [1e6 * times["deq_flax", f"{key}, {limit}"] / steps_taken(key, limit) for limit in LIMITS] for key in BY_LIMIT
-    }
+    microseconds = {key: [1e6 * times["deq_flax", f"{key}, {limit}"] / limit for limit in LIMITS] for key in BOUNDED}
     text += "\nMicroseconds of our solvers for one evaluation that costs nothing, state (4, 16384), by the limit:\n\n"
     return text + tables.markdown(
         ["solver", *map(str, LIMITS)], [[key, *(f"{value:.0f}" for value in values)] for key, values in microseconds.items()]
@@ -261,5 +248,5 @@ def table(times: turns.Times, facts: turns.Facts) -> str:
 
 
 if __name__ == "__main__":
-    cases = (*CASES, *(f"{name}, {limit}" for name in BY_LIMIT for limit in LIMITS))
+    cases = (*CASES, *(f"{name}, {limit}" for name in BOUNDED for limit in LIMITS))
     turns.command("solvers", __file__, __doc__, libraries=LIBRARIES, cases=cases, programs=programs, table=table)

@@ -2,8 +2,8 @@
 
 The compiler writes an estimate of cycles beside most operations of its text. The body of a loop whose number of iterations
 depends on data, such as a solver's, is a part of its own, and is counted once. Loops within it are counted with it, and all
-other loops as often as they run. Of two branches of a conditional the cheaper counts, as in
-`operations.py`, and of more the median.
+other loops as often as they run. Of two branches of a conditional the cheaper counts, as in `operations.py`, and of
+more the median.
 """
 
 import re

@@ -163,7 +163,7 @@ def make_train_step(
         (total, variables), (carry, metrics) = _scan(micro, (zero, variables), (*parts, jax.random.split(key, accumulate)))
         value, gradient = jax.tree.map(lambda x: x / accumulate, total[:2])
         value, variables = jax.lax.pmean((value, variables), batch_axes(mesh))
-        carry = _whole(carry)
+        carry = _joined(carry)
         metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
         metrics |= _adjoint_metrics(total[2])
         return value, reduce_scatter(gradient, specs, mesh), variables, carry, jax.lax.psum(metrics, batch_axes(mesh))
@@ -243,7 +243,7 @@ def _micro_batches(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: jnp.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:])), tree)
 
 
-def _whole(parts: Any) -> Any:
+def _joined(parts: Any) -> Any:
     """Undo `_micro_batches`. Where another axis is empty, as in a memory of length 0, no size can be inferred from -1."""
     return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), parts)
 

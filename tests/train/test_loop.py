@@ -18,7 +18,7 @@ from deq_flax.errors import UserError
 from deq_flax.models.transformer_xl import TransformerXL
 from deq_flax.pretrained import load_model
 from deq_flax.train import loop
-from deq_flax.train.step import _micro_batches, _whole
+from deq_flax.train.step import _joined, _micro_batches
 from tests.cases import others_slow
 from tests.train.commands import metrics
 from tests.train.small import ChangedBatches, arrays, config, explicit, make_run, run, write_tokens
@@ -320,7 +320,7 @@ def test_micro_batches_together_are_the_batch_with_empty_axes_too(shape):
     x = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     parts = _micro_batches(x, 3)
     assert parts.shape == (3, 2, *shape[1:])
-    np.testing.assert_array_equal(_whole(parts), x)
+    np.testing.assert_array_equal(_joined(parts), x)
 
 
 @pytest.mark.slow
