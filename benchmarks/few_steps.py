@@ -3,17 +3,20 @@
     pip install -r requirements.txt -r requirements-plot.txt
     python -m benchmarks.few_steps DIR [DIR ...] [--evaluations 0 1 2 4 8 16] [--limits 1 2 4 8] [--draw FILE] [--write]
 
-DIR is the workdir of a run; a table has a row for each with an equilibrium, such as a model before and after training with the
-consistency loss. The figure has perplexity against minutes of training, and against evaluations.
+DIR is the workdir of a run; a table has a row for each model with an equilibrium, such as one before and after training with
+the consistency loss. Runs whose names differ in the number that they end in, `NAME_0` and `NAME_1`, are seeds of one model.
+The figure has perplexity against minutes of training, and against evaluations; a bar spans the seeds.
 
 - Perplexity on the validation text after exactly so many evaluations of plain iteration, z <- f(z), from the initial guess, and
   the share of sequences whose residual is then below the tolerance. The last columns are those of the run's own solver.
-- Greedy generation with a limit on the evaluations of every solve: speed and evaluations for one text, speed for all together,
-  and the share of words that are those of a model without a limit given the same words before.
+- Greedy generation of the first seed, with a limit on the evaluations of every solve: speed and evaluations for one text, speed
+  for all together, and the share of words that are those of a model without a limit given the same words before.
 """
 
 import json
+import re
 from pathlib import Path
+from statistics import mean
 from time import process_time
 from typing import Any
 
@@ -114,24 +117,45 @@ def generation(config: Config, model: Any, limits: list[int], name: str) -> list
     return rows
 
 
-def draw(workdirs: list[Path], anytimes: dict[str, dict[int, float]], file: str) -> None:
-    """Draw perplexity against minutes of training, and against evaluations: name -> evaluations -> perplexity."""
+def models(workdirs: list[Path]) -> dict[str, list[Path]]:
+    """Name of a model -> the runs of its seeds."""
+    found: dict[str, list[Path]] = {}
+    for workdir in workdirs:
+        found.setdefault(re.sub(r"_\d+$", "", workdir.name), []).append(workdir)
+    return found
+
+
+def with_range(values: list[float]) -> str:
+    """The mean, and of several the lowest to the highest."""
+    return f"{mean(values):.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
+
+
+def draw(runs: dict[str, list[Path]], anytimes: dict[str, list[list[float]]], evaluations: list[int], file: str) -> None:
+    """Draw perplexity against minutes of training, and against evaluations: model -> seed -> perplexity at each."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    def line(axis: Any, x: list[float], seeds: list[list[float]], **style: Any) -> Any:
+        """Draw the mean of the seeds, and a bar from the lowest to the highest."""
+        y = np.asarray(seeds)
+        ends = [y.mean(0) - y.min(0), y.max(0) - y.mean(0)]
+        return axis.errorbar(x, y.mean(0), yerr=ends, marker="o", ms=4, capsize=2, **style)[0].get_color()
+
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for workdir in workdirs:
-        minutes, perplexity, _ = curve(workdir)
-        (line,) = left.semilogy(minutes, perplexity, marker="o", ms=4, label=workdir.name)
-        if found := anytimes.get(workdir.name):
-            right.plot(list(found), list(found.values()), marker="o", ms=4, color=line.get_color(), label=workdir.name)
+    for name, workdirs in runs.items():
+        curves = [curve(workdir) for workdir in workdirs]
+        minutes = [mean(at) for at in zip(*(minutes for minutes, *_ in curves), strict=True)]
+        perplexity = [perplexity for _, perplexity, _ in curves]
+        color = line(left, minutes, perplexity, label=name)
+        if name in anytimes:
+            line(right, evaluations, anytimes[name], color=color)
         else:
-            right.axhline(perplexity[-1], color=line.get_color(), ls=":", lw=1)
-    left.set(xlabel="minutes of training", ylabel="perplexity, valid")
+            right.axhline(mean(seed[-1] for seed in perplexity), color=color, ls=":", lw=1)
+    left.set(xlabel="minutes of training", ylabel="perplexity, valid", yscale="log")
     right.set(xlabel="evaluations of f", xscale="symlog", yscale="log")
-    right.set_xticks(sorted({n for found in anytimes.values() for n in found}))
+    right.set_xticks(evaluations)
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_formatter("{x:g}")
@@ -149,27 +173,29 @@ def main() -> None:
     parser.add_argument("--draw", help="draw the figure to this file")
     arguments = parser.parse_args()
     curves, rows, anytimes = [], [], {}
-    for workdir in arguments.workdirs:
-        config = read_run_config(workdir)
+    runs = models(arguments.workdirs)
+    for name, workdirs in runs.items():
+        config = read_run_config(workdirs[0])
         if config.deq is None:
             continue
-        model, (ppl, evaluations) = load_model(workdir).model, solved(workdir)
-        found = anytime(config, model, arguments.evaluations)
-        anytimes[workdir.name] = {n: ppl for n, (ppl, _) in zip(arguments.evaluations, found, strict=True)}
-        shown = [f"{ppl:.1f} ({settled:.0%})" for ppl, settled in found]
-        curves.append([f"`{workdir.name}`", *shown, f"{ppl:.1f}", f"{evaluations:.1f}"])
+        loaded = [load_model(workdir).model for workdir in workdirs]
+        seeds = [anytime(config, model, arguments.evaluations) for model in loaded]
+        anytimes[name] = [[ppl for ppl, _ in seed] for seed in seeds]
+        shown = [f"{mean(p for p, _ in at):.1f} ({mean(share for _, share in at):.0%})" for at in zip(*seeds, strict=True)]
+        ppl, evaluations = (list(column) for column in zip(*map(solved, workdirs), strict=True))
+        curves.append([f"`{name}`", *shown, with_range(ppl), f"{mean(evaluations):.1f}"])
         print(" | ".join(curves[-1]), flush=True)
         if arguments.limits:
-            rows += generation(config, model, arguments.limits, workdir.name)
+            rows += generation(config, loaded[0], arguments.limits, name)
     head = ["model", *map(str, arguments.evaluations), "solved", "evaluations of a solve"]
     what = "Perplexity on the validation text, and the share of sequences that have settled"
-    text = f"{turns.machine(['jax'])}. {what}:\n\n{tables.markdown(head, curves)}"
+    text = f"{turns.machine(['jax'])}. {what}; means of the seeds:\n\n{tables.markdown(head, curves)}"
     if rows:
         head = ["model", "limit", "evaluations", "words/s, one text", f"words/s, {TEXTS} texts", "same words"]
         text += f"\nGreedy generation, {TOKENS} words, processor time:\n\n{tables.markdown(head, rows)}"
     tables.publish("few evaluations", text, arguments.write)
     if arguments.draw:
-        draw(arguments.workdirs, anytimes, arguments.draw)
+        draw(runs, anytimes, arguments.evaluations, arguments.draw)
 
 
 if __name__ == "__main__":
