@@ -190,8 +190,12 @@ def perform(run: Run, folder: Path) -> None:
     workdir, file = folder / run.stem, folder / "results" / f"{run.stem}.json"
     if file.exists():
         return
+    before = replace(run, name=run.start).stem
+    if run.start and not file.with_name(f"{before}.json").exists():
+        print(f"== {run.stem} waits for {before}", flush=True)
+        return
     print(f"== {run.stem}", flush=True)
-    weights = {"checkpoint.init_from": str(folder / replace(run, name=run.start).stem)} if run.start else {}
+    weights = {"checkpoint.init_from": str(folder / before)} if run.start else {}
     config, start = training.resolved(run.config, run.everything() | weights), process_time()
     task = make_task(config)
     record = to_dict(replace(config, model=task.model_options))

@@ -51,6 +51,13 @@ def test_states_and_boards_have_a_row_for_every_model(tmp_path):
     assert reasoning_report.boards(tmp_path).splitlines()[2] == "| 6 x 6 | 1,234 | 100% | 100% | 100% | 9 | 10 |"
 
 
+def test_a_run_waits_for_the_weights_it_starts_from(tmp_path, capsys):
+    (run,) = (run for run in reasoning.runs() if run.name == "A5, 8 symbols" and run.seed == 0)
+    reasoning.perform(run, tmp_path)
+    assert "waits for state_tracking_a5_4_symbols_0" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()  # once, the missing checkpoint became its result
+
+
 @pytest.mark.slow
 def test_a_run_is_made_once(tmp_path, capsys):
     small = {"data.size": 6, "data.test_sizes": (9,), "data.train_examples": 8, "data.valid_examples": 1}
