@@ -309,7 +309,7 @@ def iteration(solver: Solver, max_steps: jax.Array | int | None = None, *, freez
             alive=jnp.ones(batch, bool),
             coupled=jnp.zeros((), bool),
             unchecked=jnp.zeros((), bool),
-            # Of a constant guess the compiler would find the norm itself, which takes XLA's interpreter seconds for a large one.
+            # The compiler would evaluate the norm of a constant guess itself, which takes it seconds if the guess is large.
             floor=norm(jax.lax.optimization_barrier(z0), solver.axis_name) * jnp.finfo(z0.dtype).eps,
             first=infinite,
             best=_Best(z0, infinite, infinite, infinite, jnp.zeros(batch, z0.dtype)),

@@ -11,6 +11,7 @@ import pytest
 
 from deq_flax.compilation import chips
 from deq_flax.compilation.lower import CompiledStep, _compile, compile_steps
+from deq_flax.compilation.program import parts_of
 from deq_flax.compilation.report import as_lines, report
 from deq_flax.compilation.stand_in import without_data
 from deq_flax.config import make_task, resolve
@@ -19,6 +20,7 @@ from deq_flax.data.images.labeled_datasets import LABELED
 from deq_flax.data.images.scene_datasets import SCENES
 from deq_flax.data.text.corpus import TEXTS
 from deq_flax.devices.mesh import MeshOptions
+from deq_flax.equilibrium import Broyden, fixed_point
 from deq_flax.errors import UserError
 from tests.commands import command, commands
 from tests.test_configs import resolved
@@ -165,3 +167,18 @@ def test_stored_bytes_fall_with_fsdp():
         (step,) = compile_steps(config, devices, names=["train"])
         held[fsdp] = report(step, chip, config.deq)["bytes"]["optimizer"]
     assert held[8] < 0.2 * held[1]
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("memory", [None, 10])
+def test_a_direction_is_written_where_the_history_is_on_a_tpu(memory):
+    """Without `_rows_apart` each write lays its row out anew: 3.4 and 1.1 times the cycles of reading the history once."""
+    _, devices = chips.topology_devices("v5e:2x4")
+    state = jax.ShapeDtypeStruct((7, 105_000), "float32", sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+    solver = Broyden(1e-3, 35, memory=memory)
+    run = jax.jit(lambda z: fixed_point(jax.numpy.tanh, z, solver=solver).value)
+    (loop,) = (part for part in parts_of(run.lower(state).compile().as_text()) if part.name == "forward iteration")
+    reads = max(operation.cycles for operation in loop.operations if "dot_general" in operation.op_name)
+    writes = sum(o.cycles for o in loop.operations if "dynamic_index" in o.op_name or "dynamic_update_index" in o.op_name)
+    assert 0 < writes < 0.8 * reads

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from deq_flax.equilibrium.loop import Solver, change_where, check_options, select_samples
 from deq_flax.equilibrium.shards import AxisName, total
@@ -217,7 +218,16 @@ def _written(blocks: tuple[jax.Array, ...], slot: jax.Array, row: jax.Array) -> 
             here = jnp.arange(rows, dtype=jnp.int32)[None] == slot[:, None]
             written.append(jnp.where(here[:, :, None], row[:, None, :], block))
         slot = slot - rows
-    return tuple(written)
+    return tuple(_rows_apart(block) for block in written)
+
+
+def _rows_apart(block: jax.Array) -> jax.Array:
+    """Have TPU's compiler lay out a block (B, rows, N) row by row.
+
+    Left alone it lays a block that a switch reads out sample by sample, and to write a row then takes it longer than all reads.
+    """
+    by_row = Layout(major_to_minor=(1, 0, 2))
+    return jax.lax.platform_dependent(block, tpu=lambda x: with_layout_constraint(x, by_row), default=lambda x: x)
 
 
 def _first_multiple(length: jax.Array, pending: jax.Array, g: jax.Array, axis_name: AxisName | None) -> jax.Array:
@@ -253,7 +263,7 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
     rows = jnp.einsum("bjk,bkn->bjn", mix[:, :, :slots], directions) + mix[:, :, slots:] * last[:, None, :]
     # What the other rows hold has no weight until it is written over.
     return state._replace(
-        directions=(jax.lax.dynamic_update_slice_in_dim(directions, rows[:, :kept], 0, axis=1),),
+        directions=(_rows_apart(jax.lax.dynamic_update_slice_in_dim(directions, rows[:, :kept], 0, axis=1)),),
         core=jnp.pad(core, ((0, 0), (0, slots + 1 - kept), (0, slots - kept))),
         gram=jnp.pad(jnp.einsum("bij,bik->bjk", leading, leading), ((0, 0), (0, slots - kept), (0, slots - kept))),
         pending=rows[:, kept] + state.multiple[:, None] * g,
