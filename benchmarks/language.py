@@ -1,7 +1,7 @@
 """Perplexity against time and memory of language models with equal numbers of parameters.
 
     pip install -r requirements.txt -r requirements-plot.txt
-    python -m benchmarks.language [--ptb DIR] [--steps N] [--seeds 0 1 2] [--only MODELS] [--draw docs/language.png] [--write]
+    python -m benchmarks.language [--ptb DIR] [--steps N] [--seeds 0 1 2] [--only MODELS] [--draw FILE] [--write]
 
 The text is the English that Python includes, and the models have 0.28M parameters. With `--ptb`, the folder of the files
 ptb.{train,valid,test}.txt, it is Penn Treebank and they have 1.95M, with `--full` besides 24M, as configured. The models are
