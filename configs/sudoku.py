@@ -5,7 +5,7 @@
 | variant | what | exact match, published | measured |
 |---|---|---|---|
 | four | boards of 4 x 4, one attention block, minutes on two CPU cores | none | see docs/reasoning.md |
-| six | boards of 6 x 6 | none | see docs/reasoning.md |
+| six | boards of 6 x 6 | none | not trained here |
 | nine | boards of 9 x 9 of every grade that the generator makes | none | not trained here |
 | extreme_eqr | Sudoku-Extreme, 1,000 puzzles and their symmetries, as EqR | 86.2 in 16 segments | not trained here |
 | extreme_trm | the same as TRM | 84.3 | not trained here |
