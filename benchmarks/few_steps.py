@@ -125,11 +125,6 @@ def models(workdirs: list[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def with_range(values: list[float]) -> str:
-    """The mean, and of several the lowest to the highest."""
-    return f"{mean(values):.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
-
-
 def draw(runs: dict[str, list[Path]], anytimes: dict[str, list[list[float]]], evaluations: list[int], file: str) -> None:
     """Draw perplexity against minutes of training, and against evaluations: model -> seed -> perplexity at each."""
     import matplotlib
@@ -183,7 +178,7 @@ def main() -> None:
         anytimes[name] = [[ppl for ppl, _ in seed] for seed in seeds]
         shown = [f"{mean(p for p, _ in at):.1f} ({mean(share for _, share in at):.0%})" for at in zip(*seeds, strict=True)]
         ppl, evaluations = (list(column) for column in zip(*map(solved, workdirs), strict=True))
-        curves.append([f"`{name}`", *shown, with_range(ppl), f"{mean(evaluations):.1f}"])
+        curves.append([f"`{name}`", *shown, tables.spread(ppl, "{:.1f}".format), f"{mean(evaluations):.1f}"])
         print(" | ".join(curves[-1]), flush=True)
         if arguments.limits:
             rows += generation(config, loaded[0], arguments.limits, name)

@@ -204,8 +204,7 @@ def main() -> None:
         results[name], ends = it, [perplexity[-1] for perplexity in it.perplexity]
         numbers = [f"{it.parameters / 1e6:.2f}M", f"{it.megabytes:.0f}", f"{1 / it.last['steps_per_second']:.2f}"]
         numbers += [f"{it.minutes[-1]:.1f}", f"{it.last['forward_nfe']:.1f}" if "forward_nfe" in it.last else ""]
-        spread = f" ({min(ends):.1f} to {max(ends):.1f})" if len(ends) > 1 else ""
-        rows.append([f"`{name}`: {MODELS[name].label}", *numbers, f"{statistics.mean(ends):.1f}{spread}"])
+        rows.append([f"`{name}`: {MODELS[name].label}", *numbers, tables.spread(ends, "{:.1f}".format)])
     head = ["model", "parameters", "MB of a step", "s a step", "minutes", "evaluations", "perplexity, valid"]
     seeds = f"{len(arguments.seeds)} seeds (mean, and lowest to highest)" if len(arguments.seeds) > 1 else "one seed"
     seeds += ", processor time" if arguments.processor_time else ""

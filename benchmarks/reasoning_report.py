@@ -32,14 +32,6 @@ def numbers(results: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """The mean, with the least and the largest behind it where there are several different ones."""
-    if not values:
-        return "-"
-    text, least, largest = form(mean(values)), form(min(values)), form(max(values))
-    return text if least == largest else f"{text} ({least} to {largest})"
-
-
 def percent(value: float) -> str:
     """A share: no rounding makes it 0% or 100%."""
     digits = 0 if value in (0, 1) else 1 if 0.001 <= value <= 0.999 else 2
@@ -50,7 +42,7 @@ def costs(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Cells: evaluations of f, seconds and megabytes of a training step."""
     some = [result for result in results if "megabytes" in result]
     forms = {"evaluations_a_step": "{:.1f}", "seconds_a_step": "{:.2f}", "megabytes": "{:.1f}"}
-    return [spread([result[name] for result in some], form.format) for name, form in forms.items()]
+    return [tables.spread([result[name] for result in some], form.format) for name, form in forms.items()]
 
 
 def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
@@ -63,9 +55,9 @@ def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
         line = [name]
         for size in sizes:
             line += [
-                spread(numbers(results, f"exact_match{size}"), percent),
-                spread(numbers(results, f"residual{size}"), "{:.0e}".format),
-                spread(numbers(results, f"converged{size}"), percent),
+                tables.spread(numbers(results, f"exact_match{size}"), percent),
+                tables.spread(numbers(results, f"residual{size}"), "{:.0e}".format),
+                tables.spread(numbers(results, f"converged{size}"), percent),
             ]
         body.append([*line, *costs(results)])
     return tables.markdown([*head, "evaluations a step", "s a step", "MB"], body) + seeds(rows) if rows else ""
@@ -91,9 +83,9 @@ def boards(folder: Path) -> str:
     for name, results in rows.items():
         scored = [result for result in results if "metrics" in result]
         forms = {"exact_match": percent, "cell_accuracy": percent, "converged": percent, "steps": "{:.0f}".format}
-        line = [name, spread([result["parameters"] for result in scored], "{:,.0f}".format)]
-        line += [spread(numbers(scored, metric), form) for metric, form in forms.items()]
-        body.append([*line, spread([result["seconds"] / 60 for result in scored], "{:.0f}".format)])
+        line = [name, tables.spread([result["parameters"] for result in scored], "{:,.0f}".format)]
+        line += [tables.spread(numbers(scored, metric), form) for metric, form in forms.items()]
+        body.append([*line, tables.spread([result["seconds"] / 60 for result in scored], "{:.0f}".format)])
     head = ["board", "parameters", "exact", "cells right", "converged", "steps", "minutes of a core"]
     return tables.markdown(head, body) + seeds(rows) if rows else ""
 
@@ -110,13 +102,13 @@ def prefix_sums(folder: Path) -> str:
         return ""
     body = []
     for name, results in rows.items():
-        line = [name, spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
-        line += [spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_64", "_128", "_256", "_512")]
+        line = [name, tables.spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
+        line += [tables.spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_64", "_128", "_256", "_512")]
         line += [
-            spread(numbers(results, f"{metric}_512"), form)
+            tables.spread(numbers(results, f"{metric}_512"), form)
             for metric, form in (("steps", "{:.0f}".format), ("converged", percent))
         ]
-        line += [spread(numbers(thousand.get(name, []), "exact_match_512"), percent)]
+        line += [tables.spread(numbers(thousand.get(name, []), "exact_match_512"), percent)]
         body.append(line)
     head = ["model", "parameters", "32", "64", "128", "256", "512", "steps, 512", "converged, 512", "1,000 of 512"]
     return tables.markdown(head, body) + seeds(rows)
@@ -126,10 +118,10 @@ def twice_the_side(folder: Path) -> str:
     body = []
     for evaluation, words in ((None, "relaxed by 0.5"), ("plain", "plain")):
         for name, results in read(folder, "mazes of twice the side", evaluation).items():
-            shares = [spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_21")]
-            residual = spread(numbers(results, "residual_21"), "{:.0e}".format)
-            converged = spread(numbers(results, "converged_21"), percent)
-            steps = spread(numbers(results, "steps_21"), "{:.0f}".format)
+            shares = [tables.spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_21")]
+            residual = tables.spread(numbers(results, "residual_21"), "{:.0e}".format)
+            converged = tables.spread(numbers(results, "converged_21"), percent)
+            steps = tables.spread(numbers(results, "steps_21"), "{:.0f}".format)
             body.append([f"`{name}`", words, *shares, residual, converged, steps])
     if not body:
         return ""
@@ -150,13 +142,13 @@ def states(folder: Path) -> str:
 
     rows, lengths, body = read(folder, "state tracking"), (4, 8, 16, 32, 64, 128, 256), []
     for name, results in rows.items():
-        line = [name, spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
+        line = [name, tables.spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
         scored = [result for result in results if "metrics" in result]
         for metric, form in (("exact_match", percent), ("steps", "{:.0f}".format)):
             found = [
                 by_size(each["metrics"]["test"], training.resolved(each["run"]["config"]).data.size, metric) for each in scored
             ]
-            line += [spread([shares[length] for shares in found if length in shares], form) for length in lengths]
+            line += [tables.spread([shares[length] for shares in found if length in shares], form) for length in lengths]
         body.append(line)
     head = ["model, symbols trained on", "parameters", *map(str, lengths), *(f"steps, {length}" for length in lengths)]
     return tables.markdown(head, body) + seeds(rows) if rows else ""

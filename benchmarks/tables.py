@@ -1,7 +1,9 @@
 """The tables of README.md: each is written by the command that measures it, between two marks with its name."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 
 README = Path(__file__).parent / "README.md"
 
@@ -37,3 +39,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """The mean, with the least and the largest behind it where there are several different ones."""
+    if not values:
+        return "-"
+    text, least, largest = form(mean(values)), form(min(values)), form(max(values))
+    return text if least == largest else f"{text} ({least} to {largest})"
