@@ -118,7 +118,7 @@ PREFIX_SUMS: dict[str, Changes] = {
 }
 THOUSAND: Changes = {"data.test_sizes": (512,), "data.test_examples": 1000}
 LONG: Changes = {
-    **{"data.test_sizes": (4096,), "data.test_examples": 10, "data.eval_batch_size": 10, "data.valid_examples": 10},
+    **{"data.test_sizes": (4096,), "data.test_examples": 100, "data.eval_batch_size": 10, "data.valid_examples": 10},
     "deq.eval_max_steps": 3000,
 }
 ABLATION: dict[str, Changes] = {
@@ -130,20 +130,23 @@ ABLATION: dict[str, Changes] = {
     "width 48 instead of 32": {"model.width": 48},
     "noise 0.1 in every step": unrolled(last=8, noise=0.1),
     "Jacobian loss": {"deq.jacobian_weight": 0.5, "deq.jacobian_frequency": 0.3},
+    "consistency loss": {"deq.consistency_weight": 1.0, "deq.consistency_steps": (1, 2, 4, 7)},
 }
 """Changes to Unroll(last=8) on mazes."""
 PLAIN: dict[str, Changes] = {"plain": {"deq.solver_options": {}}}
 """Evaluation by plain iteration instead of relaxed."""
 STATES: dict[str, tuple[str, str]] = {
     "A5, 4 symbols": ("a5", ""),
-    "A5, 8 symbols": ("a5_longer", "A5, 4 symbols"),
-    "A5, 16 symbols": ("a5_longest", "A5, 8 symbols"),
+    "A5, 8 symbols": ("a5_8", "A5, 4 symbols"),
+    "A5, 16 symbols": ("a5_16", "A5, 8 symbols"),
+    "A5, 32 symbols": ("a5_32", "A5, 16 symbols"),
     "A5, Transformer, 4 symbols": ("transformer", ""),
-    "A5, Transformer, 8 symbols": ("transformer_longer", "A5, Transformer, 4 symbols"),
-    "A5, Transformer, 16 symbols": ("transformer_longest", "A5, Transformer, 8 symbols"),
+    "A5, Transformer, 8 symbols": ("transformer_8", "A5, Transformer, 4 symbols"),
+    "A5, Transformer, 16 symbols": ("transformer_16", "A5, Transformer, 8 symbols"),
     "S5, 4 symbols": ("s5", ""),
-    "S5, 8 symbols": ("s5_longer", "S5, 4 symbols"),
-    "S5, 16 symbols": ("s5_longest", "S5, 8 symbols"),
+    "S5, 8 symbols": ("s5_8", "S5, 4 symbols"),
+    "S5, 16 symbols": ("s5_16", "S5, 8 symbols"),
+    "S5, 32 symbols": ("s5_32", "S5, 16 symbols"),
 }
 """Row -> variant of configs/state_tracking.py, and the row from whose weights it starts."""
 
@@ -159,15 +162,14 @@ FURTHER: dict[str, Changes] = {
 
 def runs() -> Iterator[Run]:
     """All runs, in order of value."""
-    for name, changes in GRADIENTS.items():
-        more = FURTHER if name == "Unroll(last=8)" else {}
-        yield Run("gradients, mazes", name, "configs/maze.py", MAZE | changes, evaluations=more)
-    for name, changes in GRADIENTS.items():
-        more = FURTHER if name == "Unroll(last=8)" else {}
-        yield Run("gradients, sudoku", name, "configs/sudoku.py:four", SUDOKU | changes, evaluations=more)
+    for seed in range(3):
+        for name, changes in GRADIENTS.items():
+            more = FURTHER if name == "Unroll(last=8)" else {}
+            yield Run("gradients, mazes", name, "configs/maze.py", MAZE | changes, seed, more)
+            yield Run("gradients, sudoku", name, "configs/sudoku.py:four", SUDOKU | changes, seed, more)
     for seed in range(3):
         for name, changes in PREFIX_SUMS.items():
-            more = {"thousand": THOUSAND} if name == "10 to 30 steps" else {}
+            more = {"thousand": THOUSAND, "long": LONG} if name == "10 to 30 steps" else {}
             yield Run("prefix sums", name, "configs/prefix_sums.py", BITS | changes, seed, more)
     for seed in range(3):
         yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, PLAIN)
@@ -177,8 +179,9 @@ def runs() -> Iterator[Run]:
     for seed in range(3):
         for side, variant in BOARDS.items():
             yield Run("boards", side, f"configs/sudoku.py:{variant}", _QUIET, seed)
-    for name, changes in ABLATION.items():
-        yield Run("mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes)
+    for seed in range(3):
+        for name, changes in ABLATION.items():
+            yield Run("ablation, mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes, seed)
 
 
 def perform(run: Run, folder: Path) -> None:

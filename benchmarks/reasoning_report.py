@@ -97,7 +97,7 @@ def seeds(rows: Rows) -> str:
 
 
 def prefix_sums(folder: Path) -> str:
-    rows, thousand = read(folder, "prefix sums"), read(folder, "prefix sums", "thousand")
+    rows, thousand, long = (read(folder, "prefix sums", evaluation) for evaluation in (None, "thousand", "long"))
     if "10 to 30 steps" not in rows:  # what the others stand beside
         return ""
     body = []
@@ -109,8 +109,10 @@ def prefix_sums(folder: Path) -> str:
             for metric, form in (("steps", "{:.0f}".format), ("converged", percent))
         ]
         line += [tables.spread(numbers(thousand.get(name, []), "exact_match_512"), percent)]
+        line += [tables.spread(numbers(long.get(name, []), "exact_match_4096"), percent)]
         body.append(line)
-    head = ["model", "parameters", "32", "64", "128", "256", "512", "steps, 512", "converged, 512", "1,000 of 512"]
+    head = ["model", "parameters", "32", "64", "128", "256", "512", "steps, 512", "converged, 512"]
+    head += ["1,000 of 512", "100 of 4,096"]
     return tables.markdown(head, body) + seeds(rows)
 
 
@@ -155,33 +157,46 @@ def states(folder: Path) -> str:
 
 
 def ablation(folder: Path) -> str:
-    if not read(folder, "mazes"):
+    if not read(folder, "ablation, mazes"):
         return ""
     base = {"as in the table above, `Unroll(last=8)`": read(folder, "gradients, mazes").get("Unroll(last=8)", [])}
-    rows = base | read(folder, "mazes")
+    rows = base | read(folder, "ablation, mazes")
     return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13")
 
 
 def longer(folder: Path) -> str:
     """What longer iteration and several starts gain, with the steps of the returned iterate."""
-    body = []
+    body, rows = [], {}
     for puzzle, sizes in (("mazes", {"7": "", "13": "_13"}), ("sudoku", {"4": ""})):
-        swept = read(folder, f"gradients, {puzzle}", "sweep").get("Unroll(last=8)", [])
+        swept = read(folder, f"gradients, {puzzle}", "sweep")
         restarted = read(folder, f"gradients, {puzzle}", "restarts").get("Unroll(last=8)", [])
+        rows |= swept
         for size, suffix in sizes.items():
-            for result in swept:
-                rows = [row for row in result["sweep"] if row["split"] == "test"]
-                for row in [*rows, result["metrics"]["test"] | {"max_steps": 150}]:
-                    body.append([f"{puzzle}, {size}", f"limit {row['max_steps']}", *_scores(row, suffix)])
-            for result in restarted:
-                row = result["metrics"]["test"]
-                body.append([f"{puzzle}, {size}", "4 starts, lowest residual", *_scores(row, suffix)])
-                body.append([f"{puzzle}, {size}", "4 starts, vote", percent(row[f"exact_match_vote{suffix}"]), "", ""])
-    return tables.markdown(["puzzles, side", "evaluation", "exact match", "residual", "steps"], body) if body else ""
+            for limit, tested in by_limit(swept.get("Unroll(last=8)", [])).items():
+                body.append([f"{puzzle}, {size}", f"limit {limit}", *_scores(tested, suffix)])
+            tested = [result["metrics"]["test"] for result in restarted]
+            if tested:
+                body.append([f"{puzzle}, {size}", "4 starts, lowest residual", *_scores(tested, suffix)])
+                vote = tables.spread([row[f"exact_match_vote{suffix}"] for row in tested], percent)
+                body.append([f"{puzzle}, {size}", "4 starts, vote", vote, "", ""])
+    head = ["puzzles, side", "evaluation", "exact match", "residual", "steps"]
+    return tables.markdown(head, body) + seeds(rows) if body else ""
 
 
-def _scores(row: Mapping[str, Any], size: str) -> list[str]:
-    return [percent(row[f"exact_match{size}"]), f"{row[f'residual{size}']:.0e}", f"{row[f'steps{size}']:.0f}"]
+def by_limit(results: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    """The metrics of the test split of every seed by the limit of a sweep; the last is that of the config."""
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for result in results:
+        whole = {"split": "test", "max_steps": 150} | result["metrics"]["test"]
+        for row in (*result["sweep"], whole):
+            if row["split"] == "test":
+                found.setdefault(row["max_steps"], []).append(row)
+    return found
+
+
+def _scores(tested: Sequence[Mapping[str, Any]], size: str) -> list[str]:
+    forms = {"exact_match": percent, "residual": "{:.0e}".format, "steps": "{:.0f}".format}
+    return [tables.spread([row[f"{metric}{size}"] for row in tested], form) for metric, form in forms.items()]
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -191,7 +206,7 @@ def figures(folder: Path) -> dict[str, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from deq_flax.plot_puzzles import against_limit, by_size, draw_exact
+    from deq_flax.plot_puzzles import by_size, draw_exact
 
     found: dict[str, Any] = {}
     sizes, rows = {}, read(folder, "prefix sums")
@@ -200,11 +215,13 @@ def figures(folder: Path) -> dict[str, Any]:
         sizes[name] = [(size, mean(share[size] for share in shares)) for size in sorted(shares[0])] if shares else []
     if "10 to 30 steps" in sizes:
         found["prefix_sums_by_size"] = draw_exact(pyplot, sizes, xlabel="bits", trained=[32])
-    for result in read(folder, "gradients, mazes", "sweep").get("Unroll(last=8)", []):
-        config = {"data": {"size": 7}, "deq": {"eval_max_steps": 150}}
-        found["mazes_by_iterations"] = draw_exact(
-            pyplot, against_limit(result | {"config": config}), xlabel="limit on applications of f"
-        )
+    limits = by_limit(read(folder, "gradients, mazes", "sweep").get("Unroll(last=8)", []))
+    shown = {
+        f"side {size}": [(limit, mean(row[f"exact_match{suffix}"] for row in tested)) for limit, tested in limits.items()]
+        for size, suffix in (("7", ""), ("13", "_13"))
+    }
+    if limits:
+        found["mazes_by_iterations"] = draw_exact(pyplot, shown, xlabel="limit on applications of f")
     return found
 
 
@@ -213,7 +230,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gradients on sudoku": sudoku,
     "boards": boards,
     "prefix sums": prefix_sums,
-    "mazes": ablation,
+    "ablation of mazes": ablation,
     "mazes of twice the side": twice_the_side,
     "state tracking": states,
     "longer iteration": longer,

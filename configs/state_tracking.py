@@ -1,14 +1,15 @@
-"""State tracking: the product of every prefix of a sequence of permutations, learned from sequences of four, eight, sixteen.
+"""State tracking: the product of every prefix of a sequence of permutations, learned from longer and longer sequences.
 
-    python -m deq_flax.main --config configs/state_tracking.py --workdir SHORT
-    python -m deq_flax.main --config configs/state_tracking.py:a5_longer --workdir LONGER --config.checkpoint.init_from=SHORT
-    python -m deq_flax.main --config configs/state_tracking.py:a5_longest --workdir DIR --config.checkpoint.init_from=LONGER
+    python -m deq_flax.main --config configs/state_tracking.py --workdir FOUR
+    python -m deq_flax.main --config configs/state_tracking.py:a5_8 --workdir EIGHT --config.checkpoint.init_from=FOUR
+    python -m deq_flax.main --config configs/state_tracking.py:a5_16 --workdir SIXTEEN --config.checkpoint.init_from=EIGHT
+    python -m deq_flax.main --config configs/state_tracking.py:a5_32 --workdir DIR --config.checkpoint.init_from=SIXTEEN
 
 | variant | what | exact match at length 128, published | measured: 16, 32, 64, 128 |
 |---|---|---|---|
-| a5, a5_longer, a5_longest | even permutations of five, 60 symbols | 98.1 (FPRM), 65.3 (TRM with halting) | 97, 86, 44, 14 |
-| s5, s5_longer, s5_longest | all of them, 120 symbols | 98.8 (FPRM) | not trained here |
-| transformer, and so on | a5 by a Transformer of four blocks, to stand beside it | | not trained here |
+| a5, a5_8, a5_16, a5_32 | even permutations of five, 60 symbols | 98.1 (FPRM), 65.3 (TRM with halting) | 97, 86, 44, 14 |
+| s5, s5_8, s5_16, s5_32 | all of them, 120 symbols | 98.8 (FPRM) | not trained here |
+| transformer, and so on to _16 | a5 by a Transformer of four blocks, to stand beside it | | not trained here |
 
 The published numbers are those of models trained with other data and far more of it.
 """
@@ -42,7 +43,7 @@ BASE = {
     "train": {"steps": 2000, "log_every": 50},
 }
 
-_LONGER = {
+_EIGHT = {
     "data.size": 8,
     "data.test_sizes": (16, 32, 64, 128),
     "data.batch_size": 64,
@@ -54,11 +55,20 @@ _LONGER = {
     "train.eval_every": 0,
     "train.checkpoint_every": 350,
 }
-_LONGEST = _LONGER | {
+_SIXTEEN = _EIGHT | {
     "data.size": 16,
     "data.test_sizes": (32, 64, 128, 256),
     "deq.max_steps": 36,
     "deq.max_steps_jitter": 20,  # 16 to 36 steps
+    "train.steps": 1000,
+}
+_THIRTY_TWO = _EIGHT | {
+    "data.size": 32,
+    "data.test_sizes": (64, 128, 256),
+    "data.batch_size": 32,
+    "deq.max_steps": 64,
+    "deq.max_steps_jitter": 30,  # 34 to 64 steps
+    "deq.eval_max_steps": 400,
     "train.steps": 1000,
 }
 _TRANSFORMER = {
@@ -72,14 +82,16 @@ _TRANSFORMER = {
 
 VARIANTS = {
     "a5": {},
-    "a5_longer": _LONGER,
-    "a5_longest": _LONGEST,
+    "a5_8": _EIGHT,
+    "a5_16": _SIXTEEN,
+    "a5_32": _THIRTY_TWO,
     "s5": {"data.name": "s5"},
-    "s5_longer": _LONGER | {"data.name": "s5"},
-    "s5_longest": _LONGEST | {"data.name": "s5"},
+    "s5_8": _EIGHT | {"data.name": "s5"},
+    "s5_16": _SIXTEEN | {"data.name": "s5"},
+    "s5_32": _THIRTY_TWO | {"data.name": "s5"},
     "transformer": _TRANSFORMER,
-    "transformer_longer": _LONGER | _TRANSFORMER,
-    "transformer_longest": _LONGEST | _TRANSFORMER,
+    "transformer_8": _EIGHT | _TRANSFORMER,
+    "transformer_16": _SIXTEEN | _TRANSFORMER,
 }
 
 
