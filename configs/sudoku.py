@@ -49,6 +49,13 @@ BASE = {
     "train": {"steps": 1500, "log_every": 50, "eval_every": 500, "checkpoint_every": 500},
 }
 
+_OVER_CELLS = {
+    "data.clues": 0,
+    "model.heads": 1,
+    "model.mixer": "cells",
+    "optimizer.learning_rate": 4e-3,
+    "train.eval_every": 0,
+}
 _EXTREME = {
     "data.name": "sudoku_csv",
     "data.path": "data/sudoku-extreme",
@@ -66,8 +73,8 @@ _EXTREME = {
 
 VARIANTS = {
     "four": {},
-    "six": {"data.size": 6, "data.clues": 0, "train.steps": 4000},
-    "nine": {"data.size": 9, "data.clues": 0, "model.width": 128, "model.blocks": 2, "train.steps": 20_000},
+    "six": _OVER_CELLS | {"data.size": 6, "model.cells": 36, "train.steps": 1000},
+    "nine": _OVER_CELLS | {"data.size": 9, "model.cells": 81, "train.steps": 1500},
     "extreme_trm": TRM | _EXTREME,
     "extreme_eqr": EQR | _EXTREME,
 }
