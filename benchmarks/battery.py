@@ -62,6 +62,7 @@ def ours() -> dict[str, Any]:
         "Broyden(memory=20)": Broyden(**exact, memory=20),
         "Broyden(memory=10)": Broyden(**exact, memory=10),
         "Broyden(memory=6)": Broyden(**exact, memory=6),
+        "Broyden(history_dtype='bfloat16')": Broyden(**exact, history_dtype="bfloat16"),
         "Anderson(memory=10, restart=True)": Anderson(**exact, memory=10, restart=True),
         "Anderson(memory=10)": Anderson(**exact, memory=10),
         "Anderson(memory=6, restart=True)": Anderson(**exact, restart=True),

@@ -130,6 +130,23 @@ def check_number(name: str, value: Any, interval: str, *, whole: bool) -> None:
         raise ValueError(f"{name} must be in {interval}, not {value}")
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    """Check the name of a floating-point type, or None.
+
+    Raises:
+      TypeError: it is no string.
+      ValueError: there is no such type.
+    """
+    if dtype is not None and not isinstance(dtype, str):
+        raise TypeError(f"{name} must be the name of a type, such as 'bfloat16', or None, not {dtype!r}")
+    try:
+        known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"{name}: {dtype!r} is no floating-point type: take bfloat16, float16, float32 or float64")
+
+
 def check_axis_name(name: str, axis_name: Any) -> None:
     """Raise TypeError unless it is None, the name of an axis, or a tuple of names."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)

@@ -27,7 +27,7 @@ from deq_flax import (
 
 PAIRS = [
     (Broyden(trace=True, trajectory_steps=(1,)), Implicit(GMRES())),
-    (Broyden(memory=4, line_search=True), SHINE(2)),
+    (Broyden(memory=4, line_search=True, history_dtype="bfloat16"), SHINE(2)),
     (Anderson(), Implicit()),
     (Picard(), Reversible()),
     (Picard(), PhantomGradient()),
@@ -124,6 +124,17 @@ REFUSED = {
         TypeError,
         "fixed_point_queue: slots must be a whole number of Python, not 2.0",
     ),
+    "history's type": (
+        lambda: Broyden(history_dtype=jnp.bfloat16),
+        TypeError,
+        "Broyden: history_dtype must be the name of a type",
+    ),
+    "history of integers": (
+        lambda: Broyden(history_dtype="int8"),
+        ValueError,
+        "history_dtype: 'int8' is no floating-point type",
+    ),
+    "unknown history": (lambda: Broyden(history_dtype="half8"), ValueError, "history_dtype: 'half8' is no floating-point type"),
     "traced relaxation": (
         traced(lambda r: Picard(relaxation=r).tol),
         TypeError,

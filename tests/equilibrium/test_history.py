@@ -1,4 +1,4 @@
-"""A slot of a solver's history that holds nothing never has weight.
+"""A slot of a solver's history that holds nothing never has weight; a history may be rounded.
 
 An empty row has residual zero, so a least-squares problem that saw it would give it all the weight, and the iterate would be
 about zero, where an equilibrium is not.
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_flax import Anderson, Broyden, fixed_point
+from deq_flax import SHINE, Anderson, Broyden, Implicit, fixed_point
 from tests.cases import others_slow
 
 STEPS = 9
@@ -52,3 +52,46 @@ def test_no_iterate_is_drawn_to_zero(solver):
     path, stats = iterates(solver, 8)
     assert np.abs(path).min() > 5, "the equilibrium, and every value of f, is between 9 and 11"
     assert (stats.relative_residual < 1e-2).all()
+
+
+ROUNDED = [Broyden(), Broyden(memory=6), Broyden(line_search=True)]
+
+
+@pytest.mark.parametrize("solver", others_slow(ROUNDED, ROUNDED[:1]), ids=repr)
+def test_rounded_steps_lead_as_low_as_exact_ones(solver):
+    """To 1e-12 in float64, with steps of 8 bits: a step is what was rounded, so the error of rounding is no error of z."""
+    with jax.enable_x64(True):
+        random = np.random.default_rng(0)
+        w, z0 = 0.2 * random.normal(size=(16, 16)), random.normal(size=(8, 16))
+        counts = {}
+        for kept in (None, "bfloat16"):
+            rule = replace(solver, history_dtype=kept, tol=1e-12, max_steps=60)
+            stats = jax.jit(lambda z0, rule=rule: fixed_point(lambda z: jnp.tanh(z @ w) + 1.0, z0, solver=rule).stats)(z0)
+            assert (stats.relative_residual <= 1e-12).all()
+            counts[kept] = float(stats.steps.mean())
+    assert counts["bfloat16"] <= 1.5 * counts[None]
+
+
+def test_a_rounded_history_takes_half_the_memory():
+    kept = {
+        name: Broyden(max_steps=30, history_dtype=name).init(jnp.zeros((4, 2048))).directions for name in (None, "bfloat16")
+    }
+    size = {name: sum(block.nbytes for block in blocks) for name, blocks in kept.items()}
+    assert size[None] == 29 * 4 * 2048 * 4 and size["bfloat16"] == size[None] / 2
+
+
+@pytest.mark.parametrize("gradient", [Implicit(solver=Broyden(1e-10, 60)), SHINE(refine_steps=20)], ids=repr)
+def test_gradients_of_solves_with_a_rounded_history_are_exact(gradient):
+    """The shared inverse of SHINE is refined, so it is exact too."""
+    with jax.enable_x64(True):
+        random = np.random.default_rng(1)
+        w, x = 0.2 * random.normal(size=(6, 6)), random.normal(size=(3, 6))
+
+        def loss(w, solver, gradient):
+            return fixed_point(lambda z: jnp.tanh(z @ w + x), jnp.zeros((3, 6)), solver=solver, gradient=gradient).value.sum()
+
+        exact = jax.grad(loss)(w, Broyden(1e-13, 60), Implicit(solver=Broyden(1e-13, 60)))
+        if isinstance(gradient, Implicit):
+            gradient = Implicit(solver=replace(gradient.solver, history_dtype="bfloat16"))
+        ours = jax.grad(loss)(w, Broyden(1e-12, 60, history_dtype="bfloat16"), gradient)
+        np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-8)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from deq_flax.equilibrium.loop import Solver, change_where, check_options, select_samples
+from deq_flax.equilibrium.loop import Solver, change_where, check_dtype, check_options, select_samples
 from deq_flax.equilibrium.shards import AxisName, total
 from deq_flax.equilibrium.solution import decomposed, largest_index, norm, scale_of
 
@@ -91,10 +91,14 @@ class Broyden(Solver):
     """Halve a step, up to 3 times, while ||f(z) - z|| is above 10 times the largest of the accepted iterates (after Grippo,
     Lampariello & Lucidi 1986, who look at the last of them). Trial steps count as evaluations. A stricter test or more
     halvings would reject steps that lead to the solution: where cond(I - J) = 1000, residuals rise many times on the way."""
+    history_dtype: str | None = None
+    """Type of the kept steps, such as 'bfloat16' for half the memory and half the time to read them; None: that of z. A step
+    is rounded before it is taken: what is kept is what was done, so the residual goes as low as without."""
 
     def __post_init__(self):
         super().__post_init__()
         check_options(self, memory="[2, inf)")
+        check_dtype(f"{type(self).__name__}: history_dtype", self.history_dtype)
 
     @property
     def _bounded(self) -> bool:
@@ -109,13 +113,13 @@ class Broyden(Solver):
     def init(self, z: jax.Array) -> BroydenState:
         batch, size = z.shape
         slots = max(1, min(self.memory or self.max_steps, self.max_steps - 1))
-        ones = jnp.ones(batch, z.dtype)
+        ones, kept = jnp.ones(batch, z.dtype), jnp.dtype(self.history_dtype or z.dtype)
         return BroydenState(
-            directions=tuple(jnp.zeros((batch, rows, size), z.dtype) for rows in self._blocks(slots, z.size)),
+            directions=tuple(jnp.zeros((batch, rows, size), kept) for rows in self._blocks(slots, z.size)),
             core=jnp.zeros((batch, slots + 1, slots), z.dtype),
             multiple=ones,
             gram=jnp.zeros((batch, slots, slots), z.dtype) if self._bounded else None,
-            pending=jnp.zeros_like(z),
+            pending=jnp.zeros_like(z, kept),
             slot=jnp.full(batch, -1, jnp.int32),
             scale=jnp.ones((batch, 1), z.dtype),
             search=_Search(z, -jnp.inf * ones, ones) if self.line_search else None,
@@ -133,7 +137,7 @@ class Broyden(Solver):
             kept = _kept(slots)
             slot = jnp.where(k <= slots, k - 1, kept + (k - 1 - slots) % (slots - kept))
         state = _update(slot, jnp.ones(z.shape[:1], z.dtype), g, state, self.axis_name)
-        return z + state.scale * state.pending, state
+        return z + state.scale * state.pending.astype(z.dtype), state
 
 
 def _kept(slots: int) -> int:
@@ -146,7 +150,7 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
 
     The new pending direction is -H g.
     """
-    pending, multiple, slots = state.pending, state.multiple, state.core.shape[2]
+    pending, multiple, slots = state.pending.astype(g.dtype), state.multiple, state.core.shape[2]
     if state.gram is not None:
         first = jnp.broadcast_to(slot == 0, length.shape)
         c = jax.lax.cond(
@@ -157,12 +161,12 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
         multiple, pending, length = multiple * c, pending * c[:, None], length / c
 
     # The write comes before every read of a block: XLA then updates it in place instead of copying it every step.
-    directions = _written(state.directions, slot, pending)
+    directions = _written(state.directions, slot, pending.astype(state.pending.dtype))
     ends = list(accumulate(block.shape[1] for block in directions))
 
     def products(blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return D g and D d, (B, m), and D^T M D g, from the first blocks of D."""
-        first, rows = directions[:blocks], ends[blocks - 1]
+        first, rows = [D.astype(g.dtype) for D in directions[:blocks]], ends[blocks - 1]
         along_g, along_d = (jnp.concatenate([jnp.einsum("bmn,bn->bm", D, x) for D in first], axis=1) for x in (g, pending))
         along_g, along_d = (total(x, axis_name) for x in (along_g, along_d))
         weights = jnp.einsum("bij,bj->bi", state.core[:, :rows, :rows], along_g)
@@ -195,7 +199,7 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
         directions=directions,
         core=core,
         multiple=multiple,
-        pending=direction,
+        pending=direction.astype(state.pending.dtype),
         slot=jnp.broadcast_to(slot + 1, state.slot.shape),
     )
     if state.gram is None:
@@ -242,9 +246,10 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
     The pending direction becomes -H g; `along_g` is D g.
     """
     assert state.gram is not None
-    (directions,), slots, last = state.directions, state.core.shape[2], state.pending
+    (directions,), slots, last = state.directions, state.core.shape[2], state.pending.astype(g.dtype)
     kept = _kept(slots)
-    along_last = total(jnp.einsum("bmn,bn->bm", directions, last), axis_name)[:, :, None]
+    wide = directions.astype(g.dtype)
+    along_last = total(jnp.einsum("bmn,bn->bm", wide, last), axis_name)[:, :, None]
     square = total(jnp.sum(last * last, axis=1), axis_name)[:, None, None]
     last_row = jnp.concatenate([jnp.swapaxes(along_last, 1, 2), square], axis=2)
     gram = jnp.concatenate([jnp.concatenate([state.gram, along_last], axis=2), last_row], axis=1)
@@ -260,13 +265,14 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
     along_g = jnp.concatenate([along_g, total(jnp.sum(last * g, axis=1), axis_name)[:, None]], axis=1)
     weights = jnp.einsum("bij,bjk,bk->bi", core, mix, along_g)
     mix = jnp.concatenate([mix, -jnp.einsum("bi,bij->bj", weights, mix)[:, None]], axis=1)
-    rows = jnp.einsum("bjk,bkn->bjn", mix[:, :, :slots], directions) + mix[:, :, slots:] * last[:, None, :]
+    rows = jnp.einsum("bjk,bkn->bjn", mix[:, :, :slots], wide) + mix[:, :, slots:] * last[:, None, :]
+    reduced = rows[:, :kept].astype(directions.dtype)
     # What the other rows hold has no weight until it is written over.
     return state._replace(
-        directions=(_rows_apart(jax.lax.dynamic_update_slice_in_dim(directions, rows[:, :kept], 0, axis=1)),),
+        directions=(_rows_apart(jax.lax.dynamic_update_slice_in_dim(directions, reduced, 0, axis=1)),),
         core=jnp.pad(core, ((0, 0), (0, slots + 1 - kept), (0, slots - kept))),
         gram=jnp.pad(jnp.einsum("bij,bik->bjk", leading, leading), ((0, 0), (0, slots - kept), (0, slots - kept))),
-        pending=rows[:, kept] + state.multiple[:, None] * g,
+        pending=(rows[:, kept] + state.multiple[:, None] * g).astype(state.pending.dtype),
         slot=jnp.full_like(state.slot, kept),
     )
 
@@ -274,10 +280,10 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
 def apply_inverse_transpose(state: BroydenState, x: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
     """Return H^T x, (B, N), for x (B, N) and the inverse Jacobian estimate H of g(z) = f(z) - z in a state."""
     with jax.default_matmul_precision("highest"):
-        slots, directions = state.core.shape[2], jnp.concatenate(state.directions, axis=1)
+        slots, directions = state.core.shape[2], jnp.concatenate(state.directions, axis=1).astype(x.dtype)
         along_x = jnp.pad(total(jnp.einsum("bmn,bn->bm", directions, x), axis_name), ((0, 0), (0, 1)))
         here = jnp.arange(slots + 1, dtype=jnp.int32)[None] == state.slot[:, None]
-        along_x = jnp.where(here, total(jnp.sum(state.pending * x, axis=1), axis_name)[:, None], along_x)
+        along_x = jnp.where(here, total(jnp.sum(state.pending.astype(x.dtype) * x, axis=1), axis_name)[:, None], along_x)
         weights = jnp.einsum("bij,bi->bj", state.core, along_x)
         return jnp.einsum("bm,bmn->bn", weights, directions) - state.multiple[:, None] * x
 
@@ -294,4 +300,4 @@ def _step_with_search(
     updated = updated._replace(search=_Search(z, jnp.maximum(search.highest, merit), length))
     state = select_samples(accept, updated, state._replace(search=search._replace(length=length)))
     base = jnp.where(accept[:, None], z, search.base)
-    return base + state.scale * length[:, None] * state.pending, state
+    return base + state.scale * length[:, None] * state.pending.astype(z.dtype), state
