@@ -2,10 +2,10 @@
 
     python -m benchmarks.accelerators [--only REGEX] [--limit SECONDS] [--results FILE] [--write]
 
-Each step of each recipe is compiled for each topology in a process of its own (`python -m deq_flax.compile`), in bfloat16, at a
-fixed number of samples a chip. No TPU, data or weights are needed, but libtpu (requirements-tpu.txt). Every account is appended
-to FILE as one line of JSON, and those that are there are not compiled again: what was interrupted goes on. --limit 0 compiles
-nothing, and makes the tables of what is there.
+The training step of each recipe is compiled for each topology in a process of its own (`python -m deq_flax.compile`), in
+bfloat16, at a fixed number of samples a chip. No TPU, data or weights are needed, but libtpu (requirements-tpu.txt). Every
+account is appended to FILE as one line of JSON, and those that are there are not compiled again: what was interrupted goes on.
+--limit 0 compiles nothing, and makes the tables of what is there.
 """
 
 import argparse
@@ -37,8 +37,8 @@ HOSTS = {"v5e:2x4": 8, "v6e:2x4": 8, "v5p:2x2x1": 4}
 PODS = {"v5e:16x16": 256, "v6e:16x16": 256, "v5p:8x8x8": 512}
 """Chips of a pod, or half of one."""
 ON_PODS = ("wt103:base", "imagenet:large")
-MESHES = ("fsdp=8", "tensor=2")
-"""Other meshes than `data` alone, for wt103:base on one host of v5e."""
+VARIATIONS = ("mesh.fsdp=8", "mesh.tensor=2", "deq.backward_solver_options={'history_dtype': 'bfloat16'}")
+"""Changes to wt103:base on one host of v5e."""
 RESULTS = Path(__file__).parent / "accelerators.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "accelerators.md"
 
@@ -50,34 +50,28 @@ class Row:
     recipe: str
     topology: str
     chips: int
-    mesh: str = ""
-    step: str = "train"
+    change: str = ""
+    """One more change to the config."""
 
     def command(self) -> list[str]:
         """The command that compiles it."""
-        batch = self.chips * SAMPLES[self.recipe] // (2 if self.mesh.startswith("tensor") else 1)
-        changes = [f"data.batch_size={batch}", f"data.eval_batch_size={batch}", "model.dtype=bfloat16"]
-        changes += [f"mesh.{self.mesh}"] if self.mesh else []
-        flags = [f"--config.{change}" for change in changes]
+        batch = self.chips * SAMPLES[self.recipe] // (2 if self.change == "mesh.tensor=2" else 1)
+        changes = [f"data.batch_size={batch}", f"data.eval_batch_size={batch}", "model.dtype=bfloat16", self.change]
+        flags = [f"--config.{change}" for change in changes if change]
         head = [sys.executable, "-m", "deq_flax.compile", "--config", self.recipe, "--topology", self.topology]
-        return [*head, "--step", self.step, "--json", *flags]
+        return [*head, "--step", "train", "--json", *flags]
 
     @property
     def key(self) -> str:
-        return " ".join(filter(None, (self.recipe, self.topology, self.mesh, self.step)))
+        return " ".join(filter(None, (self.recipe, self.topology, self.change)))
 
 
 def rows() -> list[Row]:
     """All programs, those that matter most first."""
     first = [Row("wt103:base", topology, chips) for topology, chips in HOSTS.items()]
-    first += [Row("wt103:base", "v5e:2x4", 8, mesh) for mesh in MESHES]
+    first += [Row("wt103:base", "v5e:2x4", 8, change) for change in VARIATIONS]
     found = [*first, *(Row(recipe, topology, chips) for topology, chips in PODS.items() for recipe in ON_PODS)]
-    found += [
-        Row(recipe, topology, chips, step=step)
-        for step in ("train", "eval")
-        for topology, chips in HOSTS.items()
-        for recipe in SAMPLES
-    ]
+    found += [Row(recipe, topology, chips) for topology, chips in HOSTS.items() for recipe in SAMPLES]
     return [*dict.fromkeys(found)]
 
 
@@ -92,7 +86,7 @@ def compiled(row: Row, limit: float) -> dict[str, Any]:
     head["seconds"] = round(time.perf_counter() - start, 1)
     if done.returncode:
         return head | {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    return head | json.loads(done.stdout)["steps"][row.step]
+    return head | json.loads(done.stdout)["steps"]["train"]
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -103,7 +97,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 def shown(row: Row, account: dict[str, Any]) -> list[str]:
     """The cells of a row."""
-    label = f"`{row.recipe}`" + (f" `mesh.{row.mesh}`" if row.mesh else "")
+    label = f"`{row.recipe}`" + (f" `{row.change}`" if row.change else "")
     if "error" in account:
         return [label, account["error"], *[""] * 7]
     held = account["bytes"]
@@ -138,19 +132,18 @@ HEAD += ["ms a step", "of the peak", "collectives in loops", "s to compile"]
 def text(accounts: dict[str, dict[str, Any]]) -> str:
     """The tables."""
     blocks = []
-    for step, title in (("train", "Training"), ("eval", "Evaluation")):
-        for topology, chips in {**HOSTS, **PODS}.items():
-            wanted = [row for row in rows() if (row.topology, row.step) == (topology, step) and row.key in accounts]
-            if wanted:
-                cells = [shown(row, accounts[row.key]) for row in wanted]
-                blocks.append(f"### {title}, {topology}, {chips} chips\n\n{tables.markdown(HEAD, cells)}")
+    for topology, chips in {**HOSTS, **PODS}.items():
+        wanted = [row for row in rows() if row.topology == topology and row.key in accounts]
+        if wanted:
+            cells = [shown(row, accounts[row.key]) for row in wanted]
+            blocks.append(f"### {topology}, {chips} chips\n\n{tables.markdown(HEAD, cells)}")
     return "\n".join(blocks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables to their place in docs/accelerators.md")
-    parser.add_argument("--only", default="", help="rows whose key, RECIPE TOPOLOGY [MESH] STEP, matches this expression")
+    parser.add_argument("--only", default="", help="rows whose key, RECIPE TOPOLOGY [CHANGE], matches this expression")
     parser.add_argument("--limit", type=float, default=1800, help="seconds to compile one row (1800); 0: none is compiled")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of accounts")
     arguments = parser.parse_args()
