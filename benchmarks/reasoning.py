@@ -152,6 +152,14 @@ STATES: dict[str, tuple[str, str]] = {
 
 BOARDS = {"4 x 4": "four", "6 x 6": "six", "9 x 9": "nine"}
 """Sudoku's side -> variant of configs/sudoku.py."""
+NINE: dict[str, Changes] = {
+    "sweep": {"eval.max_steps_sweep": (10, 20, 50, 100, 200, 500), "deq.eval_max_steps": 1000},
+    "restarts": {"eval.restarts": 4},
+    "no guess": {"data.grades": (0, 0)},
+    "1 to 3 guesses": {"data.grades": (1, 3)},
+    "4 guesses and more": {"data.grades": (4, 10_000)},
+}
+"""Evaluations of boards of 9 x 9: by longer iteration, from several starts, by grade."""
 
 FURTHER: dict[str, Changes] = {
     "sweep": {"eval.max_steps_sweep": (5, 10, 20, 40, 80)},
@@ -178,7 +186,8 @@ def runs() -> Iterator[Run]:
             yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, seed, start=start)
     for seed in range(3):
         for side, variant in BOARDS.items():
-            yield Run("boards", side, f"configs/sudoku.py:{variant}", _QUIET, seed)
+            more = NINE if side == "9 x 9" else {}
+            yield Run("boards", side, f"configs/sudoku.py:{variant}", _QUIET, seed, more)
     for seed in range(3):
         for name, changes in ABLATION.items():
             yield Run("ablation, mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes, seed)

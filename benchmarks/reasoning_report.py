@@ -45,9 +45,12 @@ def costs(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return [tables.spread([result[name] for result in some], form.format) for name, form in forms.items()]
 
 
-def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
-    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step. "": no rows."""
-    head = ["gradient, solver"]
+def gradients(rows: Rows, *, sizes: Sequence[str], varied: str = "gradient, solver") -> str:
+    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step. "": no rows.
+
+    `varied`: what differs from row to row.
+    """
+    head = [varied]
     for size in sizes:
         head += [f"exact{size}", f"residual{size}", f"converged{size}"]
     body = []
@@ -161,18 +164,19 @@ def ablation(folder: Path) -> str:
         return ""
     base = {"as in the table above, `Unroll(last=8)`": read(folder, "gradients, mazes").get("Unroll(last=8)", [])}
     rows = base | read(folder, "ablation, mazes")
-    return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13")
+    return gradients(rows, sizes=["", "_13"], varied="training").replace("_13", ", side 13")
 
 
 def longer(folder: Path) -> str:
     """What longer iteration and several starts gain, with the steps of the returned iterate."""
-    body, rows = [], {}
+    body: list[list[str]] = []
+    rows: dict[str, list[dict[str, Any]]] = {}
     for puzzle, sizes in (("mazes", {"7": "", "13": "_13"}), ("sudoku", {"4": ""})):
         swept = read(folder, f"gradients, {puzzle}", "sweep")
         restarted = read(folder, f"gradients, {puzzle}", "restarts").get("Unroll(last=8)", [])
-        rows |= swept
+        rows[puzzle] = swept.get("Unroll(last=8)", [])
         for size, suffix in sizes.items():
-            for limit, tested in by_limit(swept.get("Unroll(last=8)", [])).items():
+            for limit, tested in by_limit(rows[puzzle]).items():
                 body.append([f"{puzzle}, {size}", f"limit {limit}", *_scores(tested, suffix)])
             tested = [result["metrics"]["test"] for result in restarted]
             if tested:
@@ -183,11 +187,23 @@ def longer(folder: Path) -> str:
     return tables.markdown(head, body) + seeds(rows) if body else ""
 
 
-def by_limit(results: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
-    """The metrics of the test split of every seed by the limit of a sweep; the last is that of the config."""
+def nine(folder: Path) -> str:
+    """Boards of 9 x 9 by the limit on applications of f, from several starts, and by grade."""
+    body, rows = [], read(folder, "boards", "sweep")
+    for limit, tested in by_limit(rows.get("9 x 9", []), 1000).items():
+        body.append([f"limit {limit}", *_scores(tested, "")])
+    for name, label in NINE_EVALUATIONS.items():
+        tested = [result["metrics"]["test"] for result in read(folder, "boards", name).get("9 x 9", [])]
+        if tested:
+            body.append([label, *_scores(tested, "")])
+    return tables.markdown(["evaluation", "exact match", "residual", "steps"], body) + seeds(rows) if body else ""
+
+
+def by_limit(results: Sequence[Mapping[str, Any]], most: int = 150) -> dict[int, list[Mapping[str, Any]]]:
+    """The metrics of the test split of every seed by the limit of a sweep; `most`: that of evaluation itself."""
     found: dict[int, list[Mapping[str, Any]]] = {}
     for result in results:
-        whole = {"split": "test", "max_steps": 150} | result["metrics"]["test"]
+        whole = {"split": "test", "max_steps": most} | result["metrics"]["test"]
         for row in (*result["sweep"], whole):
             if row["split"] == "test":
                 found.setdefault(row["max_steps"], []).append(row)
@@ -225,10 +241,19 @@ def figures(folder: Path) -> dict[str, Any]:
     return found
 
 
+NINE_EVALUATIONS = {
+    "restarts": "limit 200, 4 starts, lowest residual",
+    "no guess": "limit 200, boards that singles solve",
+    "1 to 3 guesses": "limit 200, boards of 1 to 3 guesses",
+    "4 guesses and more": "limit 200, boards of 4 guesses or more",
+}
+"""A further evaluation of boards of 9 x 9 -> its row."""
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "gradients on mazes": mazes,
     "gradients on sudoku": sudoku,
     "boards": boards,
+    "boards of 9 x 9": nine,
     "prefix sums": prefix_sums,
     "ablation of mazes": ablation,
     "mazes of twice the side": twice_the_side,
