@@ -103,7 +103,8 @@ MAZE = _QUIET | {
 }
 SUDOKU = _QUIET | {
     **{"data.valid_examples": 100, "data.test_examples": 200, "data.eval_batch_size": 200},
-    **{"deq.max_steps": 20, "deq.max_steps_jitter": 14, "deq.eval_max_steps": 150, "train.steps": 400},
+    **{"deq.max_steps": 20, "deq.max_steps_jitter": 14, "deq.eval_max_steps": 150},
+    **{"train.steps": 400, "optimizer.learning_rate": 1e-3},
 }
 BITS = _QUIET | {"data.test_sizes": (64, 128, 256, 512), "data.valid_examples": 100, "data.test_examples": 100}
 FEED_FORWARD: Changes = {

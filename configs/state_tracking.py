@@ -9,7 +9,7 @@
 |---|---|---|---|
 | a5, a5_8, a5_16, a5_32 | even permutations of five, 60 symbols | 98.1 (FPRM), 65.3 (TRM with halting) | 92, 67, 31 |
 | s5, s5_8, s5_16, s5_32 | all of them, 120 symbols | 98.8 (FPRM) | 28 of four symbols; not trained further |
-| transformer, and so on to _16 | a5 by a Transformer of four blocks, to stand beside it | | none right, of four symbols either |
+| transformer, and so on to _16 | a5 by a Transformer of four blocks, to stand beside it | | none, of four either |
 
 The published numbers are those of models trained with other data and far more of it.
 """
