@@ -72,6 +72,27 @@ def test_rounded_steps_lead_as_low_as_exact_ones(solver):
     assert counts["bfloat16"] <= 1.5 * counts[None]
 
 
+@pytest.mark.parametrize("solver", others_slow(ROUNDED, ROUNDED[1:2]), ids=repr)
+def test_a_step_is_what_the_history_says_of_it(solver):
+    """z_{k+1} - z_k is the row of step k, in the units of the state: not that row before it was rounded."""
+    rule, rows = replace(solver, history_dtype="bfloat16"), solver.memory or solver.max_steps - 1
+    with jax.enable_x64(True):
+        random = np.random.default_rng(0)
+        w, z = 0.2 * random.normal(size=(16, 16)), random.normal(size=(4, 16))
+        step, state, seen = jax.jit(rule.step), rule.init(jnp.asarray(z)), 0
+        before = z = jnp.asarray(z)
+        for k in range(14):
+            taken, slot, multiple = z - before, int(state.slot[0]), state.multiple
+            before = z
+            z, state = step(jnp.asarray(k), z, jnp.tanh(z @ w) + 1.0 - z, state)
+            if 0 <= slot < rows - 1:  # with the last row a bounded history is reduced
+                row = jnp.concatenate(state.directions, axis=1)[:, slot].astype(z.dtype)
+                kept = state.scale * row / (state.multiple / multiple)[:, None]
+                np.testing.assert_allclose(kept, taken, rtol=1e-4, atol=1e-11)
+                seen += 1
+        assert seen > 8
+
+
 def test_a_rounded_history_takes_half_the_memory():
     kept = {
         name: Broyden(max_steps=30, history_dtype=name).init(jnp.zeros((4, 2048))).directions for name in (None, "bfloat16")

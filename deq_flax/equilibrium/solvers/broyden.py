@@ -39,7 +39,7 @@ class BroydenState(NamedTuple):
     """The estimate H = -c I + D^T M D of the inverse Jacobian of f(z) - z. Steps and residuals are in units of `scale`."""
 
     directions: tuple[jax.Array, ...]
-    """(B, rows, N) each: D in blocks of rows, of which those without a direction yet are not read."""
+    """(B, rows, N) each, of type `history_dtype`: D in blocks of rows, of which those without a direction yet are not read."""
     core: jax.Array
     """(B, m + 1, m): M; row and column j for row j of D, row m for a pending direction that D has no row for."""
     multiple: jax.Array
@@ -47,7 +47,7 @@ class BroydenState(NamedTuple):
     gram: jax.Array | None
     """(B, m, m): D D^T; None if the memory is not bounded."""
     pending: jax.Array
-    """(B, N): the direction that led to the current iterate; it enters D in the next call."""
+    """(B, N): the direction that led to the current iterate, exact in the type of D, which it enters in the next call."""
     slot: jax.Array
     """(B,) int32: the row of D that it will take; M already has its row. -1 before the first step."""
     scale: jax.Array
@@ -119,7 +119,7 @@ class Broyden(Solver):
             core=jnp.zeros((batch, slots + 1, slots), z.dtype),
             multiple=ones,
             gram=jnp.zeros((batch, slots, slots), z.dtype) if self._bounded else None,
-            pending=jnp.zeros_like(z, kept),
+            pending=jnp.zeros_like(z),
             slot=jnp.full(batch, -1, jnp.int32),
             scale=jnp.ones((batch, 1), z.dtype),
             search=_Search(z, -jnp.inf * ones, ones) if self.line_search else None,
@@ -137,7 +137,7 @@ class Broyden(Solver):
             kept = _kept(slots)
             slot = jnp.where(k <= slots, k - 1, kept + (k - 1 - slots) % (slots - kept))
         state = _update(slot, jnp.ones(z.shape[:1], z.dtype), g, state, self.axis_name)
-        return z + state.scale * state.pending.astype(z.dtype), state
+        return z + state.scale * state.pending, state
 
 
 def _kept(slots: int) -> int:
@@ -150,18 +150,18 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
 
     The new pending direction is -H g.
     """
-    pending, multiple, slots = state.pending.astype(g.dtype), state.multiple, state.core.shape[2]
+    pending, multiple, slots = state.pending, state.multiple, state.core.shape[2]
     if state.gram is not None:
         first = jnp.broadcast_to(slot == 0, length.shape)
         c = jax.lax.cond(
             jnp.any(first),
-            lambda: jnp.where(first, _first_multiple(length, pending, g, axis_name), 1.0),
+            lambda: jnp.where(first, _first_multiple(length, g, state, axis_name), 1.0),
             lambda: jnp.ones_like(length),
         )
         multiple, pending, length = multiple * c, pending * c[:, None], length / c
 
     # The write comes before every read of a block: XLA then updates it in place instead of copying it every step.
-    directions = _written(state.directions, slot, pending.astype(state.pending.dtype))
+    directions = _written(state.directions, slot, pending)
     ends = list(accumulate(block.shape[1] for block in directions))
 
     def products(blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -189,7 +189,7 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
     both = jnp.where(good, along_h_g + square, 1.0)
     gain = jnp.where(good, square / both, 1.0)
     drift = jnp.where(good, (length - 1.0) * along_h_g / both, 0.0)
-    direction = -gain[:, None] * h_g - drift[:, None] * pending
+    direction = _rounded(-gain[:, None] * h_g - drift[:, None] * pending, state)
 
     row = jnp.einsum("bi,bij->bj", along_d, state.core[:, :slots]) - jnp.where(row_of[:, :-1] == 0, multiple[:, None], 0.0)
     row = jnp.where(good, 1.0 / jnp.where(good, square, 1.0), 0.0)[:, None] * row
@@ -199,7 +199,7 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
         directions=directions,
         core=core,
         multiple=multiple,
-        pending=direction.astype(state.pending.dtype),
+        pending=direction,
         slot=jnp.broadcast_to(slot + 1, state.slot.shape),
     )
     if state.gram is None:
@@ -211,7 +211,7 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
 
 def _written(blocks: tuple[jax.Array, ...], slot: jax.Array, row: jax.Array) -> tuple[jax.Array, ...]:
     """Return the blocks with `row` (B, N) as number `slot`, () or (B,), of all their rows."""
-    written = []
+    written, row = [], row.astype(blocks[0].dtype)
     for block in blocks:
         rows = block.shape[1]
         if jnp.ndim(slot) == 0:
@@ -234,10 +234,24 @@ def _rows_apart(block: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(block, tpu=lambda x: with_layout_constraint(x, by_row), default=lambda x: x)
 
 
-def _first_multiple(length: jax.Array, pending: jax.Array, g: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Return c = |z_1 - z_0| / |g_1 - g_0|, within 0.05 and 1, (B,), from the first step and g_1; `pending` is g_0."""
-    step, change = length * norm(pending, axis_name), norm(g - pending, axis_name)
-    return jnp.clip(step / jnp.where(change > 0, change, step), 0.05, 1.0)
+def _rounded(direction: jax.Array, state: BroydenState) -> jax.Array:
+    """Round a direction to what D can hold. A pair of casts would not do: a compiler may leave it out."""
+    kept = jnp.finfo(state.directions[0].dtype)
+    return jax.lax.reduce_precision(direction, kept.nexp, kept.nmant) if _is_rounded(state) else direction
+
+
+def _is_rounded(state: BroydenState) -> bool:
+    return jnp.finfo(state.directions[0].dtype).nmant < jnp.finfo(state.pending.dtype).nmant
+
+
+def _first_multiple(length: jax.Array, g: jax.Array, state: BroydenState, axis_name: AxisName | None) -> jax.Array:
+    """Return c = |z_1 - z_0| / |g_1 - g_0|, within 0.05 and 1, (B,), from the first step, whose direction is g_0, and g_1.
+
+    Where D is rounded, so is c, to a power of two: D can then hold the first direction times c.
+    """
+    step, change = length * norm(state.pending, axis_name), norm(g - state.pending, axis_name)
+    c = jnp.clip(step / jnp.where(change > 0, change, step), 0.05, 1.0)
+    return jax.lax.reduce_precision(c, jnp.finfo(c.dtype).nexp, 0) if _is_rounded(state) else c
 
 
 def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: AxisName | None) -> BroydenState:
@@ -246,7 +260,7 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
     The pending direction becomes -H g; `along_g` is D g.
     """
     assert state.gram is not None
-    (directions,), slots, last = state.directions, state.core.shape[2], state.pending.astype(g.dtype)
+    (directions,), slots, last = state.directions, state.core.shape[2], state.pending
     kept = _kept(slots)
     wide = directions.astype(g.dtype)
     along_last = total(jnp.einsum("bmn,bn->bm", wide, last), axis_name)[:, :, None]
@@ -272,7 +286,7 @@ def _reduced(state: BroydenState, along_g: jax.Array, g: jax.Array, axis_name: A
         directions=(_rows_apart(jax.lax.dynamic_update_slice_in_dim(directions, reduced, 0, axis=1)),),
         core=jnp.pad(core, ((0, 0), (0, slots + 1 - kept), (0, slots - kept))),
         gram=jnp.pad(jnp.einsum("bij,bik->bjk", leading, leading), ((0, 0), (0, slots - kept), (0, slots - kept))),
-        pending=(rows[:, kept] + state.multiple[:, None] * g).astype(state.pending.dtype),
+        pending=_rounded(rows[:, kept] + state.multiple[:, None] * g, state),
         slot=jnp.full_like(state.slot, kept),
     )
 
@@ -283,7 +297,7 @@ def apply_inverse_transpose(state: BroydenState, x: jax.Array, axis_name: AxisNa
         slots, directions = state.core.shape[2], jnp.concatenate(state.directions, axis=1).astype(x.dtype)
         along_x = jnp.pad(total(jnp.einsum("bmn,bn->bm", directions, x), axis_name), ((0, 0), (0, 1)))
         here = jnp.arange(slots + 1, dtype=jnp.int32)[None] == state.slot[:, None]
-        along_x = jnp.where(here, total(jnp.sum(state.pending.astype(x.dtype) * x, axis=1), axis_name)[:, None], along_x)
+        along_x = jnp.where(here, total(jnp.sum(state.pending * x, axis=1), axis_name)[:, None], along_x)
         weights = jnp.einsum("bij,bi->bj", state.core, along_x)
         return jnp.einsum("bm,bmn->bn", weights, directions) - state.multiple[:, None] * x
 
@@ -300,4 +314,4 @@ def _step_with_search(
     updated = updated._replace(search=_Search(z, jnp.maximum(search.highest, merit), length))
     state = select_samples(accept, updated, state._replace(search=search._replace(length=length)))
     base = jnp.where(accept[:, None], z, search.base)
-    return base + state.scale * length[:, None] * state.pending.astype(z.dtype), state
+    return base + state.scale * length[:, None] * state.pending, state
