@@ -1,13 +1,14 @@
-"""Perplexity against time and memory of language models with equal numbers of parameters.
+"""Perplexity of language models against time and against parameters, at equal numbers of them.
 
     pip install -r requirements.txt -r requirements-plot.txt
-    python -m benchmarks.language [--ptb DIR] [--steps N] [--seeds 0 1 2] [--only MODELS] [--draw FILE] [--write]
+    python -m benchmarks.language [--ptb DIR] [--steps N] [--seeds 0 1 2] [--only MODELS] [--widths N N] [--draw FILE] [--write]
 
 The text is the English that Python includes, and the models have 0.28M parameters. With `--ptb`, the folder of the files
-ptb.{train,valid,test}.txt, it is Penn Treebank and they have 1.95M, with `--full` besides 24M, as configured. The models are
-trained one after the other by the public command; a second call continues where the first was stopped. Time is that of training
-steps, without compilation and evaluation; with `--processor_time` that of the processor, for a machine that has other work too.
-Memory is a step's peak by its compiler's analysis.
+ptb.{train,valid,test}.txt, it is Penn Treebank and they have 1.95M, with `--full` besides 24M, as configured. `--widths` trains
+each model with other numbers of features, its inner layers in proportion. The models are trained one after the other by the
+public command; a second call continues where the first was stopped. Time is that of training steps, without compilation and
+evaluation; with `--processor_time` that of the processor, for a machine that has other work too. Memory is a step's peak by its
+compiler's analysis.
 """
 
 import json
@@ -85,6 +86,13 @@ def chosen(model: Model, arguments: Namespace) -> tuple[str, Changes]:
     return f"configs/ptb.py:{variant}", own | model.changes | often | {"data.path": arguments.ptb}
 
 
+def resized(config: str, changes: Changes, width: int) -> Changes:
+    """Changes that make a model `width` features wide, and its inner layers in proportion."""
+    model = training.resolved(config, changes).model
+    features: Changes = {"model.d_model": width, "model.d_embed": width, "model.d_head": width // model.n_head}
+    return features | {"model.d_inner": round(model.d_inner * width / model.d_model)}
+
+
 PROCESSOR_TIME = """
 import runpy, time
 time.perf_counter = time.process_time
@@ -146,12 +154,13 @@ class Result(NamedTuple):
     megabytes: float
 
 
-def measure(name: str, arguments: Namespace) -> Result:
-    """Train a model with every seed, or read what was trained before."""
+def measure(name: str, width: int, arguments: Namespace) -> Result:
+    """Train a model with every seed, or read what was trained before; a width of 0 is its own."""
     config, changes = chosen(MODELS[name], arguments)
+    changes |= resized(config, changes, width) if width else {}
     curves = []
     for seed in arguments.seeds:
-        folder = arguments.workdir / f"{name}_{arguments.steps}_{seed}"
+        folder = arguments.workdir / f"{name}{f'_wide_{width}' if width else ''}_{arguments.steps}_{seed}"
         if not complete(folder, arguments.steps):
             train(config, folder, changes | {"train.seed": seed}, arguments.processor_time)
         curves.append(curve(folder))
@@ -159,28 +168,41 @@ def measure(name: str, arguments: Namespace) -> Result:
     return Result(minutes, [perplexity for _, perplexity, _ in curves], curves[0][2], *facts(config, changes))
 
 
-def draw(results: dict[str, Result], file: str) -> None:
-    """Draw perplexity against time and against memory; a bar spans the seeds."""
+def draw(results: dict[str, list[Result]], file: str) -> None:
+    """Draw perplexity against time and against parameters, each model at its widths; a bar spans the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for name, it in results.items():
-        mean = [statistics.mean(at) for at in zip(*it.perplexity, strict=True)]
-        ends = [perplexity[-1] for perplexity in it.perplexity]
+    for name, sizes in results.items():
         marker, line_style = ("s", "--") if name.startswith("proposal") else ("o", "-")
-        (line,) = left.loglog(it.minutes, mean, marker=marker, ls=line_style, ms=4, label=f"{name}: {MODELS[name].label}")
-        spread = [[mean[-1] - min(ends)], [max(ends) - mean[-1]]]
-        right.errorbar([it.megabytes], [mean[-1]], yerr=spread, fmt=marker, color=line.get_color(), capsize=3)
+        color = None
+        for it in sizes:
+            mean = [statistics.mean(at) for at in zip(*it.perplexity, strict=True)]
+            label = f"{name}: {MODELS[name].label}" if it is sizes[0] else None
+            (line,) = left.loglog(it.minutes, mean, marker=marker, ls=line_style, ms=4, color=color, label=label)
+            color = line.get_color()
+        ends = [[perplexity[-1] for perplexity in it.perplexity] for it in sizes]
+        middle = [statistics.mean(end) for end in ends]
+        spread = [
+            [m - min(end) for m, end in zip(middle, ends, strict=True)],
+            [max(end) - m for m, end in zip(middle, ends, strict=True)],
+        ]
+        right.errorbar(
+            [it.parameters / 1e6 for it in sizes], middle, yerr=spread, fmt=marker, ls=line_style, color=color, capsize=3
+        )
     left.set(xlabel="minutes of training", ylabel="perplexity, valid")
-    right.set(xlabel="megabytes at the peak of a step", ylabel="perplexity, valid, at the end")
+    right.set(xlabel="million parameters", ylabel="perplexity, valid, at the end", xscale="log", yscale="log")
     right.margins(x=0.25, y=0.15)
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.yaxis.set_major_formatter("{x:.0f}")
         axis.yaxis.set_minor_formatter("{x:.0f}")
+    right.xaxis.set_minor_locator(pyplot.NullLocator())
+    right.set_xticks(sorted({round(it.parameters / 1e6, 2) for sizes in results.values() for it in sizes}))
+    right.xaxis.set_major_formatter("{x:g}")
     left.legend(frameon=False, fontsize=7)
     figure.savefig(file, dpi=120)
 
@@ -191,6 +213,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=480, help="of each model (480)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each model (0)")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="the models (all)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[0], help="features of each model (its own)")
     parser.add_argument(
         "--workdir", type=Path, default=Path("runs/language"), help="holds a workdir for each run (runs/language)"
     )
@@ -200,11 +223,12 @@ def main() -> None:
     arguments = parser.parse_args()
     rows, results = [], {}
     for name in arguments.only:
-        it = measure(name, arguments)
-        results[name], ends = it, [perplexity[-1] for perplexity in it.perplexity]
-        numbers = [f"{it.parameters / 1e6:.2f}M", f"{it.megabytes:.0f}", f"{1 / it.last['steps_per_second']:.2f}"]
-        numbers += [f"{it.minutes[-1]:.1f}", f"{it.last['forward_nfe']:.1f}" if "forward_nfe" in it.last else ""]
-        rows.append([f"`{name}`: {MODELS[name].label}", *numbers, tables.spread(ends, "{:.1f}".format)])
+        results[name] = [measure(name, width, arguments) for width in arguments.widths]
+        for width, it in zip(arguments.widths, results[name], strict=True):
+            label = f"`{name}`: {MODELS[name].label}" + (f"; width {width}" if width else "")
+            numbers = [f"{it.parameters / 1e6:.2f}M", f"{it.megabytes:.0f}", f"{1 / it.last['steps_per_second']:.2f}"]
+            numbers += [f"{it.minutes[-1]:.1f}", f"{it.last['forward_nfe']:.1f}" if "forward_nfe" in it.last else ""]
+            rows.append([label, *numbers, tables.spread([perplexity[-1] for perplexity in it.perplexity], "{:.1f}".format)])
     head = ["model", "parameters", "MB of a step", "s a step", "minutes", "evaluations", "perplexity, valid"]
     seeds = f"{len(arguments.seeds)} seeds (mean, and lowest to highest)" if len(arguments.seeds) > 1 else "one seed"
     seeds += ", processor time" if arguments.processor_time else ""
