@@ -100,8 +100,7 @@ def seeds(rows: Rows) -> str:
 
 
 def prefix_sums(folder: Path) -> str:
-    rows = read(folder, "prefix sums")
-    further = [read(folder, "prefix sums", evaluation) for evaluation in ("thousand", "long", "long thousand")]
+    rows, thousand, long = (read(folder, "prefix sums", evaluation) for evaluation in (None, "thousand", "long"))
     if "10 to 30 steps" not in rows:  # what the others stand beside
         return ""
     body = []
@@ -112,11 +111,11 @@ def prefix_sums(folder: Path) -> str:
             tables.spread(numbers(results, f"{metric}_512"), form)
             for metric, form in (("steps", "{:.0f}".format), ("converged", percent))
         ]
-        for scored, size in zip(further, ("_512", "_4096", "_4096"), strict=True):
-            line += [tables.spread(numbers(scored.get(name, []), f"exact_match{size}"), percent)]
+        line += [tables.spread(numbers(thousand.get(name, []), "exact_match_512"), percent)]
+        line += [tables.spread(numbers(long.get(name, []), "exact_match_4096"), percent)]
         body.append(line)
     head = ["model", "parameters", "32", "64", "128", "256", "512", "steps, 512", "converged, 512"]
-    head += ["1,000 of 512", "100 of 4,096", "1,000 of 4,096 (seed 0)"]
+    head += ["1,000 of 512", "4,096: 1,000 of seed 0, 100 of others"]
     return tables.markdown(head, body) + seeds(rows)
 
 

@@ -78,9 +78,8 @@ def test_a_step_is_what_the_history_says_of_it(solver):
     rule, rows = replace(solver, history_dtype="bfloat16"), solver.memory or solver.max_steps - 1
     with jax.enable_x64(True):
         random = np.random.default_rng(0)
-        w, z = 0.2 * random.normal(size=(16, 16)), random.normal(size=(4, 16))
-        step, state, seen = jax.jit(rule.step), rule.init(jnp.asarray(z)), 0
-        before = z = jnp.asarray(z)
+        w, z = 0.2 * random.normal(size=(16, 16)), jnp.asarray(random.normal(size=(4, 16)))
+        step, state, before, seen = jax.jit(rule.step), rule.init(z), z, 0
         for k in range(14):
             taken, slot, multiple = z - before, int(state.slot[0]), state.multiple
             before = z
