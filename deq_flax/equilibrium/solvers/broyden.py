@@ -179,9 +179,8 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
     along_g, along_d, h_g = jax.lax.switch(filled, [partial(products, n + 1) for n in range(len(ends))])
     h_g = h_g - multiple[:, None] * g
 
-    row_of = jnp.arange(slots + 1, dtype=jnp.int32)[None] - jnp.reshape(
-        slot, (-1, 1)
-    )  # 0: the pending direction, 1: the one that follows it
+    # 0: the row of the pending direction, 1: that of the one that follows it.
+    row_of = jnp.arange(slots + 1, dtype=jnp.int32)[None] - jnp.reshape(slot, (-1, 1))
     square = jnp.sum(jnp.where(row_of[:, :-1] == 0, along_d, 0.0), axis=1)
     along_h_g = total(jnp.sum(pending * h_g, axis=1), axis_name)
     # No step yet, or a singular update: H stays as it is.
