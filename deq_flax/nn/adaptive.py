@@ -198,7 +198,7 @@ class AdaptiveSoftmax(nnx.Module):
             limit = min(limit, max(n_tokens * n_words // 8, MIN_TAIL_LOGITS))
         if n_tokens * n_words <= limit:
             return _logsumexp(_logits(x_TE, table_NE, bias_N, self.dtype))
-        total = jax.checkpoint(lambda x_RE: _logsumexp(_logits(x_RE, table_NE, bias_N, self.dtype)))
+        total = lambda x_RE: _logsumexp(_logits(x_RE, table_NE, bias_N, self.dtype))  # noqa: E731
         rows = max(1, limit // n_words)
         if wanted_T is None:
             return _in_chunks(total, x_TE, rows, n_tokens)
@@ -208,17 +208,21 @@ class AdaptiveSoftmax(nnx.Module):
 
 
 def _in_chunks(function: Callable[[jax.Array], jax.Array], x_TE: jax.Array, rows: int, count: jax.Array | int) -> jax.Array:
-    """Apply `function` ((R, E) -> (R,)) to chunks of `rows` rows; those that begin at or after row `count` are skipped."""
+    """Apply `function` ((R, E) -> (R,)) to chunks of `rows` rows; those that begin at or after row `count` are skipped.
+
+    The gradient evaluates it again (rematerialization), and the choice too: what a branch of a conditional keeps for its
+    gradient, here the table of the words, would be kept once for each chunk.
+    """
     n_chunks = -(-x_TE.shape[0] // rows)
     padded = jnp.pad(x_TE, ((0, n_chunks * rows - x_TE.shape[0]), (0, 0)))
     chunks = padded.reshape(n_chunks, rows, -1)
     out = jax.eval_shape(function, chunks[0])
 
-    def one(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        start, x_RE = chunk
-        return None, lax.cond(start < count, function, lambda _: jnp.zeros(out.shape, out.dtype), x_RE)
+    @jax.checkpoint
+    def one(start: jax.Array, x_RE: jax.Array) -> jax.Array:
+        return lax.cond(start < count, function, lambda _: jnp.zeros(out.shape, out.dtype), x_RE)
 
-    _, totals = lax.scan(one, None, (jnp.arange(n_chunks) * rows, chunks))
+    _, totals = lax.scan(lambda _, chunk: (None, one(*chunk)), None, (jnp.arange(n_chunks) * rows, chunks))
     return totals.reshape(-1)[: x_TE.shape[0]]
 
 

@@ -85,6 +85,16 @@ def test_a_large_tail_is_computed_for_few_tokens_at_a_time():
     np.testing.assert_allclose(nll(state), -jnp.take_along_axis(log_p, targets_BL[..., None], axis=-1)[..., 0], rtol=1e-5)
 
 
+def test_the_gradient_keeps_no_copy_of_the_table_for_each_chunk():
+    embedding = AdaptiveEmbedding(3050, 4, 4, cutoffs=(50,), rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(AdaptiveSoftmax(embedding, rngs=nnx.Rngs(1)))
+    hidden_BLD, targets_BL = jnp.ones((8, 64, 4)), jnp.zeros((8, 64), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda s: nnx.merge(graphdef, s).nll(hidden_BLD, targets_BL).sum()))
+    hlo = gradient.lower(state).as_text()
+    assert "tensor<3000x4xf32>" in hlo and "tensor<64x3000xf32>" in hlo
+    assert "tensor<8x3000x4xf32>" not in hlo
+
+
 def test_embedding_looks_each_token_up_in_its_cluster():
     embedding, _ = build("clusters")
     for token, cluster, row in [(0, 0, 0), (9, 0, 9), (10, 1, 0), (29, 2, 9)]:
