@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
-_COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\((?P<rest>.*)")
+_COLLECTIVE = re.compile(rf"  (?:ROOT )?%[\w.-]+ = (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)\}?")
 
 
@@ -18,24 +19,40 @@ class Collective:
     kind: str
     bytes: int
     """Size of its result on a device; for a reduce-scatter, of its operand."""
-    in_loop: bool
+    in_loop: bool = False
     """True if it is in the body or condition of a while loop."""
+    chain: str = ""
+    """Name of one that is fused with other work and stands in the text where it begins, goes on and ends; else ''."""
 
 
 def collectives(hlo: str) -> list[Collective]:
     """The collectives in `compiled.as_text()`, without those of a single device."""
     computations = _computations(hlo)
     looped = _reachable_from_loops(computations)
-    found = []
+    found: list[Collective] = []
     for name, lines in computations.items():
         for line in lines:
-            match = _COLLECTIVE.search(line)
-            group = 0 if match is None else _group_size(match["rest"])
-            if match is None or group == 1:
-                continue
-            size = _bytes(match["shape"]) * (group if match["kind"] == "reduce-scatter" else 1)
-            found.append(Collective(kind=match["kind"], bytes=size, in_loop=name in looped))
+            add_collective(found, name, line, in_loop=name in looped)
     return found
+
+
+def add_collective(found: list[Collective], computation: str, line: str, *, in_loop: bool = False) -> None:
+    """Add the collective that a line of a computation is, if it is one and `found` does not have its chain yet."""
+    match, chain = _COLLECTIVE.match(line), _CHAIN.search(line)
+    group = 0 if match is None else _group_size(match["rest"])
+    if match is None or group == 1 or (chain and any(chain[1] == other.chain for other in found)):
+        return
+    kind, sizes = match["kind"], _sizes(match["shape"])
+    size = sum(sizes)
+    if kind == "all-gather" and match["start"]:  # (operands, results)
+        size = size * group // (group + 1)
+    elif kind == "collective-permute" and match["start"]:  # (operand, result, two numbers)
+        size = sizes[1]
+    elif kind == "reduce-scatter":
+        size *= group
+    elif computation.startswith("%all-reduce-scatter"):  # a reduce-scatter, in TPU's programs
+        kind = "reduce-scatter"
+    found.append(Collective(kind=kind, bytes=size, in_loop=in_loop, chain=chain[1] if chain else ""))
 
 
 def table(found: list[Collective]) -> dict[str, tuple[int, int]]:
@@ -76,11 +93,12 @@ def _reachable_from_loops(computations: dict[str, list[str]]) -> set[str]:
     return reached
 
 
-def _bytes(shape: str) -> int:
-    return sum(
+def _sizes(shape: str) -> list[int]:
+    """Bytes of each array of a shape."""
+    return [
         _BITS.get(kind, 32) // 8 * math.prod(int(size) for size in sizes.split(",") if size)
         for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    )
+    ]
 
 
 def _group_size(rest: str) -> int:

@@ -26,5 +26,35 @@ def test_kind_bytes_and_place():
     assert table(found) == {"all-gather": (1, 512), "all-reduce": (1, 256)}
 
 
+TPU = """
+%begins (p: f32[1,4]) -> (f32[1,4], f32[8,4]) {
+  %all-gather.1 = f32[8,4]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="1"}
+  ROOT %call = (f32[1,4], f32[8,4]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%ends (p: f32[1,4]) -> f32[8,4] {
+  %all-gather.2 = f32[8,4]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="1"}
+}
+
+%all-reduce-scatter.3 (p: f32[14,4]) -> f32[2,4] {
+  %all-reduce.1 = f32[16,4]{1,0} all-reduce(%pad), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
+}
+
+ENTRY %main (p: f32[1,4]) -> f32[8,4] {
+  %all-gather-start = (f32[1,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%p), replica_groups={{0,1,2,3,4,5,6,7}}
+  %all-gather-done = f32[8,4]{1,0} all-gather-done(%all-gather-start)
+  %collective-permute-start = (f32[1,4], f32[1,4], u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_what_a_tpu_does_in_parts_or_under_another_name_is_one_collective():
+    assert table(collectives(TPU)) == {
+        "all-gather": (2, 2 * 8 * 4 * 4),
+        "reduce-scatter": (1, 16 * 4 * 4),
+        "collective-permute": (1, 4 * 4),
+    }
+
+
 def test_one_device_has_no_collectives():
     assert program(3) == []
