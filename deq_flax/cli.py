@@ -18,6 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
@@ -74,7 +75,7 @@ def run(
 
     Exit codes: 0; 2 after a user error (one line `error: ...` on stderr, no traceback); 130 when interrupted. Any other
     exception is a bug and keeps its traceback. With `--json`, what `main` returns is printed as one JSON object on stdout, or
-    `{"error": ...}`, and all else goes to stderr.
+    `{"error": ...}`, and all else goes to stderr; with `--json=FILE` it is written there, and all else stays where it is.
 
     Args:
       main: the function to call; the docstring of its module begins the help text.
@@ -88,18 +89,21 @@ def run(
     logging.basicConfig(format="%(levelname)s: %(message)s")
     _silence_failed_writes()
     argv = list(sys.argv if argv is None else argv)
-    as_json, argv = _without_json(argv)
+    json_to, argv = _without_json(argv)
     try:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        if json_to and not Path(json_to).resolve().parent.is_dir():
+            json_to, message = None, f"--json={json_to}: there is no such folder"
+            raise UserError(message)
+        with contextlib.redirect_stdout(sys.stderr) if json_to == "" else contextlib.nullcontext():
             arguments = _parse(main, argv, required, positional, of_run, flag_values)
             result = None if arguments is None else main(*arguments)
-        if as_json and result is not None:
-            print(to_json(result))
+        if json_to is not None and result is not None:
+            _write_json(result, json_to)
         sys.stdout.flush()
     except UserError as error:
         message = " ".join(str(error).split())
-        if as_json:
-            print(to_json({"error": message}), flush=True)
+        if json_to is not None:
+            _write_json({"error": message}, json_to)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -236,11 +240,28 @@ def _overrides(argv: Sequence[str], mapping: dict[str, Any] | None) -> tuple[lis
     return found, rest
 
 
-def _without_json(argv: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether `--json` is among the arguments, and the others."""
+def _without_json(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The file of `--json=FILE`, '' for stdout, or None if it is not among the arguments; and the others."""
     end = argv.index("--") if "--" in argv else len(argv)
-    rest = [argument for i, argument in enumerate(argv) if i > end or argument not in ("--json", "-json")]
-    return len(rest) < len(argv), rest
+    found, rest = None, []
+    for i, argument in enumerate(argv):
+        flag, _, file = argument.partition("=")
+        if i < end and flag in ("--json", "-json"):
+            found = file
+        else:
+            rest.append(argument)
+    return found, rest
+
+
+def _write_json(result: Mapping[str, Any], file: str) -> None:
+    """Print a result on stdout, or write it to a file; a file that cannot be written only costs the file."""
+    if not file:
+        print(to_json(result), flush=True)
+        return
+    try:
+        Path(file).write_text(to_json(result) + "\n")
+    except OSError as error:
+        print(f"warning: {file} was not written: {error.strerror}", file=sys.stderr)
 
 
 def _text_of(argv: Sequence[str], name: str) -> str | None:
@@ -261,7 +282,9 @@ def _help(main: Callable, positional: Sequence[str], flag_values: flags.FlagValu
     for flag in flag_values.get_key_flags_for_module(home):
         default = "" if flag.default is None else f" (default: {flag.default})"
         lines.append(f"  --{flag.name:<12} {flag.help}{default}")
-    lines.append(f"  --{'json':<12} print the result as one JSON object on stdout, and all else on stderr")
+    lines.append(
+        f"  --{'json':<12} print the result as one JSON object on stdout, and all else on stderr; --json=FILE: write it there"
+    )
     lines.append(f"  --{'help':<12} this text; with a config, also its keys and their values")
     if positional:
         lines.insert(2, f"Arguments: {' '.join(positional)}\n")

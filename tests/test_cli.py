@@ -193,7 +193,7 @@ def test_errors_of_main(capsys):
         cli.run(buggy, ["command"], flag_values=flags.FlagValues())
 
 
-def test_with_json_stdout_holds_one_object_and_nothing_else(capsys):
+def test_with_json_stdout_or_a_file_holds_one_object(capsys, tmp_path):
     def talkative():
         print("step 1")
         return {"loss": 1 / 3, "worst": float("inf"), "files": ["a"]}
@@ -209,6 +209,13 @@ def test_with_json_stdout_holds_one_object_and_nothing_else(capsys):
     assert Command(mistaken)("--json") == 2
     out, err = capsys.readouterr()
     assert json.loads(out) == {"error": "two lines"} and err == "error: two lines\n"
+    file = tmp_path / "result.json"
+    assert Command(talkative)(f"--json={file}") == 0
+    assert json.loads(file.read_text())["files"] == ["a"] and capsys.readouterr() == ("step 1\n", "")
+    assert Command(mistaken)(f"--json={file}") == 2
+    assert json.loads(file.read_text()) == {"error": "two lines"} and capsys.readouterr() == ("", "error: two lines\n")
+    assert Command(talkative)(f"--json={tmp_path}/none/file") == 2
+    assert the_error(capsys).endswith("there is no such folder\n")
 
 
 def test_the_config_of_a_run_is_taken_where_none_is_given(config, capsys):
