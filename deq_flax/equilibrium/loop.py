@@ -249,7 +249,8 @@ def solve_with_state(
     def body(s: _Loop) -> _Loop:
         return loop.advance(s, f(s.z))
 
-    end = jax.lax.while_loop(loop.keep_going, body, settled(body, loop.start(z0)))
+    start = settled(body, loop.start(z0))
+    end = body(start) if solver.max_steps == 1 else jax.lax.while_loop(loop.keep_going, body, start)
     return end.best.z, statistics(end, solver), end.solver
 
 
