@@ -1,11 +1,11 @@
 """What every recipe costs on TPUs, by the account of their compiler: the tables of docs/accelerators.md.
 
-    python -m benchmarks.accelerators [--only REGEX] [--limit SECONDS] [--results FILE] [--write]
+    python -m benchmarks.accelerators [--only REGEX] [--again] [--limit SECONDS] [--results FILE] [--write]
 
 The training step of each recipe is compiled for each topology in a process of its own (`python -m deq_flax.compile`), in
 bfloat16, at a fixed number of samples a chip. No TPU, data or weights are needed, but libtpu (requirements-tpu.txt). Every
-account is appended to FILE as one line of JSON, and those that are there are not compiled again: what was interrupted goes on.
---limit 0 compiles nothing, and makes the tables of what is there.
+account is appended to FILE as one line of JSON, and those that are there are not compiled again without --again: what was
+interrupted goes on. --limit 0 compiles nothing, and makes the tables of what is there.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import tables
 
 SAMPLES = {
-    **{f"wt103:{variant}": 7 for variant in ("base", "ift", "reg", "preln_reg", "ift_jr", "deq_lm", "explicit")},
+    **{f"wt103:{variant}": 7 for variant in ("base", "ift", "reg", "preln_reg", "ift_jr", "deq_lm", "explicit", "proposal")},
     **{"cifar10:large": 16, "cifar10:tiny": 8, "cifar10:large_reg": 24, "cifar10:phantom": 16},
     **{f"imagenet:{variant}": 16 for variant in ("small", "large", "phantom", "small_reg", "large_reg", "xl")},
     **{"cityscapes:small": 1, "cityscapes:large": 1, "cityscapes:xl": 1},
@@ -144,11 +144,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables to their place in docs/accelerators.md")
     parser.add_argument("--only", default="", help="rows whose key, RECIPE TOPOLOGY [CHANGE], matches this expression")
+    parser.add_argument("--again", action="store_true", help="compile rows that are there too, as after a change to the code")
     parser.add_argument("--limit", type=float, default=1800, help="seconds to compile one row (1800); 0: none is compiled")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of accounts")
     arguments = parser.parse_args()
     for row in rows():
-        if arguments.limit and re.search(arguments.only, row.key) and row.key not in read(arguments.results):
+        there = "error" not in read(arguments.results).get(row.key, {"error": ""}) and not arguments.again
+        if arguments.limit and re.search(arguments.only, row.key) and not there:
             account = compiled(row, arguments.limit)
             with open(arguments.results, "a") as file:
                 file.write(json.dumps(account) + "\n")
