@@ -5,7 +5,8 @@
 Needs neither data nor weights: shapes suffice. Memory, collectives and compile time are the program's own; cycles, and the
 seconds and utilization made of them, are the compiler's estimates, not measurements. Without --topology the steps are compiled
 for the devices of this machine, where the compiler estimates no cycles. A topology needs libtpu (requirements-tpu.txt). Without
---config, that of the run in --workdir is taken.
+--config, that of the run in --workdir is taken. Flags of deq_flax.main are accepted, so that a launch script can pass on those
+of a run; of them --mode eval counts.
 """
 
 import sys
@@ -15,9 +16,10 @@ import jax
 from absl import flags
 
 from deq_flax import cli
+from deq_flax import main as run
 from deq_flax.compilation import chips
 from deq_flax.compilation.lower import compile_steps
-from deq_flax.compilation.report import DOES_NOT_FIT, as_lines, report
+from deq_flax.compilation.report import as_lines, cure, report
 from deq_flax.compilation.stand_in import without_data
 from deq_flax.config_files import run_config
 from deq_flax.errors import UserError
@@ -30,26 +32,36 @@ _TOPOLOGY = flags.DEFINE_string(
     flag_values=_FLAGS,
 )
 flags.DEFINE_string("workdir", None, "folder of a run, whose config is taken without --config", flag_values=_FLAGS)
-_MUST_FIT = flags.DEFINE_bool("must_fit", False, "end with an error if a step does not fit into memory", flag_values=_FLAGS)
+_MUST_FIT = flags.DEFINE_bool(
+    "must_fit", False, "end with an error if a step does not fit into memory; implies --every_kind", flag_values=_FLAGS
+)
 _STEPS = flags.DEFINE_multi_enum("step", ["train", "eval"], ["train", "eval"], "step to compile", flag_values=_FLAGS)
-_JACOBIAN = flags.DEFINE_bool("jacobian_loss", False, "compile the training step with the Jacobian loss", flag_values=_FLAGS)
-
+_EVERY_KIND = flags.DEFINE_bool(
+    "every_kind",
+    False,
+    "compile each kind of training step: those of pretraining and with the Jacobian loss too",
+    flag_values=_FLAGS,
+)
 _CONFIG = cli.config_flag(_FLAGS)
+for _flag in flags.FLAGS.get_flags_for_module(run.__name__):
+    if _flag.name not in _FLAGS:
+        _FLAGS[_flag.name] = _flag
 
 
 def main() -> dict[str, Any]:
     """Run the command; returns its result."""
     config = without_data(cli.resolved(_FLAGS))
+    cli.require(not _MUST_FIT.value or _TOPOLOGY.value is not None, "--must_fit needs --topology, whose chips' memory is known")
     chip, devices = chips.topology_devices(_TOPOLOGY.value) if _TOPOLOGY.value else (None, jax.devices())
     result: dict[str, Any] = {"topology": _TOPOLOGY.value or jax.default_backend(), "devices": len(devices), "steps": {}}
-    names = _STEPS.value or ()
+    names = ["eval"] if _FLAGS["mode"].value == "eval" else _STEPS.value or ()
     print(f"compiling: {', '.join(names)}", file=sys.stderr, flush=True)
-    for step in compile_steps(config, devices, names=names, jacobian_loss=_JACOBIAN.value):
-        result["steps"][step.name] = report(step, chip, config.deq)
-        for line in as_lines(step.name, result["steps"][step.name]):
+    for step in compile_steps(config, devices, names=names, every_kind=_EVERY_KIND.value or _MUST_FIT.value):
+        account = result["steps"][step.name] = report(step, chip, config.deq)
+        for line in as_lines(step.name, account):
             print(line, flush=True)
-        if _MUST_FIT.value and not result["steps"][step.name].get("fits", True):
-            raise UserError(f"the {step.name} step does not fit: {DOES_NOT_FIT}")
+        if _MUST_FIT.value and not account["fits"]:
+            raise UserError(f"the {step.name} step does not fit: {cure(step.name, account)}")
     return result
 
 

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ class CompiledStep:
     """A step of a run, compiled."""
 
     name: str
-    """'train' or 'eval'."""
+    """'train' or 'eval', or 'train, PHASE' for other kinds of training steps."""
     compiled: jax.stages.Compiled | None
     """The program; None if the compiler refused it, because it needs more memory than there is."""
     seconds: float
@@ -41,15 +41,16 @@ class CompiledStep:
 
 
 def compile_steps(
-    config: Config, devices: Sequence[Any], *, names: Sequence[str] = ("train", "eval"), jacobian_loss: bool = False
+    config: Config, devices: Sequence[Any], *, names: Sequence[str] = ("train", "eval"), every_kind: bool = False
 ) -> Iterator[CompiledStep]:
     """Yield each step of a config, compiled for given devices.
 
     Args:
       config: a config with a data set that needs no files; see `stand_in.without_data`.
       devices: the devices of a topology, or of this machine.
-      names: the steps to compile, of 'train' and 'eval'. The training step is that after pretraining.
-      jacobian_loss: compile the training step with the Jacobian loss.
+      names: the steps to compile, of 'train' and 'eval'. The training step is that after pretraining, without the Jacobian loss
+        unless all steps have it.
+      every_kind: compile each kind of training step that a run can have: those of pretraining and with the Jacobian loss too.
 
     Raises:
       UserError: the mesh does not suit the devices, or the batch does not suit the mesh.
@@ -70,12 +71,13 @@ def compile_steps(
         skipped=jax.ShapeDtypeStruct((), jnp.int32),
     )
     state = TrainState(*(_sharded(tree, sharding) for tree, sharding in zip(state, shardings, strict=True)))
-    number = options.steps - 1
-    scalars = jax.tree.map(_shape, phases.scalars(number))
-    for name in names:
+    scalars = jax.tree.map(_shape, phases.scalars(options.steps - 1))
+    kinds = phases.kinds()
+    training = [("train", kinds[0]), *((f"train, {kind}", kind) for kind in kinds[1:])]
+    wanted = training[: None if every_kind else 1] if "train" in names else []
+    for name, phase in [*wanted, *([("eval", phases.evaluation)] if "eval" in names else [])]:
         start = time.perf_counter()
-        if name == "train":
-            phase = replace(phases.phase(number), jacobian_loss=jacobian_loss)
+        if name != "eval":
             step: Any = make_train_step(
                 task,
                 graphdef,
@@ -92,7 +94,7 @@ def compile_steps(
             kept = {"parameters": bytes_on_device((state.params, state.variables, state.ema))}
             kept |= {"optimizer": bytes_on_device(state.opt_state), "carry": bytes_on_device(state.carry)}
         else:
-            traced, kept = _trace_eval(task, graphdef, mesh, phases.evaluation, model, state, scalars)
+            traced, kept = _trace_eval(task, graphdef, mesh, phase, model, state, scalars)
         compiled, refused = _compile(traced)
         seconds = time.perf_counter() - start
         yield CompiledStep(name, compiled, seconds, kept, traced.jaxpr.jaxpr, mesh.shape[TENSOR], refused)

@@ -2,13 +2,16 @@
 
 The compiler writes an estimate of cycles beside most operations of its text. The body of a loop whose number of iterations
 depends on data, such as a solver's, is a part of its own, and is counted once. Loops within it are counted with it, and all
-other loops as often as they run. Of two branches of a conditional the cheaper counts, as in `operations.py`, and of
-more the median.
+other loops as often as they run. Of two branches of a conditional the cheaper counts, as in `operations.py`, but the dearer
+where the program says that it is the usual one; of more than two the median.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from deq_flax.devices.collectives import Collective, add_collective
+from deq_flax.equilibrium.gradients.unroll import WITHIN_LIMIT
 
 _HEAD = re.compile(r"(?P<entry>ENTRY )?(?P<name>%[\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"  (?:ROOT )?(?P<name>%[\w.-]+) = (?P<rest>.*)")
@@ -44,6 +47,8 @@ class Part:
     name: str
     """'forward iteration', 'adjoint iteration', 'outside', or the op_name of another loop."""
     operations: list[Operation] = field(default_factory=list)
+    sent: dict[float, list[Collective]] = field(default_factory=dict)
+    """Collectives, by the iterations of loops around them whose number is known."""
 
     @property
     def cycles(self) -> float:
@@ -64,11 +69,15 @@ def parts_of(hlo: str) -> list[Part]:
 
 
 def loop_name(op_name: str) -> str:
-    """Name a loop by the op_name of its `while`: the outermost loop of a differentiated program is the solver's."""
-    transposed = "transpose(" in op_name
-    if op_name.count("while") == 1:
-        return "adjoint iteration" if transposed else "forward iteration"
-    return op_name
+    """Name a loop by the op_name of its `while`: of a differentiated program the outermost of unknown length is a solver's."""
+    if "while" not in op_name:
+        return op_name
+    return "adjoint iteration" if "transpose(" in op_name else "forward iteration"
+
+
+def is_usual(op_name: str) -> bool:
+    """Whether the dearer branch of a conditional is the usual one: a step of an unrolled iteration within its limit."""
+    return WITHIN_LIMIT in op_name
 
 
 class _Program:
@@ -102,26 +111,38 @@ class _Program:
                     self.collect(body, parts, part, times * (trips or 1))
                 else:
                     name = loop_name(op_name)
-                    self.collect(body, parts, parts.setdefault(name, Part(name)).name, 1.0)
+                    self.collect(body, parts, parts.setdefault(name, Part(name)).name, times)
             elif opcode in ("call", "async-start"):
                 for callee in _named(_CALLEES, rest):
                     self.collect(callee, parts, part, times)
             elif opcode == "conditional":
-                self._collect_branch(_named(_BRANCHES, rest), parts, part, times)
+                self._collect_branch(_named(_BRANCHES, rest), parts, part, times, usual=is_usual(op_name))
+            elif opcode == "fusion":
+                for callee in _named(_CALLEES, rest):
+                    for inner in self.lines.get(callee, ()):
+                        add_collective(parts[part].sent.setdefault(times, []), callee, inner)
+            add_collective(parts[part].sent.setdefault(times, []), computation, line)
             cycles = _first(_CYCLES, rest)
             if cycles:
                 operation = Operation(times * int(cycles), opcode, op_name, self._line(rest))
                 parts[part].operations.append(operation)
 
-    def _collect_branch(self, branches: list[str], parts: dict[str, Part], part: str, times: float) -> None:
-        """Add the cheaper of two branches; of more, which read as much of a history as is filled, the median one."""
+    def _collect_branch(self, branches: list[str], parts: dict[str, Part], part: str, times: float, *, usual: bool) -> None:
+        """Add the cheaper of two branches, or the dearer if it is the `usual` one; of more than two the median one.
+
+        More than two read as much of a solver's history as is filled.
+        """
         found = []
         for branch in branches:
             found.append({part: Part(part)})
             self.collect(branch, found[-1], part, times)
         found.sort(key=lambda own: sum(one.cycles for one in own.values()))
-        for name, one in found[len(found) // 2 if len(found) > 2 else 0].items() if found else ():
-            parts.setdefault(name, Part(name)).operations.extend(one.operations)
+        which = -1 if usual else len(found) // 2 if len(found) > 2 else 0
+        for name, one in found[which].items() if found else ():
+            into = parts.setdefault(name, Part(name))
+            into.operations.extend(one.operations)
+            for n, sent in one.sent.items():
+                into.sent.setdefault(n, []).extend(sent)
 
     def _trips(self, rest: str) -> int:
         """Number of iterations of a loop; 0 where it depends on data. JAX's scans count from 0 to below a constant."""

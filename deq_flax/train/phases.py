@@ -273,6 +273,10 @@ class Phases:
         """The phase of training step `step`, counted from 0."""
         return Phase("explicit layers")
 
+    def kinds(self) -> list[Phase]:
+        """All phases that a run can have, one of its last step first: each is a program of its own."""
+        return [self.phase(0)]
+
     def scalars(self, step: int) -> StepScalars:
         """The scalars of training step `step`."""
         return StepScalars()
@@ -313,6 +317,18 @@ class EquilibriumPhases(Phases):
         wanted = weight > 0 and not (deq.jacobian_stop and step >= deq.jacobian_stop)
         phase = self._pretraining if pretraining else self._training
         return dataclasses.replace(phase, jacobian_loss=wanted and self._random(step).random() < deq.jacobian_frequency)
+
+    def kinds(self) -> list[Phase]:
+        deq = self._deq
+        found = self._regularized(self._training, deq.jacobian_weight)
+        return found + (self._regularized(self._pretraining, deq.pretrain_jacobian_weight) if deq.pretrain_steps else [])
+
+    def _regularized(self, phase: Phase, weight: float) -> list[Phase]:
+        """The phase without the Jacobian loss, with it, or both."""
+        deq = self._deq
+        wanted = weight > 0 and deq.jacobian_frequency > 0
+        always = wanted and deq.jacobian_frequency == 1 and not deq.jacobian_stop
+        return [phase] * (not always) + [dataclasses.replace(phase, jacobian_loss=True)] * wanted
 
     def scalars(self, step: int) -> StepScalars:
         deq, random = self._deq, self._random(step)

@@ -4,15 +4,17 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from deq_flax import cli, compile
 from deq_flax.compilation import chips
 from deq_flax.compilation.lower import CompiledStep, _compile, compile_steps
 from deq_flax.compilation.program import parts_of
-from deq_flax.compilation.report import as_lines, report
+from deq_flax.compilation.report import as_lines, cure, report
 from deq_flax.compilation.stand_in import without_data
 from deq_flax.config import make_task, resolve
 from deq_flax.config_files import load_config
@@ -23,6 +25,7 @@ from deq_flax.devices.mesh import MeshOptions
 from deq_flax.equilibrium import Broyden, fixed_point
 from deq_flax.errors import UserError
 from tests.commands import command, commands
+from tests.compilation.test_program import HLO, fusion
 from tests.test_configs import resolved
 from tests.test_configs_vision import get
 
@@ -30,6 +33,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 SMALL = {"d_model": 32, "d_embed": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "mem_len": 8}
 FLAGS = [f"--config.model.{key}={value}" for key, value in SMALL.items()]
 FLAGS += ["--config.data.seq_len=8", "--config.data.eval_seq_len=8", "--config.data.eval_batch_size=16"]
+MEMORY = [f"{kind}_size_in_bytes" for kind in ("argument", "output", "alias", "temp", "generated_code")]
 
 
 @pytest.fixture(autouse=True)
@@ -120,13 +124,55 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
     step = CompiledStep("train", compiled, 1.0, {"parameters": 2**30, "optimizer": 0, "carry": 0}, None, 1, refused)
     account = report(step, chips.CHIPS["v5e"], None)
     assert not account["fits"] and account["bytes"]["all"] == 65.5 * 2**30
-    assert any(line.startswith("  does not fit: set mesh.fsdp") for line in as_lines("train", account))
+    assert any(line.startswith("  does not fit: lower data.batch_size") for line in as_lines("train", account))
+
+
+def test_advice_is_of_what_takes_the_memory():
+    stored, computed = ({"bytes": {"parameters": n, "optimizer": n, "all": 10}} for n in (4, 1))
+    assert cure("train", stored).startswith("set mesh.fsdp") and cure("train", computed).startswith("lower data.batch_size")
+    assert cure("eval", stored).startswith("set mesh.tensor") and cure("eval", computed).startswith(
+        "lower data.eval_batch_size"
+    )
+
+
+def test_the_estimate_is_of_all_iterations_and_collectives():
+    hlo = HLO.replace(fusion("g", 100), "  %g = f32[1000]{0} all-reduce(%p), replica_groups={{0,1}}\n" + fusion("g", 100))
+    memory = SimpleNamespace(**dict.fromkeys(MEMORY, 0) | {"temp_size_in_bytes": 100})
+    compiled = SimpleNamespace(as_text=lambda: hlo, memory_analysis=lambda: memory)
+    step = CompiledStep("train", compiled, 1.0, {}, jax.make_jaxpr(lambda x: x)(1.0).jaxpr, 1)  # ty: ignore
+    chip = chips.Chip(memory=99, peak=1.0, clock=10.0, product_rate=1.0, link=500.0)
+    account = report(step, chip, resolved("wt103", "tiny").deq)
+    forward, adjoint = resolved("wt103", "tiny").deq.max_steps, resolved("wt103", "tiny").deq.backward_max_steps
+    assert account["sending"] == forward * 2 * 4000 / (2 * 500)
+    assert account["seconds"] == pytest.approx((63 + forward * 118 + adjoint * 40) / 10 + account["sending"])
+    assert not account["fits"] and any("does not fit" in line for line in as_lines("train", account))
+
+
+def test_every_kind_of_step_is_compiled(monkeypatch):
+    monkeypatch.setattr("deq_flax.compilation.lower._compile", lambda traced: (None, 1))
+    config = small(MeshOptions(data=2, fsdp=4))
+    names = [step.name for step in compile_steps(config, jax.devices(), every_kind=True)]
+    assert names == ["train", "train, equilibrium with Jacobian loss", "train, unrolled pretraining", "eval"]
+    assert [step.name for step in compile_steps(config, jax.devices())] == ["train", "eval"]
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_ends_with_advice(monkeypatch, capsys):
+    chip = dataclasses.replace(chips.CHIPS["v5e"], memory=1e5)
+    monkeypatch.setattr(chips, "topology_devices", lambda name: (chip, jax.devices()))
+    flags = ["--config.data.batch_size=16", "--topology", "v5e:2x4", "--must_fit"]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(compile.main, ["compile", "--config", "configs/wt103.py:tiny", *FLAGS, *flags], flag_values=compile._FLAGS)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and "does not fit" in out
+    assert err.splitlines()[-1].startswith("error: the train step does not fit: lower data.batch_size")
 
 
 @pytest.mark.slow
 def test_mistakes_are_one_line(monkeypatch):
     cases = {
-        "known: v4:2x2x1": ["--config", "configs/wt103.py:tiny", "--topology", "v9:2x2"],
+        "known: v4:2x2x1": ["--config", "configs/wt103.py:tiny", "--topology", "v9:2x2", "--patience", "60"],  # a flag of main
+        "--must_fit needs --topology": ["--config", "configs/wt103.py:tiny", "--must_fit"],
         "set model.vocab_size": ["--config", "configs/wt103.py:tiny", "--config.data.name=tokens"],
         "--config is missing": [],
         "must be a multiple of": ["--config", "configs/wt103.py:tiny", "--config.train.accumulate=5"],

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deq_flax import GMRES, Anderson, Implicit, fixed_point
+from deq_flax import GMRES, Anderson, Implicit, Unroll, fixed_point
 from deq_flax.compilation.operations import operations_by_part
 from deq_flax.compilation.program import parts_of
 from deq_flax.nn.convolution_primitive import Window, convolve_nhwc
@@ -87,6 +87,31 @@ def test_cycles_are_counted_by_part():
     assert largest.cycles == 100 and largest.opcode == "fusion" and largest.op_name == "jit(step)/mul"
 
 
+def test_iterations_of_all_parts_of_a_batch_are_added_up():
+    """With `train.accumulate` a loop of known length is around the solvers'."""
+    entry = HLO.index("ENTRY")
+    program = HLO[:entry] + HLO[entry:].replace("ENTRY %main", "%part").replace("jit(step)/", "jit(step)/while/body/")
+    program += "ENTRY %main (p: f32[2]) -> f32[2] {\n" + loop("parts", "part", "jit(step)/while", 3) + "\n}\n"
+    single = {part.name: part.cycles for part in parts_of(HLO)}
+    assert {part.name: part.cycles for part in parts_of(program)} == {name: 3 * cycles for name, cycles in single.items()}
+
+
+def test_a_step_that_is_usually_taken_counts():
+    taken = HLO.replace("%branch, %cheap}", '%branch, %cheap}, metadata={op_name="jit(step)/within_limit/cond"}')
+    assert parts_of(taken)[0].cycles - parts_of(HLO)[0].cycles == 9 - 2
+
+
+def test_collectives_are_those_of_a_part():
+    gather = "  %g{} = f32[8,4]{{1,0}} all-gather(%p), replica_groups={{{{0,1}}}}"
+    fused = "  %h = f32[2]{0} fusion(%a), calls=%fused"
+    program = HLO.replace(fusion("x", 3), gather.format(1)).replace(
+        "%branch (p", f"%fused (p) {{\n{gather.format(2)}\n}}\n%branch (p"
+    )
+    program = program.replace(fusion("e", 7, 2), f"{gather.format(3)}\n{fused}")
+    sent = {part.name: {n: len(found) for n, found in part.sent.items() if found} for part in parts_of(program)}
+    assert sent == {"outside": {1: 2}, "forward iteration": {1: 1, 5: 1}, "adjoint iteration": {}}
+
+
 def test_of_many_branches_the_median_counts():
     """A solver reads as much of its history as is filled, by one of several branches."""
     program = HLO.replace("{%branch, %cheap}", "{%cheap, %branch, %branch}")
@@ -107,6 +132,22 @@ def test_operations_are_those_of_the_products():
 
     jaxpr = jax.make_jaxpr(jax.jit(program))(jnp.ones((3, 3)), jnp.ones((2, 3))).jaxpr
     assert operations_by_part(jaxpr) == {"outside": 5 * 2 * 2 * 3 * 3}
+
+
+@pytest.mark.parametrize("limit", [None, 7], ids=["as many steps", "a limit"])
+def test_the_operations_of_an_unrolled_iteration_are_those_of_its_steps(limit):
+    """Six free steps, two with their gradient. With a limit the free ones are a loop of unknown length."""
+
+    def loss(w, x, limit):
+        gradient = Unroll(8, last=2)
+        return fixed_point(lambda z: jnp.tanh(z @ w + x), x, gradient=gradient, max_steps=limit).value.sum()
+
+    limit = None if limit is None else jnp.int32(limit)
+    parts = operations_by_part(jax.make_jaxpr(jax.grad(loss))(jnp.ones((16, 16)), jnp.ones((4, 16)), limit).jaxpr)
+    f = 2 * 4 * 16 * 16
+    steps = 1 + 2 + 2 * 2  # that of the residual, the two steps, and their gradients with respect to w and to the state
+    free = {"outside": (steps + 6) * f} if limit is None else {"outside": steps * f, "forward iteration": f}
+    assert parts == free
 
 
 def test_products_that_a_loop_repeats_unchanged_are_none_of_its_own():

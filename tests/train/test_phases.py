@@ -33,6 +33,14 @@ def test_pretraining_is_unrolled_and_without_jacobian_loss():
     assert isinstance(p.phase(50).gradient, Implicit) and p.phase(50).gradient == p.evaluation.gradient
 
 
+def test_the_kinds_of_phases_are_those_that_steps_have():
+    cases = [{}, {"jacobian_frequency": 1.0}, {"jacobian_frequency": 1.0, "jacobian_stop": 200}, {"pretrain_steps": 0}]
+    for section in [*cases, {"pretrain_jacobian_weight": 1.0}, {"jacobian_weight": 0.0}]:
+        p = phases(**section)
+        assert set(p.kinds()) == {p.phase(step) for step in range(500)}
+        assert p.kinds()[0].name == "equilibrium"
+
+
 def test_every_solver_and_gradient_of_the_tables_can_be_named():
     for name in GRADIENTS:
         gradient = training(gradient=name, solver="broyden")

@@ -12,6 +12,9 @@ from deq_flax.equilibrium.loop import Solver, check_options, solve
 from deq_flax.equilibrium.shards import cast, varying
 from deq_flax.equilibrium.solution import FlatMap, SolverStats
 
+WITHIN_LIMIT = "within_limit"
+"""Name, in a compiled program, of the choice whether a differentiated step is taken: it nearly always is."""
+
 
 @dataclass(frozen=True)
 class Unroll:
@@ -79,7 +82,10 @@ class Unroll:
             at, _ = jax.lax.scan(lambda at, _: (step(once, at), None), at, None, length=last)
         else:
             # A conditional, not a selection: beyond the limit nothing is evaluated, and no gradient there can be NaN.
-            conditional = lambda at, _: (jax.lax.cond(at.k < limit, lambda at: step(once, at), lambda at: at, at), None)  # noqa: E731
+            @jax.named_scope(WITHIN_LIMIT)
+            def conditional(at: _At, _: None) -> tuple[_At, None]:
+                return jax.lax.cond(at.k < limit, lambda at: step(once, at), lambda at: at, at), None
+
             at, _ = jax.lax.scan(conditional, at, None, length=last)
         _, stats = solve(stopped(f), jax.lax.stop_gradient(at.x), solver.with_limits(max_steps=1))
         count = at.k.astype(stats.nfe.dtype)
