@@ -12,6 +12,7 @@ import math
 import shutil
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -26,7 +27,7 @@ from deq_flax import cli
 from deq_flax.data.loading import SPLITS
 from deq_flax.data.text.cache import QUIET_BYTES, write_tokens
 from deq_flax.data.text.corpus import CORPUS_FILE
-from deq_flax.data.text.documents import Documents
+from deq_flax.data.text.documents import Documents, Piece
 from deq_flax.data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from deq_flax.errors import UserError
 
@@ -42,9 +43,6 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json to use inste
 
 BATCH = 64
 """Pieces that are encoded in parallel."""
-
-Piece = tuple[str, bool]
-"""A text, and True if it ends a document."""
 
 
 def main(folder: str) -> dict[str, Any]:
@@ -75,64 +73,29 @@ def main(folder: str) -> dict[str, Any]:
     return {"folder": str(out)} | meta
 
 
-class Text:
-    """The text of documents from byte `start` to byte `stop` of all together, each moved to the next line break.
-
-    Args:
-      documents: the files.
-      start, stop: bounds in bytes.
-    """
-
-    def __init__(self, documents: Documents, start: float = 0, stop: float = math.inf):
-        self.documents, self._start, self._stop = documents, start, stop
-
-    def size(self) -> int:
-        """Size in bytes, up to the length of a line."""
-        return int(min(self._stop, self.documents.size()) - self._start)
-
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the pieces of the range."""
-        position = 0
-        for text, ends in self.documents.pieces():
-            data = text.encode()
-            start, stop = (_line_end(data, bound - position) for bound in (self._start, self._stop))
-            if start < stop:
-                yield data[start:stop].decode(), ends and stop == len(data)
-            position += len(data)
-            if position >= self._stop:
-                return
-
-
-def _line_end(data: bytes, bound: float) -> int:
-    """Return the end of the line that contains byte `bound`, within data; 0 for a bound before it."""
-    if bound <= 0:
-        return 0
-    return len(data) if bound >= len(data) else data.find(b"\n", int(bound) - 1) + 1 or len(data)
-
-
-def find_splits(places: list[str], valid: list[str], test: list[str], held_out: float) -> dict[str, Text]:
+def find_splits(places: list[str], valid: list[str], test: list[str], held_out: float) -> dict[str, Documents]:
     """Find the text of each split: separate files, or the last parts of one text."""
-    documents = Documents.find(places)
+    text = Documents.find(places)
     if valid:
-        return {"train": Text(documents), "valid": Text(Documents.find(valid)), "test": Text(Documents.find(test))}
-    size = documents.size()
+        return {"train": text, "valid": Documents.find(valid, "--valid"), "test": Documents.find(test, "--test")}
+    size = text.size()
     bounds = [0, (1 - 2 * held_out) * size, (1 - held_out) * size, math.inf]
-    return {split: Text(documents, *bounds[i : i + 2]) for i, split in enumerate(SPLITS)}
+    return {split: text.part(*bounds[i : i + 2]) for i, split in enumerate(SPLITS)}
 
 
-def train(text: Text, vocab_size: int) -> Tokenizer:
+def train(text: Documents, vocab_size: int) -> Tokenizer:
     """Train a tokenizer, with progress on stderr."""
     with _progress("training the tokenizer", text.size()) as update:
 
         def pieces() -> Iterator[str]:
-            for piece, _ in text.pieces():
-                yield piece
-                update(len(piece.encode()))
+            for piece in text.pieces():
+                yield piece.text
+                update(piece.size)
 
         return Tokenizer.train(pieces(), vocab_size)
 
 
-def encode(tokenizer: Tokenizer, text: Text, file: Path, split: str) -> dict[str, int]:
+def encode(tokenizer: Tokenizer, text: Documents, file: Path, split: str) -> dict[str, int]:
     """Encode a split into an .npy file, with progress on stderr. Returns its numbers of tokens and of bytes.
 
     Raises:
@@ -144,18 +107,18 @@ def encode(tokenizer: Tokenizer, text: Text, file: Path, split: str) -> dict[str
     def ids_of(pieces: Iterator[Piece]) -> Iterator[np.ndarray]:
         nonlocal n_bytes
         while batch := list(islice(pieces, BATCH)):
-            for (piece, ends), ids in zip(batch, tokenizer.encode_many([piece for piece, _ in batch]), strict=True):
+            for piece, ids in zip(batch, tokenizer.encode_many([piece.text for piece in batch]), strict=True):
                 yield ids
-                if ends:
+                if piece.ends:
                     yield end_of_document
-                size = len(piece.encode())
-                n_bytes += size
-                update(size)
+                n_bytes += piece.size
+                update(piece.size)
 
     with open(file, "wb") as out, _progress(f"encoding {split}", text.size()) as update:
         n_tokens = write_tokens(out, ids_of(text.pieces()), np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
     if n_tokens < 2:
-        raise UserError(f"the {split} split has {n_tokens} tokens: give more text, or raise --held_out, or give --{split}")
+        held_out = "" if split == "train" else f", or raise --held_out, or give --{split}"
+        raise UserError(f"the {split} split has {n_tokens} tokens: give more text{held_out}")
     return {"tokens": n_tokens, "bytes": n_bytes}
 
 
@@ -165,9 +128,11 @@ def _progress(what: str, size: int) -> Generator[Callable[[int], object]]:
         yield bar.update
 
 
-def _warn_of_invalid(splits: dict[str, Text]) -> None:
+def _warn_of_invalid(splits: dict[str, Documents]) -> None:
     """Name the files that are not UTF-8, on stderr."""
-    invalid = {file: n for text in splits.values() for file, n in text.documents.invalid.items()}
+    invalid: Counter[Path] = Counter()
+    for text in splits.values():
+        invalid.update(text.invalid)
     for file, count in sorted(invalid.items())[:10]:
         print(f"warning: {file}: {count} byte sequences are not UTF-8; they were read as U+FFFD", file=sys.stderr)
     if len(invalid) > 10:

@@ -90,7 +90,9 @@ def test_mistakes_are_one_line(encoded, tmp_path):
     text = ["--input", tmp_path / "text"]
     cases = {
         "exists: give a new folder": ["--input", out, out],
-        "does not exist": ["--input", tmp_path / "none", tmp_path / "new"],
+        "--input none does not exist": ["--input", "none", tmp_path / "new"],
+        "--valid none does not exist": [*text, "--valid", "none", "--test", tmp_path / "text", tmp_path / "new"],
+        "--input is empty": ["--input", "", tmp_path / "new"],
         "--input is missing": [tmp_path / "new"],
         "--held_out must be": [*text, "--held_out", "0.5", tmp_path / "new"],
         "give both": [*text, "--valid", tmp_path / "text", tmp_path / "new"],

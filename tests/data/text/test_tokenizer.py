@@ -1,5 +1,7 @@
 """Subword tokens: every text comes back exactly, however it is cut; files of any kind are read as a stream."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,14 +70,10 @@ def test_pieces_are_the_text(tmp_path, monkeypatch, piece):
         (tmp_path / name).write_bytes(text.encode())
     found = Documents.find([str(tmp_path)])
     assert [str(file.relative_to(tmp_path)) for file in found.files] == ["a.txt", "d", "sub/b"]
-    pieces, read = [*found.pieces()], []
-    assert (
-        sum(ends for _, ends in pieces) == 3
-        and "".join(text for text, _ in pieces) == texts["a.txt"] + texts["d"] + texts["sub/b"]
-    )
-    assert not found.invalid
-    [*found.pieces(read.append)]
-    assert sum(read) == found.size()
+    pieces = [*found.pieces()]
+    assert sum(piece.ends for piece in pieces) == 3 and not found.invalid
+    assert "".join(piece.text for piece in pieces) == texts["a.txt"] + texts["d"] + texts["sub/b"]
+    assert sum(piece.size for piece in pieces) == found.size()
 
 
 def test_what_is_not_utf_8_is_counted_and_replaced(tmp_path):
@@ -83,12 +81,35 @@ def test_what_is_not_utf_8_is_counted_and_replaced(tmp_path):
     (tmp_path / "good").write_bytes(b"fine\n")
     found = Documents.find([str(tmp_path / "bad"), str(tmp_path / "good")])
     for _ in range(2):
-        assert "".join(text for text, _ in found.pieces()) == "abc \ufffd\ufffd def \ufffd\nfine\n"
-        assert found.invalid == {tmp_path / "bad": 2}
+        pieces = [*found.pieces()]
+        assert "".join(piece.text for piece in pieces) == "abc \ufffd\ufffd def \ufffd\nfine\n"
+        assert [piece.size for piece in pieces] == [15, 5] and found.invalid == {tmp_path / "bad": 2}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("piece", [64, 1 << 16])
+def test_parts_have_the_shares_of_the_file_whatever_its_encoding(tmp_path, monkeypatch, encoding, piece):
+    """Bounds are bytes of the files; a byte that is no UTF-8 takes three as U+FFFD."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece)
+    (tmp_path / "text").write_bytes("é là-bas\nà côté\n".encode(encoding) * 500)
+    whole = Documents.find([str(tmp_path / "text")])
+    size = (tmp_path / "text").stat().st_size
+    bounds = [0, 0.4, 0.8 * size, 0.9 * size, math.inf]
+    parts = [whole.part(*bounds[i : i + 2]) for i in range(4)]
+    pieces = [[*part.pieces()] for part in parts]
+    assert "".join(piece.text for part in pieces for piece in part) == "".join(piece.text for piece in whole.pieces())
+    sizes = [sum(piece.size for piece in part) for part in pieces]
+    assert sum(sizes) == size and max(abs(n - share * size) for n, share in zip(sizes, (0, 0.8, 0.1, 0.1), strict=True)) < 40
+    assert [abs(part.size() - n) < 40 for part, n in zip(parts, sizes, strict=True)] == [True] * 4
+    assert [piece.ends for piece in pieces[-1]][-1] and sum(piece.ends for part in pieces for piece in part) == 1
+    assert sum(sum(part.invalid.values()) for part in parts) == (0 if encoding == "utf-8" else 5 * 500)
 
 
 def test_places_without_text_are_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        Documents.find([str(tmp_path / "none")])
-    with pytest.raises(UserError, match="no text in"):
-        Documents.find([str(tmp_path)])
+    for place, option, message in [
+        (tmp_path / "none", "--valid", "--valid .*none does not exist"),
+        (tmp_path, "--input", "--input: no text in"),
+        ("", "--test", "--test is empty: give a file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            Documents.find([str(place)], option)
