@@ -57,6 +57,9 @@ _VOCABULARY = flags.DEFINE_string(
     "file of the model's vocabulary, one word a line, or its tokenizer.json; default: that of its run or its text",
     flag_values=_FLAGS,
 )
+_END_OF_TEXT = flags.DEFINE_string(
+    "end_of_text", END_OF_TEXT, "token of a tokenizer that an empty prompt follows", flag_values=_FLAGS
+)
 _MEMORY = flags.DEFINE_integer("memory", None, "number of tokens in memory; default: as in training", flag_values=_FLAGS)
 _MAX_STEPS = flags.DEFINE_integer(
     "max_steps", None, "limit on the evaluations of f per token; default: as in training", flag_values=_FLAGS
@@ -78,7 +81,7 @@ def main() -> dict[str, Any]:
         )
         vocabulary = find_vocabulary(Path(_CHECKPOINT.value or ""), loaded.config, _VOCABULARY.value)
         given = [_PROMPT.value or ""] if _PROMPTS.value is None else read_prompts(Path(_PROMPTS.value))
-        encoded = [encode_prompt(prompt, vocabulary, loaded.config.data.name) for prompt in given]
+        encoded = [encode_prompt(prompt, vocabulary, loaded.config.data.name, _END_OF_TEXT.value) for prompt in given]
         prompts = [ids for ids in encoded for _ in range(_SAMPLES.value)]
         memory = _MEMORY.value if _MEMORY.value is not None else default_memory(loaded.config)
         solver = make_solver(loaded.config.deq, tol=_TOL.value, max_steps=_MAX_STEPS.value)
@@ -123,7 +126,7 @@ def find_vocabulary(checkpoint: Path, config: Config, file: str | None) -> Vocab
     vocabulary = _vocabulary_of_text(config.data) if found is None else _load_vocabulary(found)
     known = config.model.vocab_size
     if len(vocabulary) > known:
-        raise UserError(f"the vocabulary has {len(vocabulary)} tokens, the model {known}: it is not this model's vocabulary")
+        raise UserError(f"the vocabulary has {len(vocabulary)} ids, the model {known}: it is not this model's vocabulary")
     return vocabulary
 
 
@@ -131,21 +134,30 @@ def _load_vocabulary(file: Path) -> Vocabulary | Tokenizer:
     return Tokenizer.load(file) if file.suffix == ".json" else Vocabulary.load(file)
 
 
-def encode_prompt(prompt: str, vocabulary: Vocabulary | Tokenizer, text: str) -> np.ndarray:
+def encode_prompt(prompt: str, vocabulary: Vocabulary | Tokenizer, text: str, end_of_text: str = END_OF_TEXT) -> np.ndarray:
     """The ids of a prompt, (n,) int32, n >= 1. Unknown words are listed on stderr.
 
     Args:
       prompt: words separated by spaces, or any text for a tokenizer; '' stands for the beginning of a line or document.
       vocabulary: the vocabulary of the model.
       text: name of the training text, which decides how the prompt is split into words.
+      end_of_text: the token of a tokenizer that comes before a document.
 
     Raises:
-      UserError: a word is unknown and the vocabulary has no '<unk>', or the prompt is empty and it has no '<eos>'.
+      UserError: a word is unknown and the vocabulary has no '<unk>', or the prompt is empty and it has no '<eos>'; or the
+        tokenizer cannot encode the prompt, or has no such token.
     """
     if isinstance(vocabulary, Tokenizer):
-        if not prompt and vocabulary.end_of_text is None:
-            raise UserError(f"--prompt is empty, and the tokenizer has no {END_OF_TEXT} to begin from: give a word")
-        return vocabulary.encode(prompt) if prompt else np.array([vocabulary.end_of_text], np.int32)
+        ids = vocabulary.encode(prompt)
+        if len(ids):
+            return ids
+        end = vocabulary.id_of(end_of_text)
+        if end is None:
+            raise UserError(
+                f"--prompt is empty, and the tokenizer has no {end_of_text} to begin from: give a word, or name the token that "
+                "ends a document with --end_of_text"
+            )
+        return np.array([end], np.int32)
     if text == "pydoc":
         prompt = "\n".join(map(tokenize, prompt.split("\n")))
     words = (prompt.lower() if vocabulary.lower_case else prompt).replace("\n", f" {EOS} ").split()

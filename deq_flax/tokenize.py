@@ -4,7 +4,7 @@
 
 Trains byte-level BPE on the text, or takes an existing one (--tokenizer FILE), and writes train.npy, valid.npy and test.npy of
 token ids, tokenizer.json and corpus.json into the new folder DIR. Folders are searched for files of any name. Without --valid
-and --test the text's last parts are held out. Needs the package tokenizers.
+and --test the text's last parts are held out. Each file is a document, with a token after it. Needs the package tokenizers.
 """
 
 import json
@@ -28,7 +28,7 @@ from deq_flax.data.loading import SPLITS
 from deq_flax.data.text.cache import QUIET_BYTES, write_tokens
 from deq_flax.data.text.corpus import CORPUS_FILE
 from deq_flax.data.text.documents import Documents, Piece
-from deq_flax.data.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from deq_flax.data.text.tokenizer import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
 from deq_flax.errors import UserError
 
 _FLAGS = flags.FlagValues()  # not the global ones, so that this module can be imported beside other commands
@@ -40,6 +40,7 @@ _HELD_OUT = flags.DEFINE_float(
 )
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "number of tokens to train", flag_values=_FLAGS)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json to use instead of training one", flag_values=_FLAGS)
+_END_OF_TEXT = flags.DEFINE_string("end_of_text", END_OF_TEXT, "token that ends each document", flag_values=_FLAGS)
 
 BATCH = 64
 """Pieces that are encoded in parallel."""
@@ -51,13 +52,18 @@ def main(folder: str) -> dict[str, Any]:
     cli.require(not out.exists(), f"{out} exists: give a new folder, or delete it")
     cli.require(bool(_VALID.value) == bool(_TEST.value), "give both --valid and --test, or neither")
     cli.require(0 < _HELD_OUT.value < 0.5, f"--held_out must be above 0 and below 0.5, not {_HELD_OUT.value}")
+    end_of_text = _END_OF_TEXT.value
+    cli.require(bool(end_of_text), "--end_of_text is empty: name a token")
     splits = find_splits(_INPUT.value or [], _VALID.value, _TEST.value, _HELD_OUT.value)
     scratch = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         scratch.mkdir(parents=True)
-        tokenizer = Tokenizer.load(_TOKENIZER.value) if _TOKENIZER.value else train(splits["train"], _VOCAB_SIZE.value)
+        if _TOKENIZER.value:
+            tokenizer = load(_TOKENIZER.value, end_of_text, splits)
+        else:
+            tokenizer = train(splits["train"], _VOCAB_SIZE.value, end_of_text)
         (scratch / TOKENIZER_FILE).write_text(tokenizer.to_json(), encoding="utf-8")
-        facts = {split: encode(tokenizer, text, scratch / f"{split}.npy", split) for split, text in splits.items()}
+        facts = {split: encode(tokenizer, text, scratch / f"{split}.npy", split, end_of_text) for split, text in splits.items()}
         meta = {"vocab_size": len(tokenizer)} | {key: {s: f[key] for s, f in facts.items()} for key in ("tokens", "bytes")}
         (scratch / CORPUS_FILE).write_text(json.dumps(meta, indent=1))
         scratch.rename(out)
@@ -69,7 +75,7 @@ def main(folder: str) -> dict[str, Any]:
         per_token = fact["bytes"] / max(fact["tokens"], 1)
         print(f"{split}: {fact['tokens']:,} tokens, {fact['bytes']:,} bytes, {per_token:.2f} bytes a token")
     _warn_of_invalid(splits)
-    print(f"{out}: {len(tokenizer)} tokens; train with --config.data.name=tokens --config.data.path={out}")
+    print(f"{out}: a vocabulary of {len(tokenizer)}; train with --config.data.name=tokens --config.data.path={out}")
     return {"folder": str(out)} | meta
 
 
@@ -83,7 +89,25 @@ def find_splits(places: list[str], valid: list[str], test: list[str], held_out: 
     return {split: text.part(*bounds[i : i + 2]) for i, split in enumerate(SPLITS)}
 
 
-def train(text: Documents, vocab_size: int) -> Tokenizer:
+def load(file: str, end_of_text: str, splits: dict[str, Documents]) -> Tokenizer:
+    """Read a tokenizer. One that has no end of text gets a warning on stderr if there are documents to separate.
+
+    Raises:
+      UserError: it cannot be read, or lacks the end of text that the command line names.
+    """
+    tokenizer = Tokenizer.load(file)
+    if tokenizer.id_of(end_of_text) is None:
+        named = _FLAGS["end_of_text"].present
+        cli.require(not named, f"--end_of_text: {file} has no token {end_of_text!r}: name the one that ends its documents")
+        if any(len(text.files) > 1 for text in splits.values()):
+            print(
+                f"warning: {file} has no token {end_of_text}, so the documents run together: name another with --end_of_text",
+                file=sys.stderr,
+            )
+    return tokenizer
+
+
+def train(text: Documents, vocab_size: int, end_of_text: str) -> Tokenizer:
     """Train a tokenizer, with progress on stderr."""
     with _progress("training the tokenizer", text.size()) as update:
 
@@ -92,17 +116,17 @@ def train(text: Documents, vocab_size: int) -> Tokenizer:
                 yield piece.text
                 update(piece.size)
 
-        return Tokenizer.train(pieces(), vocab_size)
+        return Tokenizer.train(pieces(), vocab_size, end_of_text)
 
 
-def encode(tokenizer: Tokenizer, text: Documents, file: Path, split: str) -> dict[str, int]:
+def encode(tokenizer: Tokenizer, text: Documents, file: Path, split: str, end_of_text: str) -> dict[str, int]:
     """Encode a split into an .npy file, with progress on stderr. Returns its numbers of tokens and of bytes.
 
     Raises:
-      UserError: there is no text, or only one token.
+      UserError: there is no text, or only one token, or the tokenizer cannot encode it.
     """
-    n_bytes = 0
-    end_of_document = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int32)
+    n_bytes, end = 0, tokenizer.id_of(end_of_text)
+    end_of_document = np.array([] if end is None else [end], np.int32)
 
     def ids_of(pieces: Iterator[Piece]) -> Iterator[np.ndarray]:
         nonlocal n_bytes

@@ -6,6 +6,7 @@ import pytest
 
 from deq_flax.convert import convert
 from deq_flax.data.text.corpus import TextOptions, load_text
+from deq_flax.data.text.tokenizer import Tokenizer
 from deq_flax.data.text.vocabulary import Vocabulary
 from deq_flax.equilibrium import Anderson
 from deq_flax.errors import UserError
@@ -60,6 +61,14 @@ def test_an_empty_prompt_is_the_beginning_of_a_line():
     assert encode_prompt("  ", VOCABULARY, "tokens").tolist() == [0]
     with pytest.raises(UserError, match="--prompt is empty"):
         encode_prompt("", Vocabulary(["the"]), "tokens")
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_document_of_subwords():
+    tokenizer = Tokenizer.train(["the cat"], 300, "</s>")
+    assert encode_prompt("", tokenizer, "tokens", "</s>").tolist() == [0]
+    assert 0 not in encode_prompt("the</s>", tokenizer, "tokens", "</s>")
+    with pytest.raises(UserError, match=r"no <\|endoftext\|> to begin from: .* --end_of_text"):
+        encode_prompt("", tokenizer, "tokens")
 
 
 def test_memory_and_solver_are_those_of_training():

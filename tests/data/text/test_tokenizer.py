@@ -1,5 +1,6 @@
 """Subword tokens: every text comes back exactly, however it is cut; files of any kind are read as a stream."""
 
+import json
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def test_any_text_comes_back(tokenizer, text):
 
 
 def test_frequent_words_are_one_token(tokenizer):
-    assert 257 < len(tokenizer) <= 300 and tokenizer.end_of_text == 0
+    assert 257 < len(tokenizer) <= 300 and tokenizer.id_of(END_OF_TEXT) == 0
     assert len(tokenizer.encode(TEXT)) < len(TEXT) / 2
     many = tokenizer.encode_many([TEXT, "the log"])
     assert many[0].tolist() == tokenizer.encode(TEXT).tolist() and tokenizer.decode(many[1]) == "the log"
@@ -53,6 +54,38 @@ def test_a_tokenizer_file_is_read_back(tokenizer, tmp_path):
             Tokenizer.load(file)
     with pytest.raises(UserError, match="at least 257"):
         Tokenizer.train([TEXT], 256)
+
+
+def test_a_text_that_contains_a_special_token_ends_no_document(tokenizer):
+    text = f"the cat{END_OF_TEXT}the dog"
+    for ids in (tokenizer.encode(text), *tokenizer.encode_many([text])):
+        assert len(ids) and 0 not in ids
+        assert tokenizer.decode(ids) == text
+
+
+WORDS = {"version": "1.0", "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": []}
+
+
+def word_level(vocab, **parts):
+    """A tokenizer of whole words, as another program may have written it."""
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+    return Tokenizer.from_json(json.dumps(WORDS | {"model": model} | parts), "words.json")
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_an_error_of_one_line():
+    words = word_level({"the": 0, "cat": 1})
+    assert words.encode("the cat").tolist() == [0, 1]
+    for encode in (words.encode, lambda text: words.encode_many([text]), lambda text: words.encode("\ud800")):
+        with pytest.raises(UserError, match=r"cannot encode the text \(.*\): use one that covers any text") as caught:
+            encode("the dog")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot encode the text"):
+        word_level({"the": 1 << 31}).encode("the")
+
+
+def test_ids_may_have_gaps():
+    assert len(word_level({"[UNK]": 0, "the": 3, "cat": 700})) == 701
+    assert len(word_level({})) == 0
 
 
 @pytest.mark.parametrize("piece", [16, 64, 1 << 16])
