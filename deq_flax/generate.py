@@ -41,7 +41,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string("prompt", None, "the beginning of the text; empty: the beginning of a line", flag_values=_FLAGS)
 _PROMPTS = flags.DEFINE_string("prompts", None, "a file with a prompt on each line, instead of --prompt", flag_values=_FLAGS)
 _SAMPLES = flags.DEFINE_integer("samples", 1, "number of texts for each prompt", flag_values=_FLAGS)
-_STREAM = flags.DEFINE_boolean("stream", True, "print a single text as it is chosen", flag_values=_FLAGS)
+_STREAM = flags.DEFINE_boolean("stream", True, "print a single text as it is chosen, not when it is done", flag_values=_FLAGS)
 _TOKENS = flags.DEFINE_integer("tokens", 100, "number of tokens to generate", flag_values=_FLAGS)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 1.0, "0: always the most likely word; 1: draw from the model's distribution", flag_values=_FLAGS
@@ -72,6 +72,10 @@ def main() -> dict[str, Any]:
     cli.require(_TOKENS.value >= 1, f"--tokens must be at least 1, not {_TOKENS.value}")
     cli.require(_SAMPLES.value >= 1, f"--samples must be at least 1, not {_SAMPLES.value}")
     cli.require(_PROMPT.value is None or _PROMPTS.value is None, "--prompt and --prompts exclude each other")
+    given = [_PROMPT.value or ""] if _PROMPTS.value is None else read_prompts(Path(_PROMPTS.value))
+    several = len(given) * _SAMPLES.value > 1
+    streamed = _STREAM.value and not several
+    cli.require(not (several and _STREAM.value and _FLAGS["stream"].present), "--stream is for a single text: leave it out")
     try:
         sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
         loaded = load_model(_CHECKPOINT.value or "", cli.resolved(_FLAGS))
@@ -80,7 +84,6 @@ def main() -> dict[str, Any]:
             f"--checkpoint: model {loaded.config.model.name!r} cannot generate text; an equilibrium language model is needed",
         )
         vocabulary = find_vocabulary(Path(_CHECKPOINT.value or ""), loaded.config, _VOCABULARY.value)
-        given = [_PROMPT.value or ""] if _PROMPTS.value is None else read_prompts(Path(_PROMPTS.value))
         encoded = [encode_prompt(prompt, vocabulary, loaded.config.data.name, _END_OF_TEXT.value) for prompt in given]
         prompts = [ids for ids in encoded for _ in range(_SAMPLES.value)]
         memory = _MEMORY.value if _MEMORY.value is not None else default_memory(loaded.config)
@@ -88,14 +91,16 @@ def main() -> dict[str, Any]:
         generator = Generator(loaded.model, solver=solver, sampling=sampling, memory=memory, words=len(vocabulary))
     except ValueError as error:
         raise UserError(str(error)) from error
-    beginnings, tokens = [*map(vocabulary.decode, prompts)], generator.tokens(prompts, _TOKENS.value, _SEED.value)
-    streamed = _STREAM.value and len(prompts) == 1
+    # The token that stands for an empty prompt is no part of the text.
+    shown = [vocabulary.decode(ids) if prompt.strip() else prompt for prompt, ids in zip(given, encoded, strict=True)]
+    beginnings = [beginning for beginning in shown for _ in range(_SAMPLES.value)]
+    tokens = generator.tokens(prompts, _TOKENS.value, _SEED.value)
     print(beginnings[0] if streamed else "", end="", flush=True)
     written = _write(tokens, [*map(vocabulary.stream, prompts)], streamed)
     texts = written.pop("texts")
     if not streamed:
         for number, (beginning, text) in enumerate(zip(beginnings, texts, strict=True)):
-            print(f"{f'[{number}] ' if len(prompts) > 1 else ''}{beginning}{text}", flush=True)
+            print(f"{f'[{number}] ' if several else ''}{beginning}{text}", flush=True)
     if _PROMPTS.value is None and _SAMPLES.value == 1:
         return {"prompt": beginnings[0], "text": texts[0]} | written
     return {"texts": [{"prompt": a, "text": b} for a, b in zip(beginnings, texts, strict=True)]} | written

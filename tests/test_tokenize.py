@@ -81,6 +81,9 @@ def test_a_run_on_subwords_reports_bits_per_byte_and_generates(encoded, tmp_path
     text = command("generate", "--checkpoint", tmp_path, "--prompt", "The value of ", "--tokens", 12)
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("The value of ") and len(text.stdout) > len("The value of \n")
+    empty = command("generate", "--checkpoint", tmp_path, "--tokens", 3, "--json")
+    assert empty.returncode == 0, empty.stderr
+    assert json.loads(empty.stdout)["prompt"] == "" and empty.stderr.startswith(json.loads(empty.stdout)["text"])
 
 
 @pytest.mark.slow
