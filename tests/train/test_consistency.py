@@ -8,7 +8,7 @@ import pytest
 from deq_flax.equilibrium import Picard, Unroll
 from deq_flax.errors import UserError
 from deq_flax.train.consistency import consistency_loss, with_loss
-from deq_flax.train.phases import DEQOptions, EquilibriumPhases
+from deq_flax.train.phases import DEQOptions, EquilibriumPhases, make_probes, probe_metrics
 from tests.cases import others_slow
 
 SIZE = 3
@@ -50,7 +50,7 @@ def test_it_is_the_squared_distance_of_f_at_the_iterates_from_the_equilibrium():
 def test_a_loss_that_rides_along_adds_its_gradient_and_no_value():
     def both(w, attached):
         z = jnp.sin(w)
-        return jnp.sum(with_loss(z, jnp.sum(w**3)) ** 2) if attached else jnp.sum(z**2) + jnp.sum(w**3)
+        return jnp.sum(with_loss(z, jnp.sum(w**3), 0.7) ** 2) if attached else jnp.sum(z**2) + 0.7 * jnp.sum(w**3)
 
     w = jnp.arange(1.0, 4.0)
     value_and_grads = jax.jit(
@@ -59,6 +59,31 @@ def test_a_loss_that_rides_along_adds_its_gradient_and_no_value():
     value, alone, found, expected = value_and_grads(w)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert value == alone
+
+
+def test_a_probe_reports_the_losses_without_their_weight():
+    """Those of all solves of a step, whatever the loss of the task is multiplied by."""
+    w, f, z0 = problem()
+
+    def solved(start, probes=None, **options):
+        solve = phase(**options).solve(probes=probes or make_probes())
+        return solve(lambda z: f(w, z), start)[0]
+
+    def task(probes, weight):
+        first, second = (solved(start, probes, consistency_weight=weight).value[0] for start in (z0, (z0[0] + 1, z0[1])))
+        return 3.0 * jnp.sum(first) + jnp.sum(second)
+
+    def own(start):
+        solution = solved(start, consistency_weight=1.0)
+        return consistency_loss(lambda z: f(w, z), solution.trajectory, solution.value)
+
+    def both():
+        return [jax.grad(task)(make_probes(), weight) for weight in (0.7, 0.0)], own(z0), own((z0[0] + 1, z0[1]))
+
+    (report, without), first, second = jax.jit(both)()
+    np.testing.assert_allclose(report.consistency, [first + second, 2.0], rtol=1e-6)
+    assert first > 1e-3 and abs(first - second) > 1e-3
+    assert probe_metrics(without)["consistency_loss"].count == 0 < probe_metrics(without)["backward_nfe"].count
 
 
 @pytest.mark.parametrize("gradient", others_slow(["implicit", "unroll"], ["unroll"]))
