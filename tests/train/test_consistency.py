@@ -10,6 +10,9 @@ from deq_flax.errors import UserError
 from deq_flax.train.consistency import consistency_loss, with_loss
 from deq_flax.train.phases import DEQOptions, EquilibriumPhases, make_probes, probe_metrics
 from tests.cases import others_slow
+from tests.tasks.images import classification, merged, write_labeled
+from tests.train.commands import metrics
+from tests.train.small import config, run, write_tokens
 
 SIZE = 3
 
@@ -125,3 +128,38 @@ def test_evaluation_and_pretraining_have_none():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         DEQOptions(**options)
+
+
+MODELS = {
+    "deq_transformer": {"pre_norm": True, "dropout": 0.0, "attention_dropout": 0.0},
+    "proposal_deq": {"name": "proposal_deq", "proposal_blocks": 1, "pre_norm": True, "dropout": 0.0, "attention_dropout": 0.0},
+    "mdeq": {"dropout": 0.0},
+}
+TRAINED = {
+    "deq": dict(max_steps=8, max_steps_jitter=0, jacobian_weight=0.0, pretrain_steps=0),
+    "train": dict(steps=20, log_every=1, eval_every=0, checkpoint_every=20),
+    "optimizer": dict(name="adam", learning_rate=5e-3, warmup_steps=0, momentum=0.0, nesterov=False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trained_model_is_tuned_for_few_evaluations(tmp_path, capsys, name):
+    """As a recipe does it: `checkpoint.init_from` with a weight of the consistency loss, which is logged, and falls."""
+    (tmp_path / "data").mkdir()
+    base = classification(write_labeled(tmp_path / "data")) if name == "mdeq" else config(write_tokens(tmp_path / "data"))
+    base = merged(merged(base, TRAINED), {"model": MODELS[name]})
+
+    def trained(folder, **changes):
+        run(merged(base, changes), tmp_path / folder)
+        return [line for line in metrics(tmp_path / folder) if line["split"] == "train"]
+
+    source = trained("source")
+    start = {"init_from": str(tmp_path / "source")}
+    tuned = trained("tuned", deq={"consistency_weight": 10.0}, checkpoint=start)
+    assert f"starting from the weights in {tmp_path / 'source'}" in capsys.readouterr().out
+    assert tuned[0]["loss"] < source[0]["loss"] and not any("consistency_loss" in line for line in source)
+    losses = [line["consistency_loss"] for line in tuned]
+    assert len(losses) == 20 and min(losses) > 0 and np.isfinite(losses).all()
+    if name != "mdeq":  # which needs a hundred steps
+        assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
