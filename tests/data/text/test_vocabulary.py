@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deq_flax.data.text.corpus import TextOptions, load_text
@@ -68,6 +68,7 @@ def test_decode_inverts_encode():
             vocabulary.decode(ids)
 
 
+@settings(deadline=None)
 @given(lines=st.lists(st.lists(st.sampled_from(["a", "é", "<unk>", "東京"]), max_size=3).map(" ".join), min_size=1, max_size=6))
 def test_bytes_are_those_of_the_words_with_one_separator_each(lines):
     text = "a" + "".join(f"{line}\n" for line in ["", *lines])
