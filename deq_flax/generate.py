@@ -41,7 +41,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string("prompt", None, "the beginning of the text; empty: the beginning of a line", flag_values=_FLAGS)
 _PROMPTS = flags.DEFINE_string("prompts", None, "a file with a prompt on each line, instead of --prompt", flag_values=_FLAGS)
 _SAMPLES = flags.DEFINE_integer("samples", 1, "number of texts for each prompt", flag_values=_FLAGS)
-_STREAM = flags.DEFINE_boolean("stream", True, "print a single text as it is chosen", flag_values=_FLAGS)
+_STREAM = flags.DEFINE_boolean("stream", True, "print a single text as it is chosen, not when it is done", flag_values=_FLAGS)
 _TOKENS = flags.DEFINE_integer("tokens", 100, "number of tokens to generate", flag_values=_FLAGS)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 1.0, "0: always the most likely word; 1: draw from the model's distribution", flag_values=_FLAGS
@@ -57,6 +57,9 @@ _VOCABULARY = flags.DEFINE_string(
     "file of the model's vocabulary, one word a line, or its tokenizer.json; default: that of its run or its text",
     flag_values=_FLAGS,
 )
+_END_OF_TEXT = flags.DEFINE_string(
+    "end_of_text", END_OF_TEXT, "token of a tokenizer that an empty prompt follows", flag_values=_FLAGS
+)
 _MEMORY = flags.DEFINE_integer("memory", None, "number of tokens in memory; default: as in training", flag_values=_FLAGS)
 _MAX_STEPS = flags.DEFINE_integer(
     "max_steps", None, "limit on the evaluations of f per token; default: as in training", flag_values=_FLAGS
@@ -69,6 +72,10 @@ def main() -> dict[str, Any]:
     cli.require(_TOKENS.value >= 1, f"--tokens must be at least 1, not {_TOKENS.value}")
     cli.require(_SAMPLES.value >= 1, f"--samples must be at least 1, not {_SAMPLES.value}")
     cli.require(_PROMPT.value is None or _PROMPTS.value is None, "--prompt and --prompts exclude each other")
+    given = [_PROMPT.value or ""] if _PROMPTS.value is None else read_prompts(Path(_PROMPTS.value))
+    several = len(given) * _SAMPLES.value > 1
+    streamed = _STREAM.value and not several
+    cli.require(not (several and _STREAM.value and _FLAGS["stream"].present), "--stream is for a single text: leave it out")
     try:
         sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
         loaded = load_model(_CHECKPOINT.value or "", cli.resolved(_FLAGS))
@@ -77,22 +84,23 @@ def main() -> dict[str, Any]:
             f"--checkpoint: model {loaded.config.model.name!r} cannot generate text; an equilibrium language model is needed",
         )
         vocabulary = find_vocabulary(Path(_CHECKPOINT.value or ""), loaded.config, _VOCABULARY.value)
-        given = [_PROMPT.value or ""] if _PROMPTS.value is None else read_prompts(Path(_PROMPTS.value))
-        encoded = [encode_prompt(prompt, vocabulary, loaded.config.data.name) for prompt in given]
+        encoded = [encode_prompt(prompt, vocabulary, loaded.config.data.name, _END_OF_TEXT.value) for prompt in given]
         prompts = [ids for ids in encoded for _ in range(_SAMPLES.value)]
         memory = _MEMORY.value if _MEMORY.value is not None else default_memory(loaded.config)
         solver = make_solver(loaded.config.deq, tol=_TOL.value, max_steps=_MAX_STEPS.value)
         generator = Generator(loaded.model, solver=solver, sampling=sampling, memory=memory, words=len(vocabulary))
     except ValueError as error:
         raise UserError(str(error)) from error
-    beginnings, tokens = [*map(vocabulary.decode, prompts)], generator.tokens(prompts, _TOKENS.value, _SEED.value)
-    streamed = _STREAM.value and len(prompts) == 1
+    # The token that stands for an empty prompt is no part of the text.
+    shown = [vocabulary.decode(ids) if prompt.strip() else prompt for prompt, ids in zip(given, encoded, strict=True)]
+    beginnings = [beginning for beginning in shown for _ in range(_SAMPLES.value)]
+    tokens = generator.tokens(prompts, _TOKENS.value, _SEED.value)
     print(beginnings[0] if streamed else "", end="", flush=True)
     written = _write(tokens, [*map(vocabulary.stream, prompts)], streamed)
     texts = written.pop("texts")
     if not streamed:
         for number, (beginning, text) in enumerate(zip(beginnings, texts, strict=True)):
-            print(f"{f'[{number}] ' if len(prompts) > 1 else ''}{beginning}{text}", flush=True)
+            print(f"{f'[{number}] ' if several else ''}{beginning}{text}", flush=True)
     if _PROMPTS.value is None and _SAMPLES.value == 1:
         return {"prompt": beginnings[0], "text": texts[0]} | written
     return {"texts": [{"prompt": a, "text": b} for a, b in zip(beginnings, texts, strict=True)]} | written
@@ -123,7 +131,7 @@ def find_vocabulary(checkpoint: Path, config: Config, file: str | None) -> Vocab
     vocabulary = _vocabulary_of_text(config.data) if found is None else _load_vocabulary(found)
     known = config.model.vocab_size
     if len(vocabulary) > known:
-        raise UserError(f"the vocabulary has {len(vocabulary)} tokens, the model {known}: it is not this model's vocabulary")
+        raise UserError(f"the vocabulary has {len(vocabulary)} ids, the model {known}: it is not this model's vocabulary")
     return vocabulary
 
 
@@ -131,21 +139,30 @@ def _load_vocabulary(file: Path) -> Vocabulary | Tokenizer:
     return Tokenizer.load(file) if file.suffix == ".json" else Vocabulary.load(file)
 
 
-def encode_prompt(prompt: str, vocabulary: Vocabulary | Tokenizer, text: str) -> np.ndarray:
+def encode_prompt(prompt: str, vocabulary: Vocabulary | Tokenizer, text: str, end_of_text: str = END_OF_TEXT) -> np.ndarray:
     """The ids of a prompt, (n,) int32, n >= 1. Unknown words are listed on stderr.
 
     Args:
       prompt: words separated by spaces, or any text for a tokenizer; '' stands for the beginning of a line or document.
       vocabulary: the vocabulary of the model.
       text: name of the training text, which decides how the prompt is split into words.
+      end_of_text: the token of a tokenizer that comes before a document.
 
     Raises:
-      UserError: a word is unknown and the vocabulary has no '<unk>', or the prompt is empty and it has no '<eos>'.
+      UserError: a word is unknown and the vocabulary has no '<unk>', or the prompt is empty and it has no '<eos>'; or the
+        tokenizer cannot encode the prompt, or has no such token.
     """
     if isinstance(vocabulary, Tokenizer):
-        if not prompt and vocabulary.end_of_text is None:
-            raise UserError(f"--prompt is empty, and the tokenizer has no {END_OF_TEXT} to begin from: give a word")
-        return vocabulary.encode(prompt) if prompt else np.array([vocabulary.end_of_text], np.int32)
+        ids = vocabulary.encode(prompt)
+        if len(ids):
+            return ids
+        end = vocabulary.id_of(end_of_text)
+        if end is None:
+            raise UserError(
+                f"--prompt is empty, and the tokenizer has no {end_of_text} to begin from: give a word, or name the token that "
+                "ends a document with --end_of_text"
+            )
+        return np.array([end], np.int32)
     if text == "pydoc":
         prompt = "\n".join(map(tokenize, prompt.split("\n")))
     words = (prompt.lower() if vocabulary.lower_case else prompt).replace("\n", f" {EOS} ").split()

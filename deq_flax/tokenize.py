@@ -4,7 +4,7 @@
 
 Trains byte-level BPE on the text, or takes an existing one (--tokenizer FILE), and writes train.npy, valid.npy and test.npy of
 token ids, tokenizer.json and corpus.json into the new folder DIR. Folders are searched for files of any name. Without --valid
-and --test the text's last parts are held out. Needs the package tokenizers.
+and --test the text's last parts are held out. Each file is a document, with a token after it. Needs the package tokenizers.
 """
 
 import json
@@ -12,6 +12,7 @@ import math
 import shutil
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -26,8 +27,8 @@ from deq_flax import cli
 from deq_flax.data.loading import SPLITS
 from deq_flax.data.text.cache import QUIET_BYTES, write_tokens
 from deq_flax.data.text.corpus import CORPUS_FILE
-from deq_flax.data.text.documents import Documents
-from deq_flax.data.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from deq_flax.data.text.documents import Documents, Piece
+from deq_flax.data.text.tokenizer import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
 from deq_flax.errors import UserError
 
 _FLAGS = flags.FlagValues()  # not the global ones, so that this module can be imported beside other commands
@@ -39,12 +40,10 @@ _HELD_OUT = flags.DEFINE_float(
 )
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "number of tokens to train", flag_values=_FLAGS)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "tokenizer.json to use instead of training one", flag_values=_FLAGS)
+_END_OF_TEXT = flags.DEFINE_string("end_of_text", END_OF_TEXT, "token that ends each document", flag_values=_FLAGS)
 
 BATCH = 64
 """Pieces that are encoded in parallel."""
-
-Piece = tuple[str, bool]
-"""A text, and True if it ends a document."""
 
 
 def main(folder: str) -> dict[str, Any]:
@@ -53,13 +52,18 @@ def main(folder: str) -> dict[str, Any]:
     cli.require(not out.exists(), f"{out} exists: give a new folder, or delete it")
     cli.require(bool(_VALID.value) == bool(_TEST.value), "give both --valid and --test, or neither")
     cli.require(0 < _HELD_OUT.value < 0.5, f"--held_out must be above 0 and below 0.5, not {_HELD_OUT.value}")
+    end_of_text = _END_OF_TEXT.value
+    cli.require(bool(end_of_text), "--end_of_text is empty: name a token")
     splits = find_splits(_INPUT.value or [], _VALID.value, _TEST.value, _HELD_OUT.value)
     scratch = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         scratch.mkdir(parents=True)
-        tokenizer = Tokenizer.load(_TOKENIZER.value) if _TOKENIZER.value else train(splits["train"], _VOCAB_SIZE.value)
+        if _TOKENIZER.value:
+            tokenizer = load(_TOKENIZER.value, end_of_text, splits)
+        else:
+            tokenizer = train(splits["train"], _VOCAB_SIZE.value, end_of_text)
         (scratch / TOKENIZER_FILE).write_text(tokenizer.to_json(), encoding="utf-8")
-        facts = {split: encode(tokenizer, text, scratch / f"{split}.npy", split) for split, text in splits.items()}
+        facts = {split: encode(tokenizer, text, scratch / f"{split}.npy", split, end_of_text) for split, text in splits.items()}
         meta = {"vocab_size": len(tokenizer)} | {key: {s: f[key] for s, f in facts.items()} for key in ("tokens", "bytes")}
         (scratch / CORPUS_FILE).write_text(json.dumps(meta, indent=1))
         scratch.rename(out)
@@ -71,91 +75,74 @@ def main(folder: str) -> dict[str, Any]:
         per_token = fact["bytes"] / max(fact["tokens"], 1)
         print(f"{split}: {fact['tokens']:,} tokens, {fact['bytes']:,} bytes, {per_token:.2f} bytes a token")
     _warn_of_invalid(splits)
-    print(f"{out}: {len(tokenizer)} tokens; train with --config.data.name=tokens --config.data.path={out}")
+    print(f"{out}: a vocabulary of {len(tokenizer)}; train with --config.data.name=tokens --config.data.path={out}")
     return {"folder": str(out)} | meta
 
 
-class Text:
-    """The text of documents from byte `start` to byte `stop` of all together, each moved to the next line break.
-
-    Args:
-      documents: the files.
-      start, stop: bounds in bytes.
-    """
-
-    def __init__(self, documents: Documents, start: float = 0, stop: float = math.inf):
-        self.documents, self._start, self._stop = documents, start, stop
-
-    def size(self) -> int:
-        """Size in bytes, up to the length of a line."""
-        return int(min(self._stop, self.documents.size()) - self._start)
-
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the pieces of the range."""
-        position = 0
-        for text, ends in self.documents.pieces():
-            data = text.encode()
-            start, stop = (_line_end(data, bound - position) for bound in (self._start, self._stop))
-            if start < stop:
-                yield data[start:stop].decode(), ends and stop == len(data)
-            position += len(data)
-            if position >= self._stop:
-                return
-
-
-def _line_end(data: bytes, bound: float) -> int:
-    """Return the end of the line that contains byte `bound`, within data; 0 for a bound before it."""
-    if bound <= 0:
-        return 0
-    return len(data) if bound >= len(data) else data.find(b"\n", int(bound) - 1) + 1 or len(data)
-
-
-def find_splits(places: list[str], valid: list[str], test: list[str], held_out: float) -> dict[str, Text]:
+def find_splits(places: list[str], valid: list[str], test: list[str], held_out: float) -> dict[str, Documents]:
     """Find the text of each split: separate files, or the last parts of one text."""
-    documents = Documents.find(places)
+    text = Documents.find(places)
     if valid:
-        return {"train": Text(documents), "valid": Text(Documents.find(valid)), "test": Text(Documents.find(test))}
-    size = documents.size()
+        return {"train": text, "valid": Documents.find(valid, "--valid"), "test": Documents.find(test, "--test")}
+    size = text.size()
     bounds = [0, (1 - 2 * held_out) * size, (1 - held_out) * size, math.inf]
-    return {split: Text(documents, *bounds[i : i + 2]) for i, split in enumerate(SPLITS)}
+    return {split: text.part(*bounds[i : i + 2]) for i, split in enumerate(SPLITS)}
 
 
-def train(text: Text, vocab_size: int) -> Tokenizer:
+def load(file: str, end_of_text: str, splits: dict[str, Documents]) -> Tokenizer:
+    """Read a tokenizer. One that has no end of text gets a warning on stderr if there are documents to separate.
+
+    Raises:
+      UserError: it cannot be read, or lacks the end of text that the command line names.
+    """
+    tokenizer = Tokenizer.load(file)
+    if tokenizer.id_of(end_of_text) is None:
+        named = _FLAGS["end_of_text"].present
+        cli.require(not named, f"--end_of_text: {file} has no token {end_of_text!r}: name the one that ends its documents")
+        if any(len(text.files) > 1 for text in splits.values()):
+            print(
+                f"warning: {file} has no token {end_of_text}, so the documents run together: name another with --end_of_text",
+                file=sys.stderr,
+            )
+    return tokenizer
+
+
+def train(text: Documents, vocab_size: int, end_of_text: str) -> Tokenizer:
     """Train a tokenizer, with progress on stderr."""
     with _progress("training the tokenizer", text.size()) as update:
 
         def pieces() -> Iterator[str]:
-            for piece, _ in text.pieces():
-                yield piece
-                update(len(piece.encode()))
+            for piece in text.pieces():
+                yield piece.text
+                update(piece.size)
 
-        return Tokenizer.train(pieces(), vocab_size)
+        return Tokenizer.train(pieces(), vocab_size, end_of_text)
 
 
-def encode(tokenizer: Tokenizer, text: Text, file: Path, split: str) -> dict[str, int]:
+def encode(tokenizer: Tokenizer, text: Documents, file: Path, split: str, end_of_text: str) -> dict[str, int]:
     """Encode a split into an .npy file, with progress on stderr. Returns its numbers of tokens and of bytes.
 
     Raises:
-      UserError: there is no text, or only one token.
+      UserError: there is no text, or only one token, or the tokenizer cannot encode it.
     """
-    n_bytes = 0
-    end_of_document = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int32)
+    n_bytes, end = 0, tokenizer.id_of(end_of_text)
+    end_of_document = np.array([] if end is None else [end], np.int32)
 
     def ids_of(pieces: Iterator[Piece]) -> Iterator[np.ndarray]:
         nonlocal n_bytes
         while batch := list(islice(pieces, BATCH)):
-            for (piece, ends), ids in zip(batch, tokenizer.encode_many([piece for piece, _ in batch]), strict=True):
+            for piece, ids in zip(batch, tokenizer.encode_many([piece.text for piece in batch]), strict=True):
                 yield ids
-                if ends:
+                if piece.ends:
                     yield end_of_document
-                size = len(piece.encode())
-                n_bytes += size
-                update(size)
+                n_bytes += piece.size
+                update(piece.size)
 
     with open(file, "wb") as out, _progress(f"encoding {split}", text.size()) as update:
         n_tokens = write_tokens(out, ids_of(text.pieces()), np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
     if n_tokens < 2:
-        raise UserError(f"the {split} split has {n_tokens} tokens: give more text, or raise --held_out, or give --{split}")
+        held_out = "" if split == "train" else f", or raise --held_out, or give --{split}"
+        raise UserError(f"the {split} split has {n_tokens} tokens: give more text{held_out}")
     return {"tokens": n_tokens, "bytes": n_bytes}
 
 
@@ -165,9 +152,11 @@ def _progress(what: str, size: int) -> Generator[Callable[[int], object]]:
         yield bar.update
 
 
-def _warn_of_invalid(splits: dict[str, Text]) -> None:
+def _warn_of_invalid(splits: dict[str, Documents]) -> None:
     """Name the files that are not UTF-8, on stderr."""
-    invalid = {file: n for text in splits.values() for file, n in text.documents.invalid.items()}
+    invalid: Counter[Path] = Counter()
+    for text in splits.values():
+        invalid.update(text.invalid)
     for file, count in sorted(invalid.items())[:10]:
         print(f"warning: {file}: {count} byte sequences are not UTF-8; they were read as U+FFFD", file=sys.stderr)
     if len(invalid) > 10:

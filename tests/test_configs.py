@@ -119,6 +119,12 @@ def test_sizes_are_as_stated(name, vocab_size, millions):
         assert abs(parameters(name, variant, vocab_size) / base - 1) < 2e-3, variant
 
 
+def test_sizes_of_text_models_are_as_stated():
+    base = parameters("text", "base", 8_000)
+    assert round(base / 1e5) == 52 and round(parameters("text", "large", 32_768) / 1e6) == 134
+    assert abs(parameters("text", "explicit", 8_000) / base - 1) < 2e-3
+
+
 def test_sizes_of_the_tiny_models_are_equal():
     base = parameters("wt103", "tiny", 3_000)
     for variant in ("tiny_explicit", "tiny_proposal"):

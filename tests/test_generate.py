@@ -6,12 +6,13 @@ import pytest
 
 from deq_flax.convert import convert
 from deq_flax.data.text.corpus import TextOptions, load_text
+from deq_flax.data.text.tokenizer import Tokenizer
 from deq_flax.data.text.vocabulary import Vocabulary
 from deq_flax.equilibrium import Anderson
 from deq_flax.errors import UserError
 from deq_flax.generate import _write, default_memory, encode_prompt, find_vocabulary, make_solver, read_prompts
 from tests import reference
-from tests.commands import command
+from tests.commands import command, commands
 from tests.test_configs import resolved
 
 VOCABULARY = Vocabulary(["<eos>", "<unk>", "the", "cat"], lower_case=True)
@@ -60,6 +61,14 @@ def test_an_empty_prompt_is_the_beginning_of_a_line():
     assert encode_prompt("  ", VOCABULARY, "tokens").tolist() == [0]
     with pytest.raises(UserError, match="--prompt is empty"):
         encode_prompt("", Vocabulary(["the"]), "tokens")
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_document_of_subwords():
+    tokenizer = Tokenizer.train(["the cat"], 300, "</s>")
+    assert encode_prompt("", tokenizer, "tokens", "</s>").tolist() == [0]
+    assert 0 not in encode_prompt("the</s>", tokenizer, "tokens", "</s>")
+    with pytest.raises(UserError, match=r"no <\|endoftext\|> to begin from: .* --end_of_text"):
+        encode_prompt("", tokenizer, "tokens")
 
 
 def test_memory_and_solver_are_those_of_training():
@@ -123,6 +132,14 @@ def test_prompts_are_the_lines_of_a_file(tmp_path):
             read_prompts(file)
 
 
-def test_a_mistake_is_one_line(checkpoint):
-    done = command("generate", "--checkpoint", str(checkpoint), "--prompt", "the")
-    assert done.returncode == 2 and "give --vocabulary FILE" in done.stderr and done.stderr.count("\n") == 1
+def test_mistakes_are_one_line(checkpoint, tmp_path):
+    lines = tmp_path / "lines"
+    lines.write_text("the\ncat\n")
+    cases = {
+        "give --vocabulary FILE": ["--prompt", "the"],
+        "--stream is for a single text": ["--stream", "--prompts", lines],
+        "--stream is for a single text: leave it out": ["--samples", 2, "--stream"],
+    }
+    done = commands("generate", [["--checkpoint", checkpoint, *arguments] for arguments in cases.values()])
+    for message, one in zip(cases, done, strict=True):
+        assert one.returncode == 2 and message in one.stderr and one.stderr.count("\n") == 1, one.stderr

@@ -81,16 +81,63 @@ def test_a_run_on_subwords_reports_bits_per_byte_and_generates(encoded, tmp_path
     text = command("generate", "--checkpoint", tmp_path, "--prompt", "The value of ", "--tokens", 12)
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("The value of ") and len(text.stdout) > len("The value of \n")
+    empty = command("generate", "--checkpoint", tmp_path, "--tokens", 3, "--json")
+    assert empty.returncode == 0, empty.stderr
+    assert json.loads(empty.stdout)["prompt"] == "" and empty.stderr.startswith(json.loads(empty.stdout)["text"])
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_another_program_may_have_gaps_and_another_end_of_text(tmp_path):
+    words = {"[UNK]": 0, "the": 1, "cat": 2, "</s>": 70_000}
+    pieces = {
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"},
+    }
+    (tmp_path / "words.json").write_text(json.dumps({"version": "1.0", "added_tokens": []} | pieces))
+    (tmp_path / "in").mkdir()
+    for name, text in {"a": b"the cat\n" * 40, "b": b"the \xe9\n" * 40}.items():
+        (tmp_path / "in" / name).write_bytes(text)
+    given = ["--held_out", 0.1, "--tokenizer", tmp_path / "words.json", "--input"]
+    cases = {
+        "several": [*given, tmp_path / "in"],
+        "named": ["--end_of_text", "</s>", *given, tmp_path / "in"],
+        "alone": [*given, tmp_path / "in" / "a"],
+        "trained": ["--end_of_text", "<end>", "--vocab_size", 258, "--input", tmp_path / "in"],
+    }
+    done = commands("tokenize", [[*arguments, tmp_path / name] for name, arguments in cases.items()])
+    assert not any(one.returncode for one in done), done
+    invalid = f"warning: {tmp_path / 'in' / 'b'}: 40 byte sequences are not UTF-8; they were read as U+FFFD\n"
+    together = (
+        f"warning: {tmp_path / 'words.json'} has no token <|endoftext|>, so the documents run together: name another with "
+    )
+    assert [one.stderr for one in done] == [f"{together}--end_of_text\n{invalid}", invalid, "", invalid]
+    for name, ends in {"several": [], "named": [80, 161], "alone": []}.items():
+        tokens = {split: np.load(tmp_path / name / f"{split}.npy") for split in SPLITS}
+        assert np.flatnonzero(np.concatenate([*tokens.values()]) == 70_000).tolist() == ends, name
+        meta = json.loads((tmp_path / name / "corpus.json").read_text())
+        assert meta["vocab_size"] == 70_001 == load_text(TextOptions(name="tokens", path=str(tmp_path / name))).vocab_size
+        assert sum(meta["bytes"].values()) == 40 * 8 + 40 * 6 * (name != "alone")
+    assert Tokenizer.load(tmp_path / "trained" / "tokenizer.json").id_of("<end>") == 0
+    assert (np.load(tmp_path / "trained" / "train.npy") == 0).sum() == 1
 
 
 @pytest.mark.slow
 def test_mistakes_are_one_line(encoded, tmp_path):
     _, out, _ = encoded
     (tmp_path / "text").write_text("a few words\n")
+    words = tmp_path / "words.json"
+    words.write_text(
+        '{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}'
+    )
     text = ["--input", tmp_path / "text"]
     cases = {
         "exists: give a new folder": ["--input", out, out],
-        "does not exist": ["--input", tmp_path / "none", tmp_path / "new"],
+        "--input none does not exist": ["--input", "none", tmp_path / "new"],
+        "--valid none does not exist": [*text, "--valid", "none", "--test", tmp_path / "text", tmp_path / "new"],
+        "--input is empty": ["--input", "", tmp_path / "new"],
+        "--end_of_text is empty": [*text, "--end_of_text", "", tmp_path / "new"],
+        "has no token '</s>'": [*text, "--tokenizer", out / "tokenizer.json", "--end_of_text", "</s>", tmp_path / "new"],
+        "cannot encode the text": [*text, "--tokenizer", words, tmp_path / "new"],
         "--input is missing": [tmp_path / "new"],
         "--held_out must be": [*text, "--held_out", "0.5", tmp_path / "new"],
         "give both": [*text, "--valid", tmp_path / "text", tmp_path / "new"],
@@ -100,4 +147,4 @@ def test_mistakes_are_one_line(encoded, tmp_path):
     }
     for (message, _), done in zip(cases.items(), commands("tokenize", [*cases.values()]), strict=True):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, (message, done.stderr)
-    assert not (tmp_path / "new").exists() and [file.name for file in tmp_path.iterdir()] == ["text"]
+    assert not (tmp_path / "new").exists() and sorted(file.name for file in tmp_path.iterdir()) == ["text", "words.json"]

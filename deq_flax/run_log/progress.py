@@ -25,6 +25,7 @@ _FIELDS = (
     ("fwd {} evals {}", ("forward_nfe", "{:.1f}"), ("forward_residual", "{:.1e}")),
     ("bwd {} evals {}", ("backward_nfe", "{:.1f}"), ("backward_residual", "{:.1e}")),
     ("jac {}", ("jacobian_loss", "{:.3g}")),
+    ("cons {}", ("consistency_loss", "{:.2g}")),
     ("grad {}", ("grad_norm", "{:.2g}")),
     ("lr {}", ("learning_rate", "{:.1e}")),
 )

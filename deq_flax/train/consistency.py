@@ -5,6 +5,7 @@ equilibrium: no network is added. f is pulled to the model's own equilibrium, he
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,21 +36,31 @@ def _total(parts: list[jax.Array]) -> jax.Array:
     return jnp.sum(jnp.stack(parts), axis=0)
 
 
-@jax.custom_vjp
-def with_loss(z: Any, loss: jax.Array) -> Any:
-    """Return z unchanged; what is differentiated through it gets the gradient of the scalar `loss` too, as if that were added.
+def consistency_probe() -> jax.Array:
+    """Return zeros (2,) for `with_loss`: the gradient with respect to them is [sum of the losses, number of losses].
 
-    A loss that a solve computes thus needs no place in the results of the model.
+    Sums over all losses that shared the probe, so that averages are right with several solves in a step.
+    """
+    return jnp.zeros(2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def with_loss(z: Any, loss: jax.Array, weight: float, probe: jax.Array | None = None) -> Any:
+    """Return z unchanged; what is differentiated through it gets the gradient of `weight * loss` too, as if that were added.
+
+    A loss that a solve computes thus needs no place in the results of the model; `probe`, from `consistency_probe`, reports it.
     """
     return z
 
 
-def _with_loss(z: Any, loss: jax.Array) -> tuple[Any, jax.Array]:
-    return z, loss
+def _with_loss(z: Any, loss: jax.Array, weight: float, probe: jax.Array | None) -> tuple[Any, tuple]:
+    return z, (loss, probe)
 
 
-def _gradient(loss: jax.Array, cotangent: Any) -> tuple[Any, jax.Array]:
-    return cotangent, jnp.ones_like(loss)
+def _gradient(weight: float, kept: tuple, cotangent: Any) -> tuple:
+    loss, probe = kept
+    report = None if probe is None else jnp.stack([loss, jnp.ones_like(loss)]).astype(probe.dtype)
+    return cotangent, jnp.full_like(loss, weight), report
 
 
 with_loss.defvjp(_with_loss, _gradient)

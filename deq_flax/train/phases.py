@@ -24,6 +24,7 @@ from deq_flax.equilibrium import (
     Solver,
     SolverStats,
     Unroll,
+    backward_probe,
     fixed_point,
     fixed_point_queue,
     jacobian_loss,
@@ -31,7 +32,7 @@ from deq_flax.equilibrium import (
 from deq_flax.errors import UserError
 from deq_flax.options import choose, make
 from deq_flax.task import Metrics, average
-from deq_flax.train.consistency import consistency_loss, with_loss
+from deq_flax.train.consistency import consistency_loss, consistency_probe, with_loss
 
 UNSOLVED = 0.1
 """The relative residual above which a sample counts as unsolved: it diverged, f is not finite there, or the limit on
@@ -183,7 +184,16 @@ class StepScalars(NamedTuple):
     """float32: weight of the Jacobian loss."""
 
 
-_NO_SCALARS = StepScalars()
+class Probes(NamedTuple):
+    """Arrays of zeros. The gradient with respect to them reports what a step computes apart from its loss; None: no report."""
+
+    backward: jax.Array | None = None
+    """`equilibrium.backward_probe`, of adjoint solves."""
+    consistency: jax.Array | None = None
+    """`consistency_probe`, of the consistency loss."""
+
+
+_NO_SCALARS, _NO_PROBES = StepScalars(), Probes()
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ class Phase:
         return dataclasses.replace(self, solver=self.solver.with_limits(max_steps=1), gradient=Implicit(), limited=False)
 
     def solve(
-        self, scalars: StepScalars = _NO_SCALARS, *, key: jax.Array | None = None, probe: jax.Array | None = None
+        self, scalars: StepScalars = _NO_SCALARS, *, key: jax.Array | None = None, probes: Probes = _NO_PROBES
     ) -> "PhaseSolve | None":
         """The argument `solve` of a model's call in this phase. `key` draws the vectors of the Jacobian loss, and the noise."""
         gradient = self.gradient
@@ -226,7 +236,7 @@ class Phase:
         jacobian_key = jax.random.fold_in(key, 1) if self.jacobian_loss and key is not None else None
         limit = scalars.max_steps if self.limited else None
         through = self.jacobian_through_equilibrium
-        return PhaseSolve(self.solver, gradient, limit, probe, jacobian_key, through, self.slots, self.consistency_weight)
+        return PhaseSolve(self.solver, gradient, limit, probes, jacobian_key, through, self.slots, self.consistency_weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +246,7 @@ class PhaseSolve:
     solver: Solver
     gradient: Gradient
     max_steps: jax.Array | int | None = None
-    probe: jax.Array | None = None
+    probes: Probes = _NO_PROBES
     jacobian_key: jax.Array | None = None
     """Random key of the Jacobian loss; None: no such loss."""
     jacobian_through_equilibrium: bool = False
@@ -253,11 +263,12 @@ class PhaseSolve:
             queue = fixed_point_queue(f, z0, *inputs, slots=self.slots, solver=self.solver, max_steps=self.max_steps)
             return queue, None
         solution = fixed_point(
-            f, z0, *inputs, solver=self.solver, gradient=self.gradient, max_steps=self.max_steps, probe=self.probe
+            f, z0, *inputs, solver=self.solver, gradient=self.gradient, max_steps=self.max_steps, probe=self.probes.backward
         )
         if self.consistency_weight:
-            loss = self.consistency_weight * consistency_loss(lambda z: f(z, *inputs), solution.trajectory, solution.value)
-            solution = dataclasses.replace(solution, value=with_loss(solution.value, loss))
+            loss = consistency_loss(lambda z: f(z, *inputs), solution.trajectory, solution.value)
+            value = with_loss(solution.value, loss, self.consistency_weight, self.probes.consistency)
+            solution = dataclasses.replace(solution, value=value)
         if self.jacobian_key is None:
             return solution, None
         z = solution.value if self.jacobian_through_equilibrium else jax.lax.stop_gradient(solution.value)
@@ -351,6 +362,22 @@ def make_phases(deq: DEQOptions | None, *, seed: int = 0) -> Phases:
     `seed` decides which steps add the Jacobian loss, and their limits on evaluations.
     """
     return Phases() if deq is None else EquilibriumPhases(deq, seed)
+
+
+def make_probes() -> Probes:
+    """The probes of a training step."""
+    return Probes(backward_probe(), consistency_probe())
+
+
+def probe_metrics(report: Probes) -> Metrics:
+    """Averages from the gradient of the probes; a step without an adjoint solve or a consistency loss does not count in its."""
+    backward, consistency = report
+    assert backward is not None and consistency is not None, "they are those of make_probes"
+    return {
+        "backward_nfe": average(backward[0], backward[2]),
+        "backward_residual": average(backward[1], backward[2]),
+        "consistency_loss": average(consistency[0], consistency[1]),
+    }
 
 
 def regularized(loss: jax.Array, jacobian_loss: jax.Array | None, scalars: StepScalars) -> jax.Array:

@@ -28,9 +28,8 @@ from deq_flax.devices.sharding import (
     param_specs,
     reduce_scatter,
 )
-from deq_flax.equilibrium import backward_probe
 from deq_flax.task import Batch, Carry, Metrics, Task, average
-from deq_flax.train.phases import Phase, StepScalars, regularized, solver_metrics
+from deq_flax.train.phases import Phase, Probes, StepScalars, make_probes, probe_metrics, regularized, solver_metrics
 
 
 class TrainState(NamedTuple):
@@ -68,6 +67,7 @@ STEP_METRICS = (
     "backward_nfe",
     "backward_residual",
     "jacobian_loss",
+    "consistency_loss",
     "grad_norm",
     "learning_rate",
 )
@@ -134,14 +134,14 @@ def make_train_step(
     def gradients(
         params: Any, batch: Batch, carry: Carry, variables: Any, key: jax.Array, phase: Phase, scalars: StepScalars
     ) -> tuple:
-        def loss(params: Any, probe: jax.Array) -> tuple[jax.Array, tuple[Carry, Metrics, Any]]:
+        def loss(params: Any, probes: Probes) -> tuple[jax.Array, tuple[Carry, Metrics, Any]]:
             model = nnx.merge(graphdef, params, variables, copy=True)
-            value, output = task.loss(model, batch, carry, solve=phase.solve(scalars, key=key, probe=probe), key=key)
+            value, output = task.loss(model, batch, carry, solve=phase.solve(scalars, key=key, probes=probes), key=key)
             metrics = output.metrics | solver_metrics(output.stats, output.jacobian_loss)
             value = regularized(value, output.jacobian_loss, scalars)
             return value, (output.carry, metrics, split_model(model)[2])
 
-        (value, aux), (gradient, report) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, backward_probe())
+        (value, aux), (gradient, report) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, make_probes())
         return value, gradient, report, *aux
 
     def local(
@@ -158,14 +158,14 @@ def make_train_step(
             total = jax.tree.map(jnp.add, total, (value, gradient, report))
             return (total, variables), (carry, metrics)
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), backward_probe())
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), make_probes())
         parts = _micro_batches((batch, carry), accumulate)
         (total, variables), (carry, metrics) = _scan(micro, (zero, variables), (*parts, jax.random.split(key, accumulate)))
         value, gradient = jax.tree.map(lambda x: x / accumulate, total[:2])
         value, variables = jax.lax.pmean((value, variables), batch_axes(mesh))
         carry = _joined(carry)
         metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
-        metrics |= _adjoint_metrics(total[2])
+        metrics |= probe_metrics(total[2])
         return value, reduce_scatter(gradient, specs, mesh), variables, carry, jax.lax.psum(metrics, batch_axes(mesh))
 
     def update(
@@ -254,11 +254,6 @@ def _scan(f: Callable, init: Any, xs: Any) -> Any:
         return jax.lax.scan(f, init, xs)
     last, out = f(init, jax.tree.map(lambda x: x[0], xs))
     return last, jax.tree.map(lambda x: x[None], out)
-
-
-def _adjoint_metrics(report: jax.Array) -> Metrics:
-    """Averages from the gradient of a probe; a step without an adjoint solve does not count."""
-    return {"backward_nfe": average(report[0], report[2]), "backward_residual": average(report[1], report[2])}
 
 
 def _updates_done(opt_state: Any) -> jax.Array:

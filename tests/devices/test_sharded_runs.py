@@ -117,7 +117,7 @@ def test_a_step_on_images_is_that_of_one_device(tmp_path):
 
 
 def test_a_proposal_and_its_refinement_are_those_of_one_device(folder):
-    """With a consistency loss, which rides along the solution."""
+    """With a consistency loss, which rides along the solution and is reported."""
     results = []
     for name in ("one", "data2 fsdp2 tensor2"):
         run = start(folder, MESHES[name], model=PROPOSAL, deq={"consistency_weight": 1.0})
@@ -126,10 +126,11 @@ def test_a_proposal_and_its_refinement_are_those_of_one_device(folder):
         before = jax.tree.map(np.asarray, run.state.params)
         state, metrics = step(*arguments)
         change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before)
-        results.append((float(metrics["loss"].total) / float(metrics["loss"].count), change))
+        losses = [float(metrics[name].total) / float(metrics[name].count) for name in ("loss", "consistency_loss")]
+        results.append((losses, change))
     (loss, change), (other_loss, other_change) = results
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(change))
-    assert scale > 1e-3
+    assert scale > 1e-3 and loss[1] > 1e-3
     np.testing.assert_allclose(other_loss, loss, rtol=2e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=4e-6 * scale), other_change, change)
 

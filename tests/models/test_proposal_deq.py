@@ -10,11 +10,13 @@ from flax import nnx
 
 from deq_flax.equilibrium import Implicit, Picard, Unroll
 from deq_flax.models import generation
+from deq_flax.models.deq_transformer import DEQTransformer
 from deq_flax.models.generation import Generator, Sampling
 from deq_flax.models.language_model import TransformerOptions
-from deq_flax.models.layers import fresh_memory, layer_contexts
+from deq_flax.models.layers import LayerMemory, fresh_memory, layer_contexts
 from deq_flax.models.proposal_deq import ProposalDEQ, ProposalOptions
 from deq_flax.models.transformer_xl import TransformerXL
+from deq_flax.nn.transformer import Memory
 from tests.reference import QUICK_COMPILE, solving
 
 SIZES = dict(vocab_size=50, d_model=16, d_embed=16, n_head=2, d_head=8, d_inner=24, cutoffs=(20,), div_value=2)
@@ -92,6 +94,26 @@ def test_without_updates_it_is_its_explicit_blocks():
 def test_without_injection_one_evaluation_is_a_transformer_of_all_blocks():
     model = build(scale_D=1.0, proposal_blocks=0, blocks=2, inject_proposal=False)
     close(hidden(model, Unroll(1)).hidden_BLD, hidden(explicit(2, model)).hidden_BLD)
+
+
+@pytest.mark.slow
+def test_without_injection_the_equilibrium_is_that_of_a_deq_transformer_without_one():
+    """Whatever the scale: it only relaxes the iteration. Tokens are then the start, and no part of what is solved."""
+    kind = dict(pre_norm=True, affine_norm=False, mem_len=4)
+    model = build(scale_D=0.5, proposal_blocks=0, inject_proposal=False, **kind)
+    bias_D = model.cells[0].outer.bias_O
+    bias_D[...] = 4 * jnp.asarray(np.random.default_rng(4).normal(size=16), jnp.float32)  # f contracts: one equilibrium
+    other = DEQTransformer(TransformerOptions(**SIZES | BLOCK | kind), rngs=nnx.Rngs(0))
+    other.cell, other.embedding, other.softmax = model.cells[0], model.embedding, model.softmax
+    for param in (other.injection.weight_IO, other.injection.bias_O):
+        param[...] = jnp.zeros_like(param[...])
+    states = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 16)), jnp.float32)
+    valid = jnp.full((2,), 4, jnp.int32)
+    found = run(*nnx.split(model), tokens(), LayerMemory(states[:, None], valid))
+    expected = run(*nnx.split(other), tokens(), Memory(states, jnp.zeros((2, 4, 48)), valid))
+    assert found.stats.converged.all() and expected.stats.converged.all() and found.stats.nfe > expected.stats.nfe > 5
+    close(found.hidden_BLD, expected.hidden_BLD)
+    assert expected.hidden_BLD.std(axis=1).mean() > 0.01, "the memory is seen"
 
 
 def test_the_equation_starts_at_the_proposal_and_holds_it_in_every_evaluation():

@@ -33,6 +33,8 @@ def test_progress_line():
         "step 120/600  loss 4.213  ppl 67.52  fwd 17.2 evals 6.1e-04  bwd 15.0 evals 8.0e-04  "
         "grad 0.92  lr 9.8e-04  21.3k tok/s  ETA 1m05s"
     )
+    extra = {"loss": 4.2131, "jacobian_loss": 1.2345, "consistency_loss": 0.01234}
+    assert progress_line(1, 6, extra) == "step 1/6  loss 4.213  jac 1.23  cons 0.012"
 
 
 @pytest.mark.parametrize("missing", [*METRICS, "everything"])

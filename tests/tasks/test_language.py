@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.config import phases_of, resolve
+from deq_flax.devices.mesh import MeshOptions, make_mesh
 from deq_flax.equilibrium import Anderson, Implicit
 from deq_flax.errors import UserError
 from deq_flax.train.evaluate import evaluate
 from deq_flax.train.phases import Phase, StepScalars, regularized
-from tests.train.small import config, evaluation_of, make_task, solve_of, write_tokens
+from deq_flax.train.step import make_eval_step, split_model
+from tests.train.small import config, evaluation_of, explicit, make_task, solve_of, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,39 @@ def test_every_token_of_a_split_is_scored_once(settings, task, model, loss):
     # Solves of an untrained model end at their limit, which amplifies rounding.
     np.testing.assert_allclose(reported["loss"], total / count, rtol=1e-4)
     np.testing.assert_allclose(reported["ppl"], np.exp(reported["loss"]), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_zero_evaluations_of_a_proposal_model_are_its_explicit_blocks(settings):
+    """The first row of `eval.max_steps_sweep`."""
+    own = {"name": "proposal_deq", "proposal_blocks": 1, "pre_norm": True}
+    c = settings | {"model": settings["model"] | own}
+    task, phase = make_task(c), phases_of(resolve(c)).evaluation.at_start()
+    model = task.build_model(nnx.Rngs(0))
+    alone = explicit(c)
+    alone["model"] = {key: value for key, value in alone["model"].items() if key != "proposal_blocks"} | {"blocks": 1}
+    other = make_task(alone).build_model(nnx.Rngs(1))
+    other.cells, other.embedding, other.softmax = nnx.List(list(model.cells)[:1]), model.embedding, model.softmax
+    mesh, (graphdef, params, variables) = make_mesh(MeshOptions(data=1)), split_model(model)
+    step = make_eval_step(task, graphdef, mesh, phase)
+    found = evaluate(task, model, step, mesh, params, variables, "valid", max_steps=0)
+    expected = evaluate(*evaluation_of(alone, make_task(alone), other), "valid")
+    solved = evaluate(*evaluation_of(c, task, model), "valid")
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+    assert found["forward_nfe"] == 1 < solved["forward_nfe"] and found["forward_residual"] > 0
+    assert abs(solved["loss"] - found["loss"]) > 1e-4
+
+
+def test_bits_per_byte_of_words_count_them_with_their_separators(settings, tmp_path):
+    """As those of subwords do, so that both compare."""
+    text = "the cat sat\n\non a é mat\n" * 9
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
+    data = {"name": "ptb", "path": str(tmp_path), "cache": str(tmp_path / "cache"), "batch_size": 2, "seq_len": 4}
+    words = make_task(settings | {"data": settings["data"] | data})
+    bits = words.summary("valid", {"loss": 2.0})["bits_per_byte"]
+    np.testing.assert_allclose(bits, 2.0 / np.log(2) * len(words.corpus.valid) / len(text.encode()))
+    assert "bits_per_byte" not in words.summary("train", {"loss": 2.0})
 
 
 def test_a_fresh_batch_forgets_the_memory(task, model, loss):

@@ -103,6 +103,8 @@ def test_a_proposal_and_its_refinement_train_and_resume_too(folder, tmp_path):
     c = config(folder, model=model, deq={"consistency_weight": 0.1, "pretrain_steps": 2})
     lines = lines_of_a_run_that_resumes(c, tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"] and 1 < lines[-1]["forward_nfe"] <= 8
+    logged = [line["step"] for line in lines if "consistency_loss" in line]
+    assert logged == [3, 4, 5, 6, 7, 8], "of training steps after pretraining"
     scale_D = load_model(tmp_path / "whole").model.scale_D[...]
     assert scale_D.std() > 1e-3, "the scale is learned"
 

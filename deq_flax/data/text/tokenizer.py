@@ -4,7 +4,8 @@ A tokenizer is one file, `tokenizer.json`, in the format of that library. It sta
 or decoded.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-"""Token that ends each document."""
+"""Token that ends each document, unless another is named."""
 
 
 class Tokenizer:
     """A tokenizer of the `tokenizers` library: text to ids and back.
+
+    A text is a text: one that contains the name of a special token is encoded like any other, and ends no document.
 
     Args:
         tokenizer: the library's own object.
@@ -33,6 +36,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
+        self._size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -53,14 +58,15 @@ class Tokenizer:
             raise UserError(f"{path} is no tokenizer.json ({' '.join(str(error).split())[:200]})") from error
 
     @classmethod
-    def train(cls, pieces: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train byte-level BPE (Sennrich et al. 2016, over bytes as in Radford et al. 2019) with `END_OF_TEXT` as id 0.
+    def train(cls, pieces: Iterable[str], vocab_size: int, end_of_text: str = END_OF_TEXT) -> "Tokenizer":
+        """Train byte-level BPE (Sennrich et al. 2016, over bytes as in Radford et al. 2019) with `end_of_text` as id 0.
 
         Every text can be encoded and comes back exactly, since all 256 bytes are tokens.
 
         Args:
             pieces: the training text.
             vocab_size: number of tokens to reach, at least 257; a short text gives fewer.
+            end_of_text: the token that ends a document.
 
         Raises:
             UserError: vocab_size is too small, or the library is not installed.
@@ -69,13 +75,13 @@ class Tokenizer:
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
         if vocab_size < 257:
-            raise UserError(f"--vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), not {vocab_size}")
+            raise UserError(f"--vocab_size must be at least 257 (256 bytes and {end_of_text}), not {vocab_size}")
         tokenizer = library.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=[end_of_text],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -83,21 +89,23 @@ class Tokenizer:
         return cls(tokenizer)
 
     def __len__(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        """The largest id and one: the size of a model's vocabulary. Ids may be missing in between."""
+        return self._size
 
-    @property
-    def end_of_text(self) -> int | None:
-        """Id of the token that ends a document; None if the tokenizer has no `END_OF_TEXT`."""
-        return self._tokenizer.token_to_id(END_OF_TEXT)
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> np.ndarray:
-        """Encode `text` as ids (N,) int32, adding nothing before or after it."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        """Encode `text` as ids (N,) int32, adding nothing before or after it. UserError: the tokenizer cannot encode it."""
+        with _encoding():
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode each text by itself, in parallel."""
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(one.ids, np.int32) for one in encoded]
+        """Encode each text by itself, in parallel. UserError as of `encode`."""
+        with _encoding():
+            encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(one.ids, np.int32) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text; bytes that are no UTF-8, as of a character cut in two, become U+FFFD."""
@@ -125,6 +133,17 @@ class Tokenizer:
     def to_json(self) -> str:
         """Return the content of `tokenizer.json`."""
         return self._tokenizer.to_str(pretty=True)
+
+
+@contextmanager
+def _encoding() -> Generator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(
+            f"the tokenizer cannot encode the text ({' '.join(str(error).split())[:200]}): use one that covers any text, by "
+            "bytes or by an unknown token of its vocabulary"
+        ) from error
 
 
 def _library():

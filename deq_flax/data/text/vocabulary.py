@@ -113,7 +113,7 @@ class Vocabulary:
     def count_bytes(self, ids: np.ndarray) -> int:
         """Bytes of the text of ids in UTF-8: of each word with the space or line break after it, and of empty lines.
 
-        The text continues: its last word has a separator, and a line break before its first token is assumed.
+        The text is a part of a longer one: its last word has a separator, and a line break at its start is that of a word.
         """
         ends = ids == self._ids[EOS] if EOS in self else np.zeros(len(ids), bool)
         empty_lines = ends & np.concatenate([[False], ends[:-1]])

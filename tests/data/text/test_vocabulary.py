@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deq_flax.data.text.corpus import TextOptions, load_text
 from deq_flax.data.text.vocabulary import Vocabulary, count_words
@@ -64,6 +66,21 @@ def test_decode_inverts_encode():
     for ids in ([-1], [len(vocabulary)]):
         with pytest.raises(IndexError, match="ids must be"):
             vocabulary.decode(ids)
+
+
+@settings(deadline=None)
+@given(lines=st.lists(st.lists(st.sampled_from(["a", "é", "<unk>", "東京"]), max_size=3).map(" ".join), min_size=1, max_size=6))
+def test_bytes_are_those_of_the_words_with_one_separator_each(lines):
+    text = "a" + "".join(f"{line}\n" for line in ["", *lines])
+    vocabulary = vocabulary_of("a é <unk> 東京 <eos>")
+    ids = vocabulary.encode(text)
+    assert vocabulary.count_bytes(ids) == len(text.encode())
+    assert vocabulary.count_bytes(ids[:1]) + vocabulary.count_bytes(ids[1:]) == len(text.encode())
+
+
+def test_bytes_of_words_without_lines_end_with_a_space_each():
+    vocabulary = Vocabulary(["a", "é"])
+    assert vocabulary.count_bytes(vocabulary.encode("a é a")) == len("a é a ".encode())
 
 
 @pytest.mark.parametrize(("text", "lower_case"), [("Ünder the\u2028 <unk> 東京", False), ("ünder the", True)])
