@@ -21,7 +21,7 @@ from PIL import Image
 from deq_flax import cli
 from deq_flax.config import Config
 from deq_flax.config_files import checkpoint_config, stored_config
-from deq_flax.data.puzzles.puzzles import PUZZLES, PuzzleOptions, some_puzzles
+from deq_flax.data.puzzles.puzzles import PUZZLES, PuzzleOptions, check_learned, some_puzzles
 from deq_flax.equilibrium import Unroll, fixed_point
 from deq_flax.errors import UserError
 from deq_flax.pretrained import load_model
@@ -65,7 +65,8 @@ def main() -> dict[str, Any]:
     if model.kind != "puzzle" or not model.has_equilibrium:
         raise UserError(f"--checkpoint: model {config.model.name!r} solves no puzzles by iterating; train task reasoning")
     size = config.data.size if _SIZE.value is None else _SIZE.value
-    check_puzzle(config, size, learned=stored_config(loaded.meta).data.name)
+    check_learned(config.data.name, stored_config(loaded.meta).data.name)
+    check_symbols(config, size)
     inputs, targets = _puzzle(config.data, size, _INDEX.value)
     course = solve(model, config, inputs, _STEPS.value)
     wrong_T = (course.answers != targets[None]).reshape(len(course.answers), -1).sum(axis=1)
@@ -114,11 +115,9 @@ def solve(model: Any, config: Config, inputs: np.ndarray, steps: int | None) -> 
     return Course(answers[:kept], confidence[:kept], residual[:kept])
 
 
-def check_puzzle(config: Config, size: int, *, learned: str) -> None:
-    """Raise UserError if the model has learned another puzzle, or does not know the symbols of this size."""
-    name, puzzle = config.data.name, PUZZLES[config.data.name]
-    if name.removesuffix("_csv") != learned.removesuffix("_csv"):
-        raise UserError(f"--checkpoint: its model has learned {learned}, not {name}: leave out --config.data.name")
+def check_symbols(config: Config, size: int) -> None:
+    """Raise UserError if the model does not know the symbols of puzzles of a size."""
+    puzzle = PUZZLES[config.data.name]
     found, known = puzzle.symbols(size), (config.model.input_symbols, config.model.output_symbols)
     if puzzle.fits(size) and any(a > b for a, b in zip(found, known, strict=True)):
         raise UserError(f"--size {size}: such puzzles have {max(found)} symbols, but this model knows {min(known)} only")

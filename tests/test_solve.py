@@ -9,6 +9,7 @@ from PIL import Image
 
 from deq_flax import solve
 from deq_flax.config import make_task, resolve
+from deq_flax.data.puzzles.puzzles import check_learned
 from deq_flax.errors import UserError
 from tests.commands import command
 from tests.train.small import run, solve_of
@@ -76,12 +77,16 @@ def test_puzzles_that_do_not_exist_are_refused(data, size, message):
         solve._puzzle(dataclasses.replace(resolve(MAZE).data, **data), size, 40)
 
 
-def test_puzzles_that_the_model_has_not_learned_are_refused():
+def test_puzzles_of_unknown_symbols_are_refused():
     config = resolve(MAZE)
     sudoku = dataclasses.replace(config, data=dataclasses.replace(config.data, name="sudoku", size=4))
-    solve.check_puzzle(config, 9, learned="maze")
-    solve.check_puzzle(sudoku, 4, learned="sudoku_csv")
-    with pytest.raises(UserError, match="has learned maze, not sudoku"):
-        solve.check_puzzle(sudoku, 4, learned="maze")
+    solve.check_symbols(config, 9)
     with pytest.raises(UserError, match="such puzzles have 10 symbols, but this model knows 6 only"):
-        solve.check_puzzle(sudoku, 9, learned="sudoku")
+        solve.check_symbols(sudoku, 9)
+
+
+def test_weights_of_another_puzzle_are_refused():
+    """Shapes do not tell them apart: boards of 4 x 4 have fewer symbols than a maze."""
+    check_learned("sudoku", "sudoku_csv")
+    with pytest.raises(UserError, match="has learned maze, not sudoku: leave out"):
+        check_learned("sudoku", "maze")

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 
 from deq_flax.data.loading import EvalBatches, iterate, train_dataset
-from deq_flax.data.puzzles.puzzles import PuzzleOptions, load_puzzles
+from deq_flax.data.puzzles.puzzles import PuzzleOptions, check_learned, load_puzzles
 from deq_flax.equilibrium import Unroll, fixed_point
 from deq_flax.equilibrium.loop import select_samples
 from deq_flax.equilibrium.restarts import best_start
@@ -110,6 +110,13 @@ class ReasoningTask:
         other = copy.copy(self)
         other._restarts = count
         return other
+
+    def check_weights(self, config: Any) -> None:
+        try:
+            learned = str(config["data"]["name"])
+        except (KeyError, TypeError) as error:
+            raise UserError("this checkpoint does not say what puzzle its model has learned") from error
+        check_learned(self._data.name, learned)
 
     def build_model(self, rngs: Any) -> Any:
         return build_model(self.model_options, rngs=rngs)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.config import make_task as task_of
+from deq_flax.config import phases_of, resolve, to_dict
 from deq_flax.equilibrium import SolverStats
 from deq_flax.errors import UserError
 from deq_flax.models.model import PuzzleOutput
 from deq_flax.tasks.reasoning import Slots
-from deq_flax.train.evaluate import evaluate
+from deq_flax.train.evaluate import evaluate, evaluate_checkpoint
 from tests.train.commands import metrics
 from tests.train.small import arrays, evaluation_of, make_task, run, solve_of
 
@@ -254,6 +256,19 @@ def test_votes_decide_where_starts_differ():
         best, extra = jax.jit(lambda: task._from_many_starts(None, batch, None))()
     assert extra["exact_match_vote"].tolist() == [True] and extra["agreement"].tolist() == [False]
     assert best.logits[0].argmax(-1).tolist() == [0] * 6 and best.stats.nfe == 3
+
+
+@pytest.mark.slow
+def test_weights_of_another_puzzle_are_not_evaluated(tmp_path):
+    """Neither by --mode eval nor for plots, which both load them; nothing is written."""
+    run(config(train=dict(steps=1)), tmp_path / "run")
+    c = resolve(config(data=dict(name="a5"), model=dict(input_symbols=60, output_symbols=60)))
+    arguments = dict(phases=phases_of(c), mesh=c.mesh, options=c.eval, seed=0)
+    with pytest.raises(UserError, match="has learned prefix_sums, not a5: leave out --config"):
+        evaluate_checkpoint(task_of(c), tmp_path / "run", **arguments)
+    assert make_task(config()).check_weights(to_dict(resolve(config()))) is None
+    with pytest.raises(UserError, match="does not say what puzzle"):
+        make_task(config()).check_weights(None)
 
 
 def test_restarts_need_a_random_start():
