@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+import jax
 from absl import flags
 
 from deq_flax import options
@@ -72,9 +73,9 @@ def run(
 ) -> NoReturn:
     """Parse the command line, call `main(*positional arguments)` and exit.
 
-    Exit codes: 0; 2 after a user error (one line `error: ...` on stderr, no traceback); 130 when interrupted. Any other
-    exception is a bug and keeps its traceback. With `--json`, what `main` returns is printed as one JSON object on stdout, or
-    `{"error": ...}`, and all else goes to stderr.
+    Exit codes: 0; 2 after a user error or for want of memory (one line `error: ...` on stderr, no traceback); 130 when
+    interrupted. Any other exception is a bug and keeps its traceback. With `--json`, what `main` returns is printed as one JSON
+    object on stdout, or `{"error": ...}`, and all else goes to stderr.
 
     Args:
       main: the function to call; the docstring of its module begins the help text.
@@ -97,11 +98,12 @@ def run(
             print(to_json(result))
         sys.stdout.flush()
     except UserError as error:
-        message = " ".join(str(error).split())
-        if as_json:
-            print(to_json({"error": message}), flush=True)
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), as_json)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        _fail(f"out of memory: take smaller batches, examples or models ({reason or 'no more could be allocated'})", as_json)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -115,6 +117,15 @@ def run(
         print(f"error: the machine refused something that this needs: {error.strerror}{place}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def _fail(message: str, as_json: bool) -> NoReturn:
+    """Print the one line of an error, and exit."""
+    message = " ".join(message.split())
+    if as_json:
+        print(to_json({"error": message}), flush=True)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 _OUTSIDE = {
