@@ -148,10 +148,12 @@ GENERATED: dict[str, dict[str, Any]] = {
     "prefix sums of 32 bits": {"name": "prefix_sums", "size": 32},
     "prefix sums of 512 bits": {"name": "prefix_sums", "size": 512},
     "products in A5, length 16": {"name": "a5", "size": 16},
+    "products in S5, length 16": {"name": "s5", "size": 16},
     "mazes, side 11": {"name": "maze", "size": 11},
     "mazes, side 21": {"name": "maze", "size": 21},
     "Maze-Unique: side 30, paths of 100 to 140": {"name": "maze", "size": 30, "path_lengths": (100, 140)},
     "Sudoku 4 x 4": {"name": "sudoku", "size": 4},
+    "Sudoku 4 x 4 with six clues": {"name": "sudoku", "size": 4, "clues": 6},
     "Sudoku 6 x 6": {"name": "sudoku", "size": 6},
     "Sudoku 9 x 9": {"name": "sudoku", "size": 9},
 }

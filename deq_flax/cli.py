@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import flags
 
 from deq_flax import options
@@ -73,9 +74,10 @@ def run(
 ) -> NoReturn:
     """Parse the command line, call `main(*positional arguments)` and exit.
 
-    Exit codes: 0; 2 after a user error (one line `error: ...` on stderr, no traceback); 130 when interrupted. Any other
-    exception is a bug and keeps its traceback. With `--json`, what `main` returns is printed as one JSON object on stdout, or
-    `{"error": ...}`, and all else goes to stderr; with `--json=FILE` it is written there, and all else stays where it is.
+    Exit codes: 0; 2 after a user error or for want of memory (one line `error: ...` on stderr, no traceback); 130 when
+    interrupted. Any other exception is a bug and keeps its traceback. With `--json`, what `main` returns is printed as one JSON
+    object on stdout, or `{"error": ...}`, and all else goes to stderr; with `--json=FILE` it is written there, and all else
+    stays where it is.
 
     Args:
       main: the function to call; the docstring of its module begins the help text.
@@ -101,11 +103,12 @@ def run(
             _write_json(result, json_to)
         sys.stdout.flush()
     except UserError as error:
-        message = " ".join(str(error).split())
-        if json_to is not None:
-            _write_json({"error": message}, json_to)
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), json_to)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        _fail(f"out of memory: take smaller batches, examples or models ({reason or 'no more could be allocated'})", json_to)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -119,6 +122,15 @@ def run(
         print(f"error: the machine refused something that this needs: {error.strerror}{place}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def _fail(message: str, json_to: str | None) -> NoReturn:
+    """Print the one line of an error, and exit."""
+    message = " ".join(message.split())
+    if json_to is not None:
+        _write_json({"error": message}, json_to)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 _OUTSIDE = {

@@ -120,11 +120,12 @@ def _evaluate(task: Task, config: Config, workdir: Path) -> Mapping[str, Any]:
 def _described(checkpoint: Path, result: Evaluation, config: Config) -> dict[str, Any]:
     """An evaluation as `eval.json` holds it: all digits, and the limits that it was made under."""
     deq = config.deq
+    limits = None if deq is None else {"max_steps": deq.evaluation_solver().max_steps, "tol": deq.tol, "stop": deq.stop}
     return {
         "checkpoint": str(checkpoint),
         "step": result.step,
         "metrics": result.metrics,
-        "limits": None if deq is None else {"max_steps": deq.max_steps, "tol": deq.tol, "stop": deq.stop},
+        "limits": limits,
         "sweep": result.sweep,
         "config": to_dict(config),
     }

@@ -29,7 +29,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the workdir of the run", flag_v
 _MODEL = flags.DEFINE_bool("model", True, "--nomodel: the curves only, without the checkpoint and the data", flag_values=_FLAGS)
 
 PANELS = {
-    "curves": (("loss", "linear"), ("ppl", "log"), ("accuracy", "linear"), ("miou", "linear")),
+    "curves": (
+        ("loss", "linear"),
+        ("ppl", "log"),
+        ("accuracy", "linear"),
+        ("miou", "linear"),
+        ("exact_match", "linear"),
+        ("cell_accuracy", "linear"),
+    ),
     "solver": (
         ("forward_nfe", "linear"),
         ("forward_residual", "log"),

@@ -165,3 +165,12 @@ class HasRestarts(Protocol):
     def with_restarts(self, count: int) -> Task:
         """This task, evaluated from `count` starts. UserError: its model's start is not random."""
         ...
+
+
+@runtime_checkable
+class ChecksWeights(Protocol):
+    """A task that tells whether weights are its own where their shapes do not."""
+
+    def check_weights(self, config: Any) -> None:
+        """Raise UserError if what was learned under a stored config, nested plain data, is no answer to this task."""
+        ...

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
 
@@ -320,3 +321,31 @@ def test_limits_of_the_machine_are_one_line_and_other_errors_keep_their_tracebac
 
     with pytest.raises(FileNotFoundError):
         Command(bug)("--config", config)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 20 GiB"), "(Unable to allocate 20 GiB)"),
+        (MemoryError(), "(no more could be allocated)"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 64 bytes"),
+            "Out of memory allocating 64 bytes",
+        ),
+    ],
+)
+def test_for_want_of_memory_a_command_ends_in_one_line(capsys, error, words):
+    def body():
+        raise error
+
+    assert Command(body)() == 2
+    line = the_error(capsys)
+    assert line.startswith("error: out of memory: take smaller batches") and words in line
+
+
+def test_other_errors_of_jax_keep_their_traceback():
+    def body():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        cli.run(body, ["command"], flag_values=Command().values)

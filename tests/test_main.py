@@ -2,12 +2,15 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from deq_flax.config import flattened, to_dict
-from deq_flax.main import MAY_CHANGE, _keep, _table
+from deq_flax.config import flattened, resolve, to_dict
+from deq_flax.config_files import load_config
+from deq_flax.main import MAY_CHANGE, _described, _keep, _table
 from deq_flax.run_log.results import write_evaluation
+from deq_flax.train.evaluate import Evaluation
 from tests.cases import others_slow
 from tests.commands import ROOT, command, commands
 from tests.test_configs import resolved
@@ -101,6 +104,13 @@ def test_a_workdir_of_another_config_is_not_changed(trained):
     assert "another config, which differs in optimizer.learning_rate (0.002 there, 0.5 here):" in result.stderr
     assert (workdir / "config.json").read_bytes() == before
     assert json.loads(before)["optimizer"]["learning_rate"] != 0.5
+
+
+def test_an_evaluation_is_kept_with_the_limit_that_it_was_made_under():
+    """Training stops after 40 applications in `maze`, evaluation after 300."""
+    config = resolve(load_config("maze"))
+    found = _described(Path("run"), Evaluation(step=1, metrics={}, sweep=[]), config)
+    assert found["limits"] == {"max_steps": 300, "tol": 1e-4, "stop": "relative"} and config.deq.max_steps == 40
 
 
 def test_keys_that_may_change_exist():

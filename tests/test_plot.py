@@ -62,6 +62,15 @@ def test_each_split_is_a_line_in_the_panel_of_its_metric():
     pyplot.close(figure)
 
 
+def test_the_score_of_puzzles_is_drawn_beside_their_loss():
+    pyplot = plot._pyplot()
+    line = {"step": 10, "split": "valid", "loss": 1.0, "exact_match": 0.5, "cell_accuracy": 0.75, "exact_match_21": 0.25}
+    figure = plot.draw_panels(pyplot, [line], plot.PANELS["curves"])
+    drawn = {axis.get_title(): axis.get_lines()[0].get_xydata().tolist() for axis in figure.axes if axis.get_visible()}
+    assert drawn == {"loss": [[10, 1.0]], "exact match": [[10, 0.5]], "cell accuracy": [[10, 0.75]]}
+    pyplot.close(figure)
+
+
 @pytest.mark.parametrize("case", ["no folder", "no metrics", "damaged"])
 def test_user_errors_are_one_line(tmp_path, case):
     if case == "no metrics":

@@ -12,6 +12,8 @@ from deq_flax.tasks.drawing import GAP, INK, PAPER, RIGHT, WRONG
 
 SIDE = 252
 """Least side of a picture in pixels."""
+WIDEST = 4096
+"""Columns of the picture of a sequence, at most."""
 _MAZE = {"#": (40, 44, 52), " ": (245, 245, 245), "?": (200, 200, 200), "S": (35, 110, 200), "G": (235, 160, 30), "o": RIGHT}
 
 
@@ -55,8 +57,12 @@ DRAWINGS = {"maze": draw_maze, "sudoku": draw_sudoku, "sudoku_csv": draw_sudoku}
 
 
 def draw_course(answers_TL: np.ndarray, targets_L: np.ndarray) -> np.ndarray:
-    """The course of a sequence: a row for each step from the top, a column for each symbol, red where it is wrong."""
-    wrong_TL = answers_TL != targets_L[None]
+    """The course of a sequence: a row for each iterate from the top, a column for each symbol, red where it is wrong.
+
+    Of more than `WIDEST` symbols several share a column, red where one of them is wrong.
+    """
+    length = len(targets_L)
+    wrong_TL = np.logical_or.reduceat(answers_TL != targets_L[None], np.arange(0, length, -(-length // WIDEST)), axis=1)
     picture = np.where(wrong_TL[..., None], np.array(WRONG, np.uint8), np.array(PAPER, np.uint8))
     across, down = (max(1, 2 * SIDE // count) for count in (wrong_TL.shape[1], wrong_TL.shape[0]))
     return picture.repeat(down, axis=0).repeat(across, axis=1)

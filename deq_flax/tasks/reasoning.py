@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 
 from deq_flax.data.loading import EvalBatches, iterate, train_dataset
-from deq_flax.data.puzzles.puzzles import PuzzleOptions, load_puzzles
+from deq_flax.data.puzzles.puzzles import PuzzleOptions, check_learned, load_puzzles
 from deq_flax.equilibrium import Unroll, fixed_point
 from deq_flax.equilibrium.loop import select_samples
 from deq_flax.equilibrium.restarts import best_start
@@ -47,6 +47,11 @@ class ReasoningLoss:
     """Weight of the halting head's loss, the cross entropy of whether the answer is right; 0: no halting."""
     halt_exploration: float = 0.1
     """Probability that a puzzle is kept for a random number of segments in training, though it may seem solved."""
+
+    @property
+    def segments_of_evaluation(self) -> int:
+        """Segments that evaluation works on every puzzle."""
+        return self.eval_segments or self.segments
 
     def __post_init__(self):
         if self.segments < 1 or self.eval_segments < 0:
@@ -111,6 +116,13 @@ class ReasoningTask:
         other._restarts = count
         return other
 
+    def check_weights(self, config: Any) -> None:
+        try:
+            learned = str(config["data"]["name"])
+        except (KeyError, TypeError) as error:
+            raise UserError("this checkpoint does not say what puzzle its model has learned") from error
+        check_learned(self._data.name, learned)
+
     def build_model(self, rngs: Any) -> Any:
         return build_model(self.model_options, rngs=rngs)
 
@@ -143,7 +155,7 @@ class ReasoningTask:
                 output, extra = self._from_many_starts(model, batch, solve)
             else:
                 output, extra = self._worked_out(model, batch["inputs"], None, solve), {}
-            return self._scored(batch, output, carry, extra | _of_solver(output.stats))
+            return self._evaluated(batch, output, carry, extra | _of_solver(output.stats))
         if self._loss.segments == 1:
             return self._scored(batch, model(batch["inputs"], solve=solve, key=key), carry)
         start_key, solve_key, halt_key = jax.random.split(key, 3)
@@ -151,14 +163,16 @@ class ReasoningTask:
         output = model(slots.puzzle["inputs"], slots.state, solve=solve, key=solve_key)
         segments_B = slots.segments_B + 1
         free_B = self._done(output.halt_B, segments_B, halt_key)
-        return self._scored(slots.puzzle, output, Slots(output.state, slots.puzzle, segments_B, free_B))
+        value, scored = self._scored(slots.puzzle, output, Slots(output.state, slots.puzzle, segments_B, free_B))
+        scored.metrics["segments"] = average(jnp.sum(segments_B * free_B), jnp.sum(free_B))
+        return value, scored
 
     def _worked_out(self, model: Any, inputs: jax.Array, key: jax.Array | None, solve: Solve | None) -> PuzzleOutput:
         """The output after all segments of evaluation; its evaluations and steps are sums over the segments.
 
         `key` draws the start; None: the fixed one.
         """
-        state, count = model.initial_state(inputs, key), self._loss.eval_segments or self._loss.segments
+        state, count = model.initial_state(inputs, key), self._loss.segments_of_evaluation
         if count == 1:
             return model(inputs, state, solve=solve)
 
@@ -211,13 +225,28 @@ class ReasoningTask:
         least_B = jnp.where(explores_B, jax.random.randint(least_key, done_B.shape, 2, self._loss.segments + 1), 0)
         return done_B | ((halt_B > 0) & (segments_B >= least_B))
 
+    def _evaluated(
+        self, batch: Batch, output: PuzzleOutput, carry: Any, extra: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, LossOutput]:
+        """Loss, metrics and carry of an output of evaluation.
+
+        Names of metrics end in the puzzles' size, unless it is the size trained on. Statistics are those of that size only:
+        what the step makes of them has no size in its name.
+        """
+        value, scored = self._scored(batch, output, carry, extra)
+        if self._loss.segments_of_evaluation > 1:
+            scored.metrics["segments"] = average(float(self._loss.segments_of_evaluation))
+        size = batch["targets"].shape[1]
+        if size == self._data.size:
+            return value, scored
+        counted = {} if output.stats is None else {"forward_nfe": average(output.stats.nfe)}
+        metrics = {f"{name}_{size}": metric for name, metric in (scored.metrics | counted).items()}
+        return value, scored._replace(metrics=metrics, stats=None)
+
     def _scored(
         self, batch: Batch, output: PuzzleOutput, carry: Any, extra: Mapping[str, jax.Array] = MappingProxyType({})
     ) -> tuple[jax.Array, LossOutput]:
-        """Loss, metrics and carry of an output. Names of metrics end in the puzzles' size, unless it is the size trained on.
-
-        `extra`: more metrics, a number for each puzzle.
-        """
+        """Loss, metrics and carry of an output. `extra`: more metrics, a number for each puzzle."""
         targets_BS, mask_B = batch["targets"], batch["mask"]
         logits_BSK = output.logits.astype(jnp.float32)
         cells = tuple(range(1, targets_BS.ndim))
@@ -236,12 +265,7 @@ class ReasoningTask:
             halts_B = (output.halt_B > 0).astype(jnp.float32)
             metrics |= {"halt_loss": of(halt_loss_B), "halted": of(halts_B), "halt_accuracy": of(halts_B == exact_B)}
             loss_B = loss_B + self._loss.halt_weight * halt_loss_B
-        if isinstance(carry, Slots):
-            metrics["segments"] = average(jnp.sum(carry.segments_B * carry.free_B), jnp.sum(carry.free_B))
         metrics |= {name: of(values_B) for name, values_B in extra.items()}
-        size = targets_BS.shape[1]
-        if size != self._data.size:
-            metrics = {f"{name}_{size}": metric for name, metric in metrics.items()}
         value = jnp.sum(loss_B * mask_B) / jnp.maximum(count, 1.0)
         return value, LossOutput(carry, metrics, output.stats, output.jacobian_loss)
 
@@ -292,7 +316,7 @@ class _OneAfterAnother:
 
 _ORDER = (
     *("loss", "exact_match", "exact_match_vote", "agreement", "cell_accuracy", "steps", "residual", "converged"),
-    *("halted", "halt_accuracy", "halt_loss", "segments"),
+    *("halted", "halt_accuracy", "halt_loss", "segments", "forward_nfe"),
 )
 
 

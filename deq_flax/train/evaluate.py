@@ -14,13 +14,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from deq_flax.checkpoints.loading import find_checkpoint, load_params
+from deq_flax.checkpoints.loading import find_checkpoint, load_meta, load_params
 from deq_flax.devices.mesh import FSDP, MeshOptions, by_batch, check_batch, local_rows, make_mesh, place, put_batch, replicated
 from deq_flax.devices.processes import is_first
 from deq_flax.devices.sharding import gathered_shardings
 from deq_flax.equilibrium import Solver, fixed_point, spectral_radius
 from deq_flax.errors import UserError
-from deq_flax.task import HasEquation, HasRestarts, Metrics, Task
+from deq_flax.task import ChecksWeights, HasEquation, HasRestarts, Metrics, Task
 from deq_flax.train.phases import Phases, StepScalars
 from deq_flax.train.step import STEP_METRICS, EvalStep, make_eval_step, split_model
 
@@ -89,6 +89,8 @@ class Loaded(NamedTuple):
 def load(task: Task, path: Path, mesh: Mesh, *, seed: int = 0) -> Loaded:
     """The checkpoint at `path` on a mesh; arguments and errors as of `evaluate_checkpoint`."""
     find_checkpoint(path)  # where there is none, say so before the seconds that a model takes
+    if isinstance(task, ChecksWeights):
+        task.check_weights(load_meta(path).get("config"))
     model = task.build_model(nnx.Rngs(seed))
     graphdef, params, variables = split_model(model)
     restored = load_params(path, params, variables)

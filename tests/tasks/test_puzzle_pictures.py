@@ -6,7 +6,7 @@ import pytest
 from deq_flax.data.puzzles.mazes import SYMBOLS, mazes
 from deq_flax.data.puzzles.sudoku import sudokus
 from deq_flax.tasks.drawing import RIGHT, WRONG
-from deq_flax.tasks.puzzle_pictures import captioned, draw_course, draw_maze, draw_sudoku, in_a_row
+from deq_flax.tasks.puzzle_pictures import WIDEST, captioned, draw_course, draw_maze, draw_sudoku, in_a_row
 
 
 def count(picture, color, tolerance=0):
@@ -52,3 +52,13 @@ def test_captions_and_rows_keep_the_pictures():
     np.testing.assert_array_equal(below[:20], picture)
     assert (below[20:] != 255).any() and below.shape[1] == 30
     assert in_a_row([picture, picture, picture]).shape[1] > 90
+
+
+def test_the_course_of_a_long_sequence_hides_no_wrong_symbol():
+    answers, targets = np.zeros((2, 10_000), np.uint8), np.zeros(10_000, np.uint8)
+    answers[1, 9_999] = 1
+    picture = draw_course(answers, targets)
+    half = len(picture) // 2
+    assert (
+        picture.shape[1] <= WIDEST and (picture[half:, -1] == WRONG).all() and not (picture[:half] == WRONG).all(axis=-1).any()
+    )

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.config import make_task as task_of
+from deq_flax.config import phases_of, resolve, to_dict
 from deq_flax.equilibrium import SolverStats
 from deq_flax.errors import UserError
 from deq_flax.models.model import PuzzleOutput
 from deq_flax.tasks.reasoning import Slots
-from deq_flax.train.evaluate import evaluate
+from deq_flax.train.evaluate import evaluate, evaluate_checkpoint
 from tests.train.commands import metrics
 from tests.train.small import arrays, evaluation_of, make_task, run, solve_of
 
@@ -67,7 +69,8 @@ def test_slots_change_no_score(measured, sections):
     model = task.build_model(nnx.Rngs(0))
     whole = evaluate(*evaluation_of(c, task, model), "test")
     queued = evaluate(*evaluation_of(c, task, model, slots=3), "test")
-    assert queued.pop("forward_nfe") > whole.pop("forward_nfe")
+    for name in ("forward_nfe", "forward_nfe_9"):
+        assert queued.pop(name) > whole.pop(name)
     assert queued == pytest.approx(whole, rel=1e-4) and whole["steps"] > 1
 
 
@@ -103,6 +106,14 @@ def test_the_residual_and_the_steps_stand_beside_the_score(measured):
         np.testing.assert_allclose(summary[name], values.mean(), rtol=1e-3)
     names = list(summary)
     assert names[:3] == ["loss", "exact_match", "cell_accuracy"] and names.index("converged") < names.index("loss_9")
+
+
+def test_evaluations_of_f_are_counted_for_each_size(measured):
+    """The solve of a batch ends with its slowest puzzle, which takes longer at one size than at another."""
+    task, summary, answers = measured
+    for suffix, examples in (("", task.puzzles.test), ("_9", task.puzzles.larger[9])):
+        expected = [float(answers(part)[1].stats.nfe) for part in (examples.inputs[:4], np.repeat(examples.inputs[4:], 4, 0))]
+        assert summary[f"forward_nfe{suffix}"] == np.mean(expected)
 
 
 def test_stablemax_is_its_formula():
@@ -191,6 +202,7 @@ def test_evaluation_works_through_all_segments():
     long = config(deq=deq | {"eval_max_steps": 27})
     expected = jax.jit(lambda inputs: model(inputs, solve=solve_of(long)))(batch["inputs"])
     assert output.stats.steps.tolist() == [27.0] * 4 and output.stats.nfe == 30
+    assert output.metrics["segments"].total / output.metrics["segments"].count == 3
     np.testing.assert_allclose(output.stats.relative_residual, expected.stats.relative_residual, rtol=0.05, atol=1e-6)
     assert isinstance(output.carry, Slots)
     jax.tree.map(np.testing.assert_array_equal, output.carry, carry)
@@ -254,6 +266,19 @@ def test_votes_decide_where_starts_differ():
         best, extra = jax.jit(lambda: task._from_many_starts(None, batch, None))()
     assert extra["exact_match_vote"].tolist() == [True] and extra["agreement"].tolist() == [False]
     assert best.logits[0].argmax(-1).tolist() == [0] * 6 and best.stats.nfe == 3
+
+
+@pytest.mark.slow
+def test_weights_of_another_puzzle_are_not_evaluated(tmp_path):
+    """Neither by --mode eval nor for plots, which both load them; nothing is written."""
+    run(config(train=dict(steps=1)), tmp_path / "run")
+    c = resolve(config(data=dict(name="a5"), model=dict(input_symbols=60, output_symbols=60)))
+    arguments = dict(phases=phases_of(c), mesh=c.mesh, options=c.eval, seed=0)
+    with pytest.raises(UserError, match="has learned prefix_sums, not a5: leave out --config"):
+        evaluate_checkpoint(task_of(c), tmp_path / "run", **arguments)
+    assert make_task(config()).check_weights(to_dict(resolve(config()))) is None
+    with pytest.raises(UserError, match="does not say what puzzle"):
+        make_task(config()).check_weights(None)
 
 
 def test_restarts_need_a_random_start():

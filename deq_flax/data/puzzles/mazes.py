@@ -125,7 +125,7 @@ def distances(open_NSS: np.ndarray, start_N: np.ndarray, at_most: int | None = N
     `at_most`: do not look farther.
     """
     count, side = open_NSS.shape[:2]
-    far = np.full((count, side * side), -1, np.int16)
+    far = np.full((count, side * side), -1, np.int32)  # a path may have half a million steps
     rows, front = np.arange(count), np.asarray(start_N)
     unseen = open_NSS.reshape(count, -1).copy()
     steps = 0

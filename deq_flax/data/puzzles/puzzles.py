@@ -2,12 +2,13 @@
 
 To add a puzzle: a `Puzzle` in `PUZZLES`.
 
-A puzzle belongs to the split that its fingerprint selects, whatever the seed and the numbers of examples; puzzles that are the
-same under a symmetry used for augmentation have the same fingerprint. N puzzles.
+A puzzle belongs to the split that its fingerprint selects, whatever the seed, the numbers of examples and the size that is
+trained on; puzzles that are the same under a symmetry used for augmentation have the same fingerprint. N puzzles.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,19 +16,23 @@ from typing import Any
 import numpy as np
 
 from deq_flax.data.loading import Batch, Splits, check_least, data_path
+from deq_flax.data.puzzles.fingerprints import fingerprints
 from deq_flax.data.puzzles.mazes import SYMBOLS, mazes
 from deq_flax.data.puzzles.sequences import elements, prefix_sums, state_tracking
-from deq_flax.data.puzzles.sudoku import random_symmetry, sudokus, symmetric_key
-from deq_flax.data.puzzles.sudoku_csv import read_csv
+from deq_flax.data.puzzles.sudoku import random_symmetry, refined_key, sudokus, symmetric_key
+from deq_flax.data.puzzles.sudoku_csv import Rows, read_csv
 from deq_flax.data.puzzles.sudoku_solver import BOXES
 from deq_flax.errors import UserError
 
-CHUNK = 1024
-"""Puzzles that are generated at a time. A constant, so that a split's first examples do not depend on how many are wanted."""
+CHUNK, CHUNK_CELLS = 1024, 2**24
+"""Puzzles that are generated at a time, and their cells, of which there are no more. The number depends on the size alone, so
+that a split's first examples do not depend on how many are wanted."""
+MOST_CELLS, MOST_IN_ALL = 2**20, 2**32
+"""Cells of a puzzle, which would take minutes to generate if it had more, and of all puzzles of a data set: two bytes each."""
 _PARTS = 8
 """One part of the fingerprints in this many is validation, one is test, the others are training."""
 _PATIENCE = 30
-"""Chunks in a row without a new puzzle after which there are too few."""
+"""Chunks in a row without a useful puzzle after which there are too few."""
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """Inputs and targets, (N, ...) uint8 each."""
@@ -86,6 +91,9 @@ class PuzzleOptions:
                 raise UserError(f"data.{name} is for data.name {owner}, not {self.name}: leave it out")
             if isinstance(value, tuple) and value and not (len(value) == 2 and 0 <= value[0] <= value[1]):
                 raise UserError(f"data.{name} must be two numbers, the least and the largest, not {value}")
+        for size in (self.size, *self.test_sizes) if self.clues else ():
+            if self.clues >= size**2:
+                raise UserError(f"data.clues is {self.clues}, but a board of side {size} has {size**2} cells: lower it")
         if self.path_lengths and self.path_lengths[0] < 1:
             raise UserError("data.path_lengths: a path has at least one step")
         if self.augment and puzzle.augment is None:
@@ -139,6 +147,8 @@ class Puzzle:
     """Size -> True if there are puzzles of it."""
     sizes: str
     """The sizes that fit, in words."""
+    cells: Callable[[int], int] = staticmethod(lambda size: size)  # noqa: RUF009
+    """Size -> number of cells."""
     augment: Callable[..., Arrays] | None = None
     key: Callable[[np.ndarray], np.ndarray] = staticmethod(lambda inputs: inputs.reshape(len(inputs), -1))  # noqa: RUF009
     """Inputs -> (N, K) integers that the symmetries of the augmentation leave as they are."""
@@ -148,26 +158,18 @@ def load_puzzles(options: PuzzleOptions) -> PuzzleData:
     """Generate the puzzles `options.name`, or read them.
 
     Raises:
-      UserError: there are too few, or files are missing or malformed.
+      UserError: there are too few, or more than fit in memory, or files are missing or malformed.
     """
     puzzle = PUZZLES[options.name]
     wanted = {"train": options.train_examples, "valid": options.valid_examples, "test": options.test_examples}
-    if puzzle.generate is None:
-        splits = _from_csv(options, wanted)
-    else:
-        splits = _selected(puzzle, options, options.size, wanted, by_fingerprint=True)
-    larger = {
-        size: PuzzleExamples(**_named(_selected(puzzle, options, size, {"test": wanted["test"]}, by_fingerprint=False)["test"]))
-        for size in options.test_sizes
-        if size != options.size
-    }
-    inputs, outputs = zip(*(puzzle.symbols(size) for size in (options.size, *options.test_sizes)), strict=True)
-    augment = puzzle.augment if options.augment else None
+    splits = _from_csv(options, wanted) if puzzle.generate is None else _generated(options, options.size, wanted)
+    others = [size for size in options.test_sizes if size != options.size]
+    inputs, outputs = zip(*(puzzle.symbols(size) for size in (options.size, *others)), strict=True)
     return PuzzleData(
-        train=PuzzleExamples(**_named(splits["train"]), augment=augment),
+        train=PuzzleExamples(**_named(splits["train"]), augment=puzzle.augment if options.augment else None),
         valid=PuzzleExamples(**_named(splits["valid"])),
         test=PuzzleExamples(**_named(splits["test"])),
-        larger=larger,
+        larger={size: some_puzzles(options, size, options.test_examples) for size in others},
         input_symbols=max(inputs),
         output_symbols=max(outputs),
     )
@@ -180,20 +182,15 @@ def some_puzzles(options: PuzzleOptions, size: int, count: int) -> PuzzleExample
       UserError: there are none of that size, or too few.
     """
     options = dataclasses.replace(options, test_sizes=(size,))  # checks the size
-    puzzle, wanted = PUZZLES[options.name], {"test": count}
-    if puzzle.generate is None:
-        return PuzzleExamples(**_named(_from_csv(options, {"train": 1, "valid": 1} | wanted)["test"]))
-    return PuzzleExamples(**_named(_selected(puzzle, options, size, wanted, by_fingerprint=size == options.size)["test"]))
+    if PUZZLES[options.name].generate is None:
+        return PuzzleExamples(**_named(_from_csv(options, {"test": count})["test"]))
+    return PuzzleExamples(**_named(_generated(options, size, {"test": count})["test"]))
 
 
-def fingerprints(key_NK: np.ndarray) -> np.ndarray:
-    """(N,) uint64: a hash of each row of small integers, the same on every machine."""
-    weights = np.random.default_rng(0x5EED).integers(0, 2**63, key_NK.shape[1], dtype=np.uint64) | np.uint64(1)
-    with np.errstate(over="ignore"):
-        h = (key_NK.astype(np.uint64) + np.uint64(1)) @ weights
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64
-            h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor)
-    return h
+def check_learned(name: str, learned: str) -> None:
+    """Raise UserError unless a model that has learned one puzzle is to solve the same: weights fit any of as many symbols."""
+    if name.removesuffix("_csv") != learned.removesuffix("_csv"):
+        raise UserError(f"the model of this checkpoint has learned {learned}, not {name}: leave out --config.data.name")
 
 
 def split_of(fingerprint_N: np.ndarray) -> np.ndarray:
@@ -201,36 +198,24 @@ def split_of(fingerprint_N: np.ndarray) -> np.ndarray:
     return np.array(["valid", "test"] + ["train"] * (_PARTS - 2))[fingerprint_N % np.uint64(_PARTS)]
 
 
-def _selected(
-    puzzle: Puzzle, options: PuzzleOptions, size: int, wanted: dict[str, int], *, by_fingerprint: bool
-) -> dict[str, Arrays]:
-    """The first `wanted` puzzles of each split, all distinct. A size that is never trained on needs no fingerprints."""
-    found: dict[str, list[Arrays]] = {split: [] for split in wanted}
-    seen, idle = np.zeros(0, np.uint64), 0
-    missing = dict(wanted)
-    for inputs, targets in _chunks(puzzle, options, size):
-        own = fingerprints(inputs.reshape(len(inputs), -1))
-        _, first = np.unique(own, return_index=True)
-        new = np.zeros(len(own), bool)
-        new[first] = ~np.isin(own[first], seen)
-        seen = np.concatenate([seen, own[new]])
-        splits = split_of(fingerprints(puzzle.key(inputs))) if by_fingerprint else np.full(len(own), "test")
-        useful = False
-        for split in wanted:
-            rows = np.flatnonzero(new & (splits == split))[: missing[split]]
-            found[split].append((inputs[rows], targets[rows]))
-            missing[split] -= len(rows)
-            useful |= len(rows) > 0
-        if not any(missing.values()):
-            break
-        idle = 0 if useful else idle + 1
-        if idle == _PATIENCE:
-            split, count = next((split, count) for split, count in missing.items() if count)
+def _generated(options: PuzzleOptions, size: int, wanted: dict[str, int]) -> dict[str, Arrays]:
+    """The first `wanted` generated puzzles of each split."""
+    puzzle, in_all = PUZZLES[options.name], sum(wanted.values())
+    assert puzzle.generate is not None
+    if in_all * puzzle.cells(size) > MOST_IN_ALL:
+        raise UserError(
+            f"{in_all} puzzles {options.name} of size {size} have more than {MOST_IN_ALL} cells: take fewer, or smaller ones"
+        )
+    found = _selected(_chunks(puzzle, options, size), lambda inputs: split_of(fingerprints(puzzle.key(inputs))), wanted)
+    narrow = {"path_lengths": "widen data.path_lengths", "grades": "widen data.grades", "clues": "change data.clues"}
+    cures = "".join(f", or {cure}" for name, cure in narrow.items() if getattr(options, name))
+    for split, count in wanted.items():
+        if missing := count - len(found[split][0]):
             raise UserError(
-                f"there are too few different puzzles {options.name} of size {size}: {count} of {wanted[split]} {split} "
-                f"examples are missing; lower data.{split}_examples, or widen data.grades"
+                f"there are too few different puzzles {options.name} of size {size}: {missing} of {count} {split} examples are "
+                f"missing; lower data.{split}_examples{cures}"
             )
-    return {split: (_joined(parts, 0), _joined(parts, 1)) for split, parts in found.items()}
+    return found
 
 
 def _chunks(puzzle: Puzzle, options: PuzzleOptions, size: int) -> Iterator[Arrays]:
@@ -238,11 +223,41 @@ def _chunks(puzzle: Puzzle, options: PuzzleOptions, size: int) -> Iterator[Array
     assert puzzle.generate is not None
     random = np.random.default_rng((options.seed, size))
     while True:
-        yield puzzle.generate(options, size, CHUNK, random)
+        yield puzzle.generate(options, size, min(CHUNK, CHUNK_CELLS // puzzle.cells(size)), random)
 
 
-def _joined(parts: list[Arrays], which: int) -> np.ndarray:
-    return np.concatenate([part[which] for part in parts])
+def _selected(
+    chunks: Iterable[Arrays], splits: Callable[[np.ndarray], np.ndarray], wanted: dict[str, int]
+) -> dict[str, Arrays]:
+    """The first `wanted` puzzles of each split, all distinct; fewer where the chunks end, or bring nothing new for long.
+
+    `splits`: inputs (N, ...) -> names of their splits (N,).
+    """
+    inputs_of: dict[str, np.ndarray] = {}
+    targets_of: dict[str, np.ndarray] = {}
+    count, idle, seen = dict.fromkeys(wanted, 0), 0, np.zeros(0, np.uint64)
+    for inputs, targets in chunks:
+        idle += 1
+        if len(inputs):
+            own = fingerprints(inputs.reshape(len(inputs), -1))
+            _, first = np.unique(own, return_index=True)
+            new = np.zeros(len(own), bool)
+            new[first] = ~np.isin(own[first], seen)
+            seen = np.concatenate([seen, own[new]])
+            names = splits(inputs)
+            for split, most in wanted.items():
+                rows = np.flatnonzero(new & (names == split))[: most - count[split]]
+                for store, array in ((inputs_of, inputs), (targets_of, targets)):
+                    if split not in store:  # all at once, so that the puzzles are in memory but once
+                        store[split] = np.empty((most, *array.shape[1:]), array.dtype)
+                    store[split][count[split] : count[split] + len(rows)] = array[rows]
+                count[split] += len(rows)
+                idle = 0 if len(rows) else idle
+        if count == wanted or idle == _PATIENCE:
+            break
+    nothing = np.zeros((0, 0), np.uint8)
+    first_of = lambda store, split: store.get(split, nothing)[: count[split]]  # noqa: E731
+    return {split: (first_of(inputs_of, split), first_of(targets_of, split)) for split in wanted}
 
 
 def _named(arrays: Arrays) -> dict[str, Any]:
@@ -250,16 +265,41 @@ def _named(arrays: Arrays) -> dict[str, Any]:
 
 
 def _from_csv(options: PuzzleOptions, wanted: dict[str, int]) -> dict[str, Arrays]:
-    """Training and validation puzzles from train.csv, test puzzles from test.csv."""
+    """Puzzles from the files: test puzzles from test.csv, the others from train.csv in a random order.
+
+    Rows of train.csv that are puzzles of test.csv under a symmetry are left out.
+    """
     folder = data_path(options.path, "the folder of train.csv and test.csv, published as sapientinc/sudoku-extreme")
-    learned = read_csv(folder / "train.csv", wanted["train"] + wanted["valid"], options.seed)
-    order = np.random.default_rng((options.seed, 1)).permutation(len(learned[0]))
-    valid, train = order[: wanted["valid"]], order[wanted["valid"] :]
-    return {
-        "train": (learned[0][train], learned[1][train]),
-        "valid": (learned[0][valid], learned[1][valid]),
-        "test": read_csv(folder / "test.csv", wanted["test"], options.seed),
-    }
+    test = read_csv(folder / "test.csv")
+    count = wanted["test"] or len(test)
+    if count > len(test):
+        raise UserError(f"{test.path} has {len(test)} different puzzles, but {count} are wanted: lower data.test_examples")
+    found = {"test": test.read(np.sort(np.random.default_rng(options.seed).permutation(len(test))[:count]))}
+    learned = {split: count for split, count in wanted.items() if split != "test"}
+    if not learned:
+        return found
+    train, held = read_csv(folder / "train.csv"), np.concatenate([refined_key(test.boards(rows)) for rows in _parts(test)])
+
+    def splits(inputs: np.ndarray) -> np.ndarray:
+        own = refined_key(inputs)
+        names = np.where(split_of(own) == "valid", "valid", "train")
+        return np.where(np.isin(own, held), "", names)
+
+    order = np.random.default_rng((options.seed, 1)).permutation(len(train))
+    found |= _selected((train.read(order[rows]) for rows in _parts(train)), splits, learned)
+    for split, count in learned.items():
+        if (number := len(found[split][0])) < count:
+            raise UserError(
+                f"{train.path} has {len(train)} different puzzles, of which {number} can be {split} examples, because one in "
+                f"{_PARTS} is kept for validation, and none is that test.csv has under a symmetry: lower data.{split}_examples "
+                f"from {count}"
+            )
+    return found
+
+
+def _parts(rows: Rows) -> Iterator[np.ndarray]:
+    """The numbers of rows in parts."""
+    return (np.arange(start, min(start + CHUNK, len(rows))) for start in range(0, len(rows), CHUNK))
 
 
 def _sudokus(options: PuzzleOptions, size: int, count: int, random: np.random.Generator) -> Arrays:
@@ -269,31 +309,45 @@ def _sudokus(options: PuzzleOptions, size: int, count: int, random: np.random.Ge
     return inputs[kept], targets[kept]
 
 
+_LENGTHS = f"a length is from 1 to {MOST_CELLS}"
+
+
+def _fits_sequence(length: int) -> bool:
+    return 1 <= length <= MOST_CELLS
+
+
 def _group(group: str) -> Puzzle:
     return Puzzle(
         generate=lambda options, size, count, random: state_tracking(group, size, count, random),
         symbols=lambda size: (len(elements(group)), len(elements(group))),
-        fits=lambda size: size >= 1,
-        sizes="a length is at least 1",
+        fits=_fits_sequence,
+        sizes=_LENGTHS,
     )
 
 
-_SUDOKU = partial(Puzzle, symbols=lambda size: (size + 1, size + 1), augment=random_symmetry, key=symmetric_key)
+_SUDOKU = partial(
+    Puzzle,
+    symbols=lambda size: (size + 1, size + 1),
+    cells=lambda size: size**2,
+    augment=random_symmetry,
+    key=symmetric_key,
+)
 
 PUZZLES: dict[str, Puzzle] = {
     "prefix_sums": Puzzle(
         generate=lambda options, size, count, random: prefix_sums(size, count, random),
         symbols=lambda size: (2, 2),
-        fits=lambda size: size >= 1,
-        sizes="a length is at least 1",
+        fits=_fits_sequence,
+        sizes=_LENGTHS,
     ),
     "a5": _group("a5"),
     "s5": _group("s5"),
     "maze": Puzzle(
         generate=lambda options, size, count, random: mazes(size, count, random, options.path_lengths),
         symbols=lambda size: (len(SYMBOLS), len(SYMBOLS)),
-        fits=lambda size: size >= 5,
-        sizes="a side is at least 5",
+        fits=lambda size: 5 <= size <= math.isqrt(MOST_CELLS),
+        sizes=f"a side is from 5 to {math.isqrt(MOST_CELLS)}",
+        cells=lambda size: size**2,
     ),
     "sudoku": _SUDOKU(generate=_sudokus, fits=lambda size: size in BOXES, sizes="a side is 4, 6 or 9"),
     "sudoku_csv": _SUDOKU(generate=None, fits=lambda size: size == 9, sizes="a side is 9"),

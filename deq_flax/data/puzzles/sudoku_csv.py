@@ -4,6 +4,7 @@ q is the board row by row, with '.' where empty; a is its solution.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,36 +19,55 @@ _SHOWN = 5
 """Malformed rows that a message names."""
 
 
-def read_csv(path: Path, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Puzzles, 0 where empty, and solutions, (N, 9, 9) uint8: `count` random rows in the order of the file, or all if 0.
+@dataclass(frozen=True)
+class Rows:
+    """The different puzzles of a file, in its order."""
+
+    path: Path
+    puzzles: list[str]
+    answers: list[str]
+    lines: np.ndarray
+    """(N,): the numbers of their lines."""
+
+    def __len__(self) -> int:
+        return len(self.puzzles)
+
+    def boards(self, rows: np.ndarray) -> np.ndarray:
+        """The puzzles of some rows, 0 where empty, (N, 9, 9) uint8."""
+        return _boards([self.puzzles[row] for row in rows])
+
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Puzzles and solutions of some rows. UserError: an answer is no solution."""
+        puzzle_N99, solution_N99 = self.boards(rows), _boards([self.answers[row] for row in rows])
+        wrong = np.sort(self.lines[rows[~is_solution(puzzle_N99, solution_N99)]])
+        if len(wrong):
+            raise UserError(f"{self.path}: {_named(wrong.tolist())} wrong: the answer is no solution of the puzzle")
+        return puzzle_N99, solution_N99
+
+
+def read_csv(path: Path) -> Rows:
+    """The rows of a file; of several with the same puzzle, the first.
 
     Raises:
-      UserError: the file cannot be read, has another header, fewer rows, or rows that are malformed or wrong.
+      UserError: the file cannot be read, has another header, no rows, or rows that are malformed.
     """
     with readable(path), open(path, encoding="utf-8", errors="replace") as file:
         if file.readline().strip() != HEADER:
             raise UserError(f"{path} does not begin with the line {HEADER}: it is no CSV file of Sudoku-Extreme")
-        matches, malformed = [], []
+        found: dict[str, tuple[str, int]] = {}
+        malformed = []
         for number, line in enumerate(file, 2):
             match = _ROW.fullmatch(line.rstrip("\r\n"))
             if match is None:
                 malformed.append(number)
             elif not malformed:
-                matches.append(match.groups())
+                found.setdefault(match[1], (match[2], number))
     if malformed:
         raise UserError(f"{path}: {_named(malformed)} malformed; a row is SOURCE,81 of 1-9 or '.',81 of 1-9,RATING")
-    if len(matches) < max(count, 1):
-        raise UserError(
-            f"{path} has {len(matches)} puzzles, but {max(count, 1)} are wanted: lower data.train_examples and so on"
-        )
-    rows = np.arange(len(matches))
-    if count:
-        rows = np.sort(np.random.default_rng(seed).permutation(len(matches))[:count])
-    puzzle_N99, solution_N99 = (_boards([matches[row][side] for row in rows]) for side in (0, 1))
-    wrong = rows[~is_solution(puzzle_N99, solution_N99)] + 2
-    if len(wrong):
-        raise UserError(f"{path}: {_named(wrong.tolist())} wrong: the answer is no solution of the puzzle")
-    return puzzle_N99, solution_N99
+    if not found:
+        raise UserError(f"{path} has no puzzles")
+    answers, lines = zip(*found.values(), strict=True)
+    return Rows(path, list(found), list(answers), np.array(lines))
 
 
 def _boards(texts: list[str]) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 
 from deq_flax.data.puzzles.mazes import SYMBOLS, distances, mazes, perfect_mazes
 from deq_flax.data.puzzles.sequences import elements, prefix_sums, products, state_tracking
-from deq_flax.data.puzzles.sudoku import is_solution, random_symmetry, sudokus, symmetric_key
+from deq_flax.data.puzzles.sudoku import is_solution, random_symmetry, refined_key, sudokus, symmetric_key
 from deq_flax.data.puzzles.sudoku_solver import BOXES
 
 
@@ -88,6 +88,15 @@ def test_distances_end_at_the_limit():
     start = np.array([1 * 11 + 1])
     far, near = distances(maze, start)[0], distances(maze, start, at_most=4)[0]
     np.testing.assert_array_equal(near, np.where(far <= 4, far, -1))
+
+
+def test_distances_of_a_long_way_are_right():
+    """A serpentine of side 401 has more steps than 16 bits count."""
+    maze = np.zeros((1, 401, 401), bool)
+    maze[0, 1::2, 1:-1] = True
+    maze[0, 2:-1:4, -2] = maze[0, 4:-1:4, 1] = True
+    far = distances(maze, np.array([401 + 1]))[0]
+    assert far.max() == maze.sum() - 1 == 79_998 and (far >= 0).sum() == maze.sum()
 
 
 def peers(side):
@@ -186,6 +195,9 @@ def test_a_symmetry_changes_a_sudoku_but_not_what_it_is(generated, side):
     moved, solved = random_symmetry(puzzles, answers, generator())
     assert is_solution(moved, solved).all() and len(solutions(as_board(moved[0]), side)) == 1
     np.testing.assert_array_equal(symmetric_key(moved), symmetric_key(puzzles))
+    np.testing.assert_array_equal(refined_key(moved), refined_key(puzzles))
+    if side == 9:
+        assert len(np.unique(refined_key(puzzles))) == len(puzzles)
     assert (moved != puzzles).any(axis=(1, 2)).all()
     sums = [np.sort((x > 0).sum(axis=1)) for x in (puzzles, moved)]
     assert (sums[0] != sums[1]).any() == (side != 6), "transposition, where boxes are square"

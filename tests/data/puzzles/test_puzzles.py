@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from deq_flax.data.loading import EvalBatches, iterate, train_dataset
-from deq_flax.data.puzzles.puzzles import PuzzleOptions, fingerprints, load_puzzles
-from deq_flax.data.puzzles.sudoku import is_solution, sudokus, symmetric_key
+from deq_flax.data.puzzles import puzzles as module
+from deq_flax.data.puzzles.fingerprints import fingerprints
+from deq_flax.data.puzzles.puzzles import CHUNK, PUZZLES, PuzzleOptions, load_puzzles, some_puzzles
+from deq_flax.data.puzzles.sudoku import is_solution, random_symmetry, refined_key, sudokus, symmetric_key
 from deq_flax.errors import UserError
 
 SMALL = dict(train_examples=120, valid_examples=20, test_examples=30)
@@ -50,6 +52,17 @@ def test_the_test_puzzles_do_not_depend_on_the_number_of_others(case):
         assert not rows(other.train.inputs) & rows(data.test.inputs), "not even with another seed"
 
 
+def test_the_test_puzzles_of_a_size_are_the_same_whichever_size_is_trained_on(case):
+    """So a run of the one size learns nothing of what a run of the other is tested on, as where a run begins from another's."""
+    options, data = case
+    (size,) = options["test_sizes"]
+    other = load_puzzles(PuzzleOptions(**SMALL | options | {"size": size, "test_sizes": (options["size"],)}))
+    np.testing.assert_array_equal(other.test.inputs, data.larger[size].inputs)
+    np.testing.assert_array_equal(other.larger[options["size"]].inputs, data.test.inputs)
+    np.testing.assert_array_equal(some_puzzles(PuzzleOptions(**options), size, 5).inputs, other.test.inputs[:5])
+    assert not rows(data.larger[size].inputs) & (rows(other.train.inputs) | rows(other.valid.inputs))
+
+
 def test_batches_are_those_of_grain_and_augmented_in_training_only(case):
     options, data = case
     batches = [next(iterate(train_dataset(data.train, 40, seed=0), start)) for start in (0, 3, 3)]
@@ -80,32 +93,67 @@ def test_grades_select_puzzles():
     assert not rows(easy.train.inputs) & rows(hard.train.inputs) and len(hard.train) == 15
 
 
-def csv(folder, count=14, **changed):
-    """Write both files; `changed`: line number -> text, in train.csv."""
-    puzzles, answers, _ = sudokus(9, 6, np.random.default_rng(0), clues=45)
-    text = lambda board: "".join(map(str, board.ravel())).replace("0", ".")  # noqa: E731
-    lines = [f"web,{text(puzzles[i % 6])},{text(answers[i % 6])},{i}" for i in range(count)]
-    (folder / "test.csv").write_text("\n".join(["source,q,a,rating", *lines]) + "\n")
-    train = ["source,q,a,rating", *lines]
+def text_of(board):
+    return "".join(map(str, board.ravel())).replace("0", ".")
+
+
+def write_csv(path, puzzles, answers):
+    lines = [f"web,{text_of(puzzle)},{text_of(answer)},1" for puzzle, answer in zip(puzzles, answers, strict=True)]
+    path.write_text("\n".join(["source,q,a,rating", *lines]) + "\n")
+
+
+@pytest.fixture(scope="module")
+def boards():
+    return sudokus(9, 60, np.random.default_rng(0), clues=45)[:2]
+
+
+def csv(folder, boards, **changed):
+    """Write both files, 40 puzzles and 20 others; `changed`: line number -> text, in train.csv."""
+    write_csv(folder / "train.csv", *(array[:40] for array in boards))
+    write_csv(folder / "test.csv", *(array[40:] for array in boards))
+    train = (folder / "train.csv").read_text().splitlines()
     for number, line in changed.items():
         train[int(number[1:]) - 1] = line
     (folder / "train.csv").write_text("\n".join(train) + "\n")
-    return puzzles, answers
 
 
 def from_csv(folder, **options):
-    wanted = dict(train_examples=8, valid_examples=4, test_examples=5) | options
+    wanted = dict(train_examples=20, valid_examples=2, test_examples=5) | options
     return load_puzzles(PuzzleOptions(name="sudoku_csv", path=str(folder), size=9, **wanted))
 
 
-def test_csv_files_are_read_and_sampled(tmp_path):
-    puzzles, answers = csv(tmp_path)
+def test_csv_files_are_read_and_sampled(tmp_path, boards):
+    csv(tmp_path, boards)
     data = from_csv(tmp_path)
-    assert (len(data.train), len(data.valid), len(data.test)) == (8, 4, 5)
+    assert (len(data.train), len(data.valid), len(data.test)) == (20, 2, 5)
     assert is_solution(data.train.inputs, data.train.targets).all()
-    assert rows(data.test.inputs) <= rows(puzzles) and rows(data.test.targets) <= rows(answers)
+    assert rows(data.test.inputs) <= rows(boards[0][40:]) and rows(data.test.targets) <= rows(boards[1][40:])
+    assert rows(data.train.inputs) | rows(data.valid.inputs) <= rows(boards[0][:40])
     np.testing.assert_array_equal(from_csv(tmp_path).train.inputs, data.train.inputs)
     assert (from_csv(tmp_path, seed=1).train.inputs != data.train.inputs).any()
+    assert len(from_csv(tmp_path, test_examples=0).test) == 20
+    options = PuzzleOptions(name="sudoku_csv", path=str(tmp_path), size=9)
+    (tmp_path / "train.csv").unlink()
+    np.testing.assert_array_equal(some_puzzles(options, 9, 5).inputs, data.test.inputs)
+
+
+def test_splits_of_csv_files_share_no_puzzle_nor_one_under_a_symmetry(tmp_path, boards):
+    """Sixty puzzles under four symmetries each, some twice, in train.csv; twenty of the sixty, some twice, in test.csv."""
+    moved = [random_symmetry(*boards, np.random.default_rng(i)) for i in range(4)]
+    many = [np.concatenate(each) for each in zip(*moved, strict=True)]
+    write_csv(tmp_path / "train.csv", *(np.concatenate([array, array[:20]]) for array in many))
+    write_csv(tmp_path / "test.csv", *(np.concatenate([array[40:], array[40:45]]) for array in boards))
+    data = from_csv(tmp_path, train_examples=100, valid_examples=8, test_examples=0)
+    keys = [set(refined_key(split.inputs).tolist()) for split in (data.train, data.valid, data.test)]
+    assert sum(map(len, keys)) == len(set.union(*keys)) and len(keys[2]) == len(data.test) == 20
+    assert len(rows(data.train.inputs)) == 100 and len(rows(data.valid.inputs)) == 8
+
+
+def test_one_puzzle_many_times_is_one(tmp_path, boards):
+    write_csv(tmp_path / "train.csv", *(np.repeat(array[:1], 100, axis=0) for array in boards))
+    write_csv(tmp_path / "test.csv", *(array[:1] for array in boards))
+    with pytest.raises(UserError, match="has 1 different puzzles, of which 0 can be train examples"):
+        from_csv(tmp_path, test_examples=1)
 
 
 GOOD = "123456789" * 9
@@ -118,17 +166,21 @@ GOOD = "123456789" * 9
         ({"_4": "web,123,456,1"}, {}, "line 4 is malformed"),
         ({f"_{i}": "x" for i in range(3, 11)}, {}, "8 lines (3, 4, 5, 6, 7, ...) are malformed"),
         ({"_5": f"web,{GOOD},{GOOD},\xff"}, {}, "line 5 is malformed"),
-        ({f"_{i}": f"web,{GOOD},{GOOD},1" for i in range(2, 16)}, {}, "are wrong: the answer is no solution"),
-        ({}, {"train_examples": 80}, "has 14 puzzles, but 84 are wanted"),
+        ({"_7": f"web,{GOOD},{GOOD},1"}, {}, "line 7 is wrong: the answer is no solution"),
+        ({}, {"train_examples": 80}, "has 40 different puzzles, of which "),
+        ({}, {"test_examples": 80}, "has 20 different puzzles, but 80 are wanted"),
         ({}, {"path": ""}, "data.path is not set"),
         ({}, {"size": 4}, "a side is 9"),
     ],
 )
-def test_a_wrong_csv_file_is_refused_in_one_line(tmp_path, changed, options, message):
-    csv(tmp_path, **changed)
+def test_a_wrong_csv_file_is_refused_in_one_line(tmp_path, boards, changed, options, message):
+    csv(tmp_path, boards, **changed)
     with pytest.raises(UserError) as error:
         load_puzzles(
-            PuzzleOptions(**dict(name="sudoku_csv", path=str(tmp_path), size=9, train_examples=8, valid_examples=4) | options)
+            PuzzleOptions(
+                **dict(name="sudoku_csv", path=str(tmp_path), size=9, train_examples=8, valid_examples=2, test_examples=5)
+                | options
+            )
         )
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -142,6 +194,12 @@ def test_a_wrong_csv_file_is_refused_in_one_line(tmp_path, changed, options, mes
         (dict(name="maze", size=11, path_lengths=(9, 3)), "data.path_lengths must be two numbers"),
         (dict(name="maze", size=11, path_lengths=(0, 3)), "at least one step"),
         (dict(name="maze", size=11, augment=True), "data.augment is for Sudoku"),
+        (dict(name="maze", size=10_000), "maze has no puzzles of size 10000: a side is from 5 to 1024"),
+        (
+            dict(name="prefix_sums", size=8, test_sizes=(10**9,)),
+            "prefix_sums has no puzzles of size 1000000000: a length is from",
+        ),
+        (dict(name="sudoku", size=4, clues=17), "data.clues is 17, but a board of side 4 has 16 cells"),
         (dict(name="a5", size=11, clues=3), "data.clues is for data.name sudoku"),
         (dict(name="a5", size=11, train_examples=0), "data.train_examples must be at least 1"),
     ],
@@ -154,10 +212,29 @@ def test_wrong_options_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(name="prefix_sums", size=6), "too few different puzzles prefix_sums of size 6"),
+        (dict(name="prefix_sums", size=6), r"too few different puzzles prefix_sums of size 6.*; lower data.train_examples$"),
         (dict(name="maze", size=11, path_lengths=(90, 95)), "hardly ever have paths"),
+        (dict(name="sudoku", size=4, grades=(5, 9)), r"too few different puzzles sudoku.*, or widen data.grades$"),
+        (
+            dict(name="sudoku", size=4, clues=15, valid_examples=500),
+            r"too few different puzzles sudoku.*, or change data.clues$",
+        ),
+        (dict(name="prefix_sums", size=1_000_001, train_examples=10_000), "have more than 4294967296 cells: take fewer"),
     ],
 )
 def test_puzzles_that_do_not_exist_end_the_search(options, message):
     with pytest.raises(UserError, match=message):
-        load_puzzles(PuzzleOptions(**SMALL, **options))
+        load_puzzles(PuzzleOptions(**SMALL | options))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "count"),
+    [("maze", 30, CHUNK), ("prefix_sums", 4096, CHUNK), ("prefix_sums", 2**20, 16), ("maze", 1024, 16)],
+)
+def test_large_puzzles_are_generated_fewer_at_a_time(name, size, count, monkeypatch):
+    """The sizes that the configs train on are generated as they always were, which their training sets depend on."""
+    asked = []
+    generate = lambda options, size, count, random: asked.append(count)  # noqa: E731
+    monkeypatch.setitem(PUZZLES, name, module.dataclasses.replace(PUZZLES[name], generate=generate))
+    next(module._chunks(PUZZLES[name], PuzzleOptions(name=name, size=size), size))
+    assert asked == [count]
