@@ -120,14 +120,15 @@ def text_of(generator: Generator, prompts: list[np.ndarray]) -> np.ndarray:
 
 def reading(generator: Generator, prompts: list[np.ndarray], text_BL: np.ndarray) -> tuple[float, float]:
     """Read texts word by word, each alone: the share of words that the generator would choose itself, evaluations a word."""
-    same, nfe = [], []
+    chosen, nfe = [], []
     for prompt, text_L in zip(prompts, text_BL, strict=True):
         state = generator.start([prompt])
         for word in text_L:
-            same.append(state.token_B[0] == word)
-            state = generator.step(state._replace(token_B=jnp.asarray([word])))
+            chosen.append(state.token_B)
+            state = generator.step(state._replace(token_B=np.array([word])))
             nfe.append(state.nfe)
-    return float(np.mean(jax.device_get(same))), float(np.mean(jax.device_get(nfe)))
+    same = np.concatenate(jax.device_get(chosen)) == text_BL.reshape(-1)
+    return float(same.mean()), float(np.mean(jax.device_get(nfe)))
 
 
 def speed(generator: Generator, prompts: list[np.ndarray]) -> float:
@@ -168,12 +169,12 @@ def generation(config: Config, models: list[Any], limits: list[int], name: str) 
     texts = [text_of(make(model, full), prompts) for model in models]
 
     def row(label: str, solver: Solver) -> list[str]:
-        read = []
-        for model, text_BL in zip(models, texts, strict=True):
-            generator = make(model, solver)
-            read.append((*reading(generator, prompts, text_BL), reading(generator, prompts, given_BL)[1]))
-        first = make(models[0], solver)
-        one, together = speed(first, prompts[:1]), speed(first, prompts)
+        generators = [make(model, solver) for model in models]
+        read = [
+            (*reading(generator, prompts, text_BL), reading(generator, prompts, given_BL)[1])
+            for generator, text_BL in zip(generators, texts, strict=True)
+        ]
+        one, together = speed(generators[0], prompts[:1]), speed(generators[0], prompts)
         same, own, given = (mean(column) for column in zip(*read, strict=True))
         cells = [f"`{name}`", label, f"{own:.2f}", f"{given:.2f}", f"{same:.1%}", f"{one:.0f}", f"{together:.0f}"]
         print(" | ".join(cells), flush=True)
