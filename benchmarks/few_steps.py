@@ -3,33 +3,42 @@
     pip install -r requirements.txt -r requirements-plot.txt
     python -m benchmarks.few_steps DIR [DIR ...] [--evaluations 0 1 2 4 8 16] [--limits 1 2 4 8] [--draw FILE] [--write]
 
-DIR is the workdir of a run; a table has a row for each model with an equilibrium, such as one before and after training with
-the consistency loss. Runs whose names differ in the number that they end in, `NAME_0` and `NAME_1`, are seeds of one model.
-The figure has perplexity against minutes of training, and against evaluations; a bar spans the seeds.
+DIR is the workdir of a run, whose last checkpoint is taken; a table has a row for each model with an equilibrium, such as one
+before and after training with the consistency loss. Runs whose names differ in the number that they end in, `NAME_0` and
+`NAME_1`, are seeds of one model, and the numbers are their means. The figure has perplexity against minutes of training, and
+against evaluations; a bar spans the seeds.
 
 - Perplexity on the validation text after exactly so many evaluations of plain iteration, z <- f(z), from the initial guess, and
   the share of sequences whose residual is then below the tolerance. The last columns are those of the run's own solver.
-- Greedy generation of the first seed, with a limit on the evaluations of every solve: speed and evaluations for one text, speed
-  for all together, and the share of words that are those of a model without a limit given the same words before.
+- Greedy generation, with a limit on the evaluations of every solve. Evaluations of one text at a time, given the words of the
+  solve to 1e-5, and given those of the validation text; the share of words that are those of the solve to 1e-5 given the same
+  words before; and the speed, of the first seed. At the largest limit again with cold starts, if the model has warm ones: each
+  solve from zero, not from the state of the remembered word with the nearest input.
 """
 
-import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from time import process_time
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from benchmarks import tables, turns
-from benchmarks.language import curve
+from benchmarks.language import curves, read
+from deq_flax.checkpoints.stored_step import steps_in
 from deq_flax.config import Config, make_task, read_run_config
 from deq_flax.equilibrium import Picard, Solver, fixed_point
 from deq_flax.generate import default_memory
+from deq_flax.models import generation as library
 from deq_flax.models.generation import Generator, Sampling
+from deq_flax.nn.transformer import Memory
 from deq_flax.pretrained import load_model
 from deq_flax.train.phases import make_phases
 
@@ -37,84 +46,145 @@ TEXTS, PROMPT, TOKENS = 8, 32, 64
 """Texts that are generated, the words of their prompts, and those that are added."""
 
 
-def anytime(config: Config, model: Any, evaluations: list[int]) -> list[tuple[float, float]]:
-    """For each number of plain iterations: perplexity on the validation text, and the share of sequences that have settled.
+class Score(NamedTuple):
+    """A model on the validation text, solved in one way."""
 
-    Settled: the relative residual is at most the tolerance of training.
-    """
-    assert config.deq is not None
-    task, tol, (graphdef, state) = make_task(config), config.deq.tol, nnx.split(model)
+    perplexity: float
+    converged: float
+    """Share of the sequences whose relative residual is at most the tolerance of training."""
+    evaluations: float
+
+
+def scores(config: Config, model: Any, solve_of: Callable[[jax.Array], Any], counts: list[int]) -> list[Score]:
+    """The model under each of the solves `solve_of(count)`, one compiled program."""
+    task, (graphdef, state) = make_task(config), nnx.split(model)
 
     @jax.jit
     def score(state: Any, batch: Any, carry: Any, count: jax.Array) -> tuple[Any, ...]:
-        def iterate(f: Any, z0: Any) -> tuple[Any, None]:
-            z = jax.lax.fori_loop(0, count, lambda _, z: f(z), z0)
-            return fixed_point(lambda _: f(z), z, solver=Picard(tol=tol, max_steps=1)), None
-
-        _, out = task.loss(nnx.merge(graphdef, state), batch, carry, solve=iterate)
-        return out.carry, out.metrics["loss"].total, out.metrics["loss"].count, out.stats.converged.mean()
+        _, out = task.loss(nnx.merge(graphdef, state), batch, carry, solve=solve_of(count))
+        loss, stats = out.metrics["loss"], out.stats
+        return out.carry, loss.total, loss.count, stats.converged.mean(), stats.nfe
 
     batches, rows = task.eval_batches("valid"), []
-    for count in evaluations:
-        carry, sums = task.fresh_carry(model, task.eval_batch_size), np.zeros(3)
+    for count in counts:
+        carry, sums = task.fresh_carry(model, task.eval_batch_size), np.zeros(4)
         for i in range(len(batches)):
             carry, *numbers = score(state, batches[i], carry, count)
             sums += np.asarray(numbers)
-        rows.append((float(np.exp(sums[0] / sums[1])), float(sums[2] / len(batches))))
+        rows.append(Score(float(np.exp(sums[0] / sums[1])), *(float(x) for x in sums[2:] / len(batches))))
     return rows
 
 
-def solved(workdir: Path) -> tuple[float, float]:
-    """Perplexity and evaluations of a solve with the limits of training, from the end of the run."""
-    metrics = json.loads((workdir / "eval.json").read_text())["metrics"]["valid"]
-    return metrics["ppl"], metrics["forward_nfe"]
+def anytime(config: Config, model: Any, evaluations: list[int]) -> list[Score]:
+    """The model after each number of plain iterations."""
+    assert config.deq is not None
+    one = Picard(tol=config.deq.tol, max_steps=1)
+
+    def solve_of(count: jax.Array) -> Any:
+        def iterate(f: Any, z0: Any) -> tuple[Any, None]:
+            z = jax.lax.fori_loop(0, count, lambda _, z: f(z), z0)
+            return fixed_point(lambda _: f(z), z, solver=one), None
+
+        return iterate
+
+    return scores(config, model, solve_of, evaluations)
+
+
+def solved(config: Config, model: Any) -> Score:
+    """The model as evaluation in training solves it."""
+    phase = make_phases(config.deq).evaluation
+    (score,) = scores(config, model, lambda _: phase.solve(), [0])
+    return score
+
+
+def perplexities(config: Config, models: list[Any], evaluations: list[int]) -> tuple[list[str], list[list[float]]]:
+    """The row of a model, given its seeds, and for each of them the perplexity after each number of plain iterations."""
+    seeds, full = [anytime(config, model, evaluations) for model in models], [solved(config, model) for model in models]
+    cells = [f"{mean(x.perplexity for x in at):.1f} ({mean(x.converged for x in at):.0%})" for at in zip(*seeds, strict=True)]
+    cells.append(tables.spread([score.perplexity for score in full], "{:.1f}".format))
+    cells.append(tables.spread([score.converged for score in full], "{:.0%}".format))
+    cells.append(f"{mean(score.evaluations for score in full):.1f}")
+    return cells, [[score.perplexity for score in seed] for seed in seeds]
+
+
+def last_checkpoint(workdir: Path) -> Path:
+    """The checkpoint of the end of a run; its best one may be earlier."""
+    folder = workdir / "checkpoints"
+    return folder / str(max(steps_in(folder)))
 
 
 def text_of(generator: Generator, prompts: list[np.ndarray]) -> np.ndarray:
-    """The greedy continuation of every prompt, (B, TOKENS)."""
-    return np.stack([tokens for tokens, _ in generator.tokens(prompts, TOKENS)], axis=1)
+    """The greedy continuation of every prompt, each alone, (B, TOKENS)."""
+    return np.stack([[int(token_B[0]) for token_B, _ in generator.tokens([prompt], TOKENS)] for prompt in prompts])
 
 
-def agreement(generator: Generator, prompts: list[np.ndarray], text_BL: np.ndarray) -> float:
-    """The share of words of a text that the generator takes to be the likeliest, given those before."""
-    state, same = generator.start(prompts), 0.0
-    for words_B in text_BL.T:
-        same += float((np.asarray(state.token_B) == words_B).mean())
-        state = generator.step(state._replace(token_B=jax.numpy.asarray(words_B)))
-    return same / text_BL.shape[1]
+def reading(generator: Generator, prompts: list[np.ndarray], text_BL: np.ndarray) -> tuple[float, float]:
+    """Read texts word by word, each alone: the share of words that the generator would choose itself, evaluations a word."""
+    chosen, nfe = [], []
+    for prompt, text_L in zip(prompts, text_BL, strict=True):
+        state = generator.start([prompt])
+        for word in text_L:
+            chosen.append(state.token_B)
+            state = generator.step(state._replace(token_B=np.array([word])))
+            nfe.append(state.nfe)
+    same = np.concatenate(jax.device_get(chosen)) == text_BL.reshape(-1)
+    return float(same.mean()), float(np.mean(jax.device_get(nfe)))
 
 
-def speed(generator: Generator, prompts: list[np.ndarray]) -> tuple[float, float]:
-    """Words a second of processor time, of all texts together, and evaluations of a step."""
+def speed(generator: Generator, prompts: list[np.ndarray]) -> float:
+    """Words a second of processor time, of all texts together."""
     state = generator.step(generator.start(prompts))
-    nfe, start = [], process_time()
+    jax.block_until_ready(state)
+    start = process_time()
     for _ in range(TOKENS):
         state = generator.step(state)
-        nfe.append(state.nfe)
-    evaluations = float(np.mean(jax.device_get(nfe)))
-    return TOKENS * len(prompts) / (process_time() - start), evaluations
+    jax.block_until_ready(state)
+    return TOKENS * len(prompts) / (process_time() - start)
 
 
-def generation(config: Config, model: Any, limits: list[int], name: str) -> list[list[str]]:
+@contextmanager
+def cold_starts() -> Iterator[None]:
+    """Within this context, generators start every solve of a DEQ-Transformer at zero."""
+
+    def zeros(memory: Memory, injection_BLJ: jax.Array) -> jax.Array:
+        return jnp.zeros((*injection_BLJ.shape[:2], memory.states_BMD.shape[-1]), memory.states_BMD.dtype)
+
+    with mock.patch.object(library, "nearest_states", zeros):
+        yield
+
+
+def generation(config: Config, models: list[Any], limits: list[int], name: str) -> list[list[str]]:
     """Rows of the table of generation; the last one has no limit but 60, at a tolerance of 1e-5."""
     words = make_task(config).corpus.valid
-    prompts = [np.asarray(words[i * 500 : i * 500 + PROMPT], np.int32) for i in range(TEXTS)]
+    starts = [i * 500 for i in range(TEXTS)]
+    prompts = [np.asarray(words[start : start + PROMPT], np.int32) for start in starts]
+    given_BL = np.stack([words[start + PROMPT : start + PROMPT + TOKENS] for start in starts]).astype(np.int32)
     solver = make_phases(config.deq).evaluation.solver
     assert solver is not None
 
-    def make(solver: Solver) -> Generator:
+    def make(model: Any, solver: Solver) -> Generator:
         return Generator(model, solver=solver, sampling=Sampling(), memory=default_memory(config))
 
-    full = make(solver.with_limits(max_steps=60, tol=1e-5))
-    text_BL = text_of(full, prompts)
-    rows = []
-    for label, generator in [*((str(n), make(solver.with_limits(max_steps=n))) for n in limits), ("60, tol 1e-5", full)]:
-        one, evaluations = speed(generator, prompts[:1])
-        together, _ = speed(generator, prompts)
-        same = agreement(generator, prompts, text_BL)
-        rows.append([f"`{name}`", label, f"{evaluations:.1f}", f"{one:.0f}", f"{together:.0f}", f"{same:.1%}"])
-        print(" | ".join(rows[-1]), flush=True)
-    return rows
+    full = solver.with_limits(max_steps=60, tol=1e-5)
+    texts = [text_of(make(model, full), prompts) for model in models]
+
+    def row(label: str, solver: Solver) -> list[str]:
+        generators = [make(model, solver) for model in models]
+        read = [
+            (*reading(generator, prompts, text_BL), reading(generator, prompts, given_BL)[1])
+            for generator, text_BL in zip(generators, texts, strict=True)
+        ]
+        one, together = speed(generators[0], prompts[:1]), speed(generators[0], prompts)
+        same, own, given = (mean(column) for column in zip(*read, strict=True))
+        cells = [f"`{name}`", label, f"{own:.2f}", f"{given:.2f}", f"{same:.1%}", f"{one:.0f}", f"{together:.0f}"]
+        print(" | ".join(cells), flush=True)
+        return cells
+
+    rows = [row(str(limit), solver.with_limits(max_steps=limit)) for limit in limits]
+    if isinstance(models[0].fresh_memory(1), Memory):
+        with cold_starts():
+            rows.append(row(f"{max(limits)}, cold", solver.with_limits(max_steps=max(limits))))
+    return [*rows, row("60, tol 1e-5", full)]
 
 
 def models(workdirs: list[Path]) -> dict[str, list[Path]]:
@@ -140,9 +210,7 @@ def draw(runs: dict[str, list[Path]], anytimes: dict[str, list[list[float]]], ev
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, workdirs in runs.items():
-        curves = [curve(workdir) for workdir in workdirs]
-        minutes = [mean(at) for at in zip(*(minutes for minutes, *_ in curves), strict=True)]
-        perplexity = [perplexity for _, perplexity, _ in curves]
+        minutes, perplexity = curves([read(workdir) for workdir in workdirs])
         color = line(left, minutes, perplexity, label=name)
         if name in anytimes:
             line(right, evaluations, anytimes[name], color=color)
@@ -163,32 +231,34 @@ def draw(runs: dict[str, list[Path]], anytimes: dict[str, list[list[float]]], ev
 def main() -> None:
     parser = tables.parser(__doc__)
     parser.add_argument("workdirs", nargs="+", type=Path, help="of runs")
-    parser.add_argument("--evaluations", nargs="+", type=int, default=[0, 1, 2, 4, 8, 16], help="of the table of perplexities")
-    parser.add_argument("--limits", nargs="*", type=int, default=[1, 2, 4, 8], help="of generation; none: skip it")
+    default, none = [0, 1, 2, 4, 8, 16], "none: skip it"
+    parser.add_argument("--evaluations", nargs="*", type=int, default=default, help=f"of the table of perplexities; {none}")
+    parser.add_argument("--limits", nargs="*", type=int, default=[1, 2, 4, 8], help=f"of generation; {none}")
     parser.add_argument("--draw", help="draw the figure to this file")
     arguments = parser.parse_args()
-    curves, rows, anytimes = [], [], {}
+    limited, generated, anytimes = [], [], {}
     runs = models(arguments.workdirs)
     for name, workdirs in runs.items():
         config = read_run_config(workdirs[0])
         if config.deq is None:
             continue
-        loaded = [load_model(workdir).model for workdir in workdirs]
-        seeds = [anytime(config, model, arguments.evaluations) for model in loaded]
-        anytimes[name] = [[ppl for ppl, _ in seed] for seed in seeds]
-        shown = [f"{mean(p for p, _ in at):.1f} ({mean(share for _, share in at):.0%})" for at in zip(*seeds, strict=True)]
-        ppl, evaluations = (list(column) for column in zip(*map(solved, workdirs), strict=True))
-        curves.append([f"`{name}`", *shown, tables.spread(ppl, "{:.1f}".format), f"{mean(evaluations):.1f}"])
-        print(" | ".join(curves[-1]), flush=True)
+        loaded = [load_model(last_checkpoint(workdir)).model for workdir in workdirs]
+        if arguments.evaluations:
+            cells, anytimes[name] = perplexities(config, loaded, arguments.evaluations)
+            limited.append([f"`{name}`", *cells])
+            print(" | ".join(limited[-1]), flush=True)
         if arguments.limits:
-            rows += generation(config, loaded[0], arguments.limits, name)
-    head = ["model", *map(str, arguments.evaluations), "solved", "evaluations of a solve"]
-    what = "Perplexity on the validation text, and the share of sequences that have settled"
-    text = f"{turns.machine(['jax'])}. {what}; means of the seeds:\n\n{tables.markdown(head, curves)}"
-    if rows:
-        head = ["model", "limit", "evaluations", "words/s, one text", f"words/s, {TEXTS} texts", "same words"]
-        text += f"\nGreedy generation, {TOKENS} words, processor time:\n\n{tables.markdown(head, rows)}"
-    tables.publish("few evaluations", text, arguments.write)
+            generated += generation(config, loaded, arguments.limits, name)
+    if limited:
+        head = ["model", *map(str, arguments.evaluations), "solved", "converged", "evaluations of a solve"]
+        what = "Perplexity on the validation text, and the share of sequences that have settled"
+        text = f"{turns.machine(['jax'])}. {what}; means of the seeds:\n\n{tables.markdown(head, limited)}"
+        tables.publish("few evaluations", text, arguments.write)
+    if generated:
+        head = ["model", "limit", "evaluations a word", "the same, given text", "same words"]
+        head += ["words/s, one text", f"words/s, {TEXTS} texts"]
+        text = f"{turns.machine(['jax'])}. {TOKENS} words, processor time:\n\n{tables.markdown(head, generated)}"
+        tables.publish("generation with few evaluations", text, arguments.write)
     if arguments.draw:
         draw(runs, anytimes, arguments.evaluations, arguments.draw)
 

@@ -9,9 +9,11 @@ each model with other numbers of features, its inner layers in proportion. The m
 public command; a second call continues where the first was stopped. Time is that of training steps, without compilation and
 evaluation; with `--processor_time` that of the processor, for a machine that has other work too. Memory is a step's peak by its
 compiler's analysis.
+
+NAME_longer and NAME_consistency go on from the end of NAME for half as many steps, without and with the consistency loss. The
+runs are the folders NAME_STEPS_SEED of `--workdir`, where STEPS are those of NAME.
 """
 
-import json
 import math
 import statistics
 import subprocess
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import tables, training, turns
+from deq_flax.errors import UserError
+from deq_flax.run_log.metrics_file import read_metrics
 
 Changes = dict[str, Any]
 """{'section.key': value}."""
@@ -36,6 +40,8 @@ class Model(NamedTuple):
     """Variant of configs/wt103.py, and changes to it for 0.28M parameters."""
     changes: Changes
     """Changes at every size."""
+    start: str = ""
+    """The model from whose end it goes on, for half as many steps; '': it starts anew."""
 
 
 def _proposal(label: str, gradient: Changes) -> Model:
@@ -65,6 +71,14 @@ MODELS = {
     ),
     "not_injected": _proposal("the proposal as initial guess alone; implicit", {"model.inject_proposal": False}),
 }
+_CONTINUED = {"deq.pretrain_steps": 0, "optimizer.learning_rate": 5e-4}
+MODELS |= {
+    f"{name}_{suffix}": MODELS[name]._replace(
+        label=f"`{name}` and half as many steps more{label}", changes=MODELS[name].changes | _CONTINUED | own, start=name
+    )
+    for name in ("base", "proposal")
+    for suffix, label, own in (("longer", "", {}), ("consistency", ", consistency loss", {"deq.consistency_weight": 1.0}))
+}
 PTB = {
     **{"data.batch_size": 16, "data.seq_len": 48, "data.eval_seq_len": 48, "model.d_model": 128, "model.d_embed": 128},
     **{"model.n_head": 4, "model.d_head": 32, "model.d_inner": 2048, "model.mem_len": 48, "model.dropout": 0.1},
@@ -73,11 +87,16 @@ PTB = {
 """Changes to all variants of configs/ptb.py, for 1.95M parameters, of which 0.67M are not embeddings."""
 
 
+def steps_of(model: Model, arguments: Namespace) -> int:
+    """The number of steps that a model is trained for."""
+    return max(1, arguments.steps // 2) if model.start else arguments.steps
+
+
 def chosen(model: Model, arguments: Namespace) -> tuple[str, Changes]:
     """The config of a model at the size asked for, and the changes to it."""
-    steps = arguments.steps
-    often: Changes = {"train.steps": steps, "train.log_every": steps // 30, "train.eval_every": steps // 6}
-    often["train.checkpoint_every"] = steps // 6
+    steps = steps_of(model, arguments)
+    often: Changes = {"train.steps": steps, "train.log_every": max(1, steps // 30), "train.eval_every": max(1, steps // 6)}
+    often["train.checkpoint_every"] = often["train.eval_every"]
     if arguments.ptb is None:
         variant, own = model.tiny
         return f"configs/wt103.py:{variant}", own | model.changes | often
@@ -110,22 +129,37 @@ def train(config: str, workdir: Path, changes: Changes, processor_time: bool) ->
 
 def complete(workdir: Path, steps: int) -> bool:
     """Whether a run has come to its end."""
-    file = workdir / "metrics.jsonl"
-    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
-    return any(line["split"] == "valid" and line["step"] == steps for line in lines)
+    try:
+        return any(line["split"] == "valid" and line["step"] == steps for line in read_metrics(workdir))
+    except UserError:  # there is no run yet
+        return False
 
 
-def curve(workdir: Path) -> tuple[list[float], list[float], dict[str, float]]:
-    """(minutes of training at each evaluation, perplexity there, last training line) of a run."""
-    minutes, perplexity, last, spent, before = [], [], {}, 0.0, 0
-    for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()):
+class Run(NamedTuple):
+    """A run's training; what was evaluated since, perhaps with other limits, is left out."""
+
+    minutes: list[float]
+    """Of training at each evaluation."""
+    perplexity: list[float]
+    """On the validation split at each evaluation."""
+    seconds: float
+    """A step's, the median of the training lines, which the first ones do not move: they warm up, or train unrolled."""
+    last: dict[str, Any]
+    """The last training line."""
+
+
+def read(workdir: Path) -> Run:
+    """The training of a run, from its metrics.jsonl."""
+    minutes, perplexity, seconds, last, spent = [], [], [], {"step": 0}, 0.0
+    for line in read_metrics(workdir):
         if line["split"] == "train":
-            spent += (line["step"] - before) / line["steps_per_second"] / 60
-            before, last = line["step"], line
+            seconds.append(1 / line["steps_per_second"])
+            spent += (line["step"] - last["step"]) * seconds[-1] / 60
+            last = dict(line)
         elif line["split"] == "valid":
             minutes.append(spent)
             perplexity.append(line["ppl"])
-    return minutes, perplexity, last
+    return Run(minutes, perplexity, statistics.median(seconds), last)
 
 
 def facts(path: str, changes: Changes) -> tuple[int, float]:
@@ -141,31 +175,51 @@ def facts(path: str, changes: Changes) -> tuple[int, float]:
     return parameters, peak(it.traced(jacobian_loss=jacobian_loss).lower().compile())[0]
 
 
+def curves(runs: list[Run]) -> tuple[list[float], list[list[float]]]:
+    """Minutes of training at each evaluation, the mean of the runs, and the perplexity there, for each run."""
+    minutes = [statistics.mean(at) for at in zip(*(run.minutes for run in runs), strict=True)]
+    return minutes, [run.perplexity for run in runs]
+
+
 class Result(NamedTuple):
     """The runs of a model, one for each seed."""
 
-    minutes: list[float]
-    """Of training at each evaluation, the mean of the seeds."""
-    perplexity: list[list[float]]
-    """On the validation split at each evaluation, for each seed."""
-    last: dict[str, float]
-    """The last training line of the first seed."""
+    runs: list[Run]
     parameters: int
     megabytes: float
+
+    @property
+    def ends(self) -> list[float]:
+        """Perplexity on the validation split at the end of training, for each seed."""
+        return [run.perplexity[-1] for run in self.runs]
+
+    @property
+    def evaluations(self) -> list[float]:
+        """Those of a solve, and of the adjoint solve if there is one, at the end of training: means of the seeds."""
+        lines = [run.last for run in self.runs]
+        found = [key for key in ("forward_nfe", "backward_nfe") if key in lines[0]]
+        return [statistics.mean(line[key] for line in lines) for key in found]
+
+
+def trained(name: str, width: int, seed: int, arguments: Namespace) -> Path:
+    """The folder of a run, which is trained unless it is complete; before it, the one that it goes on from."""
+    model = MODELS[name]
+    config, changes = chosen(model, arguments)
+    folder = arguments.workdir / f"{name}{f'_wide_{width}' if width else ''}_{arguments.steps}_{seed}"
+    if not complete(folder, steps_of(model, arguments)):
+        changes |= resized(config, changes, width) if width else {}
+        if model.start:
+            changes |= {"checkpoint.init_from": str(trained(model.start, width, seed, arguments))}
+        train(config, folder, changes | {"train.seed": seed}, arguments.processor_time)
+    return folder
 
 
 def measure(name: str, width: int, arguments: Namespace) -> Result:
     """Train a model with every seed, or read what was trained before; a width of 0 is its own."""
     config, changes = chosen(MODELS[name], arguments)
     changes |= resized(config, changes, width) if width else {}
-    curves = []
-    for seed in arguments.seeds:
-        folder = arguments.workdir / f"{name}{f'_wide_{width}' if width else ''}_{arguments.steps}_{seed}"
-        if not complete(folder, arguments.steps):
-            train(config, folder, changes | {"train.seed": seed}, arguments.processor_time)
-        curves.append(curve(folder))
-    minutes = [statistics.mean(at) for at in zip(*(minutes for minutes, *_ in curves), strict=True)]
-    return Result(minutes, [perplexity for _, perplexity, _ in curves], curves[0][2], *facts(config, changes))
+    runs = [read(trained(name, width, seed, arguments)) for seed in arguments.seeds]
+    return Result(runs, *facts(config, changes))
 
 
 def draw(results: dict[str, list[Result]], file: str) -> None:
@@ -180,11 +234,12 @@ def draw(results: dict[str, list[Result]], file: str) -> None:
         marker, line_style = ("s", "--") if name.startswith("proposal") else ("o", "-")
         color = None
         for it in sizes:
-            mean = [statistics.mean(at) for at in zip(*it.perplexity, strict=True)]
+            minutes, perplexity = curves(it.runs)
+            mean = [statistics.mean(at) for at in zip(*perplexity, strict=True)]
             label = f"{name}: {MODELS[name].label}" if it is sizes[0] else None
-            (line,) = left.loglog(it.minutes, mean, marker=marker, ls=line_style, ms=4, color=color, label=label)
+            (line,) = left.loglog(minutes, mean, marker=marker, ls=line_style, ms=4, color=color, label=label)
             color = line.get_color()
-        ends = [[perplexity[-1] for perplexity in it.perplexity] for it in sizes]
+        ends = [it.ends for it in sizes]
         middle = [statistics.mean(end) for end in ends]
         spread = [
             [m - min(end) for m, end in zip(middle, ends, strict=True)],
@@ -226,10 +281,19 @@ def main() -> None:
         results[name] = [measure(name, width, arguments) for width in arguments.widths]
         for width, it in zip(arguments.widths, results[name], strict=True):
             label = f"`{name}`: {MODELS[name].label}" + (f"; width {width}" if width else "")
-            numbers = [f"{it.parameters / 1e6:.2f}M", f"{it.megabytes:.0f}", f"{1 / it.last['steps_per_second']:.2f}"]
-            numbers += [f"{it.minutes[-1]:.1f}", f"{it.last['forward_nfe']:.1f}" if "forward_nfe" in it.last else ""]
-            rows.append([label, *numbers, tables.spread([perplexity[-1] for perplexity in it.perplexity], "{:.1f}".format)])
-    head = ["model", "parameters", "MB of a step", "s a step", "minutes", "evaluations", "perplexity, valid"]
+            seconds = statistics.mean(run.seconds for run in it.runs)
+            numbers = [f"{it.parameters / 1e6:.2f}M", f"{it.megabytes:.0f}", f"{seconds:.3f}", f"{curves(it.runs)[0][-1]:.2f}"]
+            numbers.append(", ".join(f"{count:.1f}" for count in it.evaluations))
+            rows.append([label, *numbers, tables.spread(it.ends, "{:.1f}".format)])
+    head = [
+        "model",
+        "parameters",
+        "MB of a step",
+        "s a step",
+        "minutes",
+        "evaluations, forward and adjoint",
+        "perplexity, valid",
+    ]
     seeds = f"{len(arguments.seeds)} seeds (mean, and lowest to highest)" if len(arguments.seeds) > 1 else "one seed"
     seeds += ", processor time" if arguments.processor_time else ""
     text = f"{turns.machine(['jax'])}; {arguments.steps} steps each, {seeds}.\n\n{tables.markdown(head, rows)}"

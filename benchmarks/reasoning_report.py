@@ -143,7 +143,7 @@ def twice_the_side(folder: Path) -> str:
 
 
 def states(folder: Path) -> str:
-    from deq_flax.plot_puzzles import by_size
+    from deq_flax.plot_evaluation import by_size
 
     rows, lengths, body = read(folder, "state tracking"), (4, 8, 16, 32, 64, 128, 256), []
     for name, results in rows.items():
@@ -222,7 +222,7 @@ def figures(folder: Path) -> dict[str, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from deq_flax.plot_puzzles import by_size, draw_exact
+    from deq_flax.plot_evaluation import by_size, draw_scores
 
     found: dict[str, Any] = {}
     sizes, rows = {}, read(folder, "prefix sums")
@@ -230,14 +230,14 @@ def figures(folder: Path) -> dict[str, Any]:
         shares = [by_size(result["metrics"]["test"], 32) for result in results if "metrics" in result]
         sizes[name] = [(size, mean(share[size] for share in shares)) for size in sorted(shares[0])] if shares else []
     if "10 to 30 steps" in sizes:
-        found["prefix_sums_by_size"] = draw_exact(pyplot, sizes, xlabel="bits", trained=[32])
+        found["prefix_sums_by_size"] = draw_scores(pyplot, sizes, xlabel="bits", trained=[32])
     limits = by_limit(read(folder, "gradients, mazes", "sweep").get("Unroll(last=8)", []))
     shown = {
         f"side {size}": [(limit, mean(row[f"exact_match{suffix}"] for row in tested)) for limit, tested in limits.items()]
         for size, suffix in (("7", ""), ("13", "_13"))
     }
     if limits:
-        found["mazes_by_iterations"] = draw_exact(pyplot, shown, xlabel="limit on applications of f")
+        found["mazes_by_iterations"] = draw_scores(pyplot, shown, xlabel="limit on applications of f")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import re
 from argparse import Namespace
 from functools import reduce
@@ -9,9 +10,14 @@ from operator import getitem
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from benchmarks import language, tables, training
+from benchmarks import few_steps, language, tables, training
+from deq_flax.config import make_task
+from deq_flax.models import generation as library
+from deq_flax.nn.transformer import Memory
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +63,86 @@ def test_a_language_model_is_measured_as_the_command_trains_it(name, ptb):
     for path, value in changes.items():
         if path.split(".")[0] != "deq" or measured["deq"] is not None:
             assert reduce(getitem, path.split("."), measured) == value
+
+
+def arguments(folder, **changes):
+    return Namespace(**{"steps": 60, "ptb": None, "full": False, "seeds": [0, 1], "workdir": folder} | changes)
+
+
+def write_run(folder, steps, speeds, perplexity, nfe):
+    """Write the metrics of a run that ends with `steps`, and of an evaluation since with other limits and a sweep."""
+    lines = [
+        {"step": steps * (i + 1) // len(speeds), "split": "train", "steps_per_second": speed, "forward_nfe": nfe}
+        for i, speed in enumerate(speeds)
+    ]
+    lines.append({"step": steps, "split": "valid", "ppl": perplexity, "forward_nfe": nfe})
+    since = {"step": steps, "mode": "eval", "ppl": 2 * perplexity, "forward_nfe": 40.0}
+    lines += [since | {"split": split} for split in ("valid", "test")] + [since | {"split": "valid", "max_steps": 1}]
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_a_language_model_is_the_mean_of_its_seeds_at_the_end_of_training(tmp_path, monkeypatch):
+    """Whatever it was evaluated with since; the speed of its first lines, which warm up, does not count."""
+    monkeypatch.setattr(language, "facts", lambda *_: (1, 1.0))
+    for seed, speed, perplexity, nfe in ((0, 10.0, 100.0, 4.0), (1, 5.0, 200.0, 5.0)):
+        write_run(tmp_path / f"proposal_60_{seed}", 60, [1.0, speed, speed], perplexity, nfe)
+    result = language.measure("proposal", 0, arguments(tmp_path))
+    assert result.ends == [100, 200] and result.evaluations == [4.5]
+    assert [run.seconds for run in result.runs] == pytest.approx([0.1, 0.2])
+    minutes, perplexity = language.curves(result.runs)
+    assert perplexity == [[100], [200]] and minutes == pytest.approx([((20 + 4) + (20 + 8)) / 2 / 60])
+
+
+def test_a_continued_language_model_starts_from_the_end_of_its_own_seed(tmp_path, monkeypatch):
+    seen = {}
+
+    def train(config, workdir, changes, processor_time):
+        seen[workdir.name] = changes
+        write_run(workdir, changes["train.steps"], [1.0], 100.0, 4.0)
+
+    monkeypatch.setattr(language, "train", train)
+    folder = language.trained("base_consistency", 0, 1, arguments(tmp_path, processor_time=False))
+    assert list(seen) == ["base_60_1", "base_consistency_60_1"] and folder == tmp_path / "base_consistency_60_1"
+    first, second = seen.values()
+    assert "checkpoint.init_from" not in first and second["checkpoint.init_from"] == str(tmp_path / "base_60_1")
+    assert (first["train.steps"], second["train.steps"], second["train.seed"]) == (60, 30, 1)
+    assert (first.get("deq.consistency_weight", 0), second["deq.consistency_weight"]) == (0, 1)
+    assert language.trained("base_consistency", 0, 1, arguments(tmp_path)) == folder and len(seen) == 2
+
+
+@pytest.mark.parametrize("name", ["explicit", "base_longer"])
+def test_few_steps_are_logged_and_evaluated_too(tmp_path, name):
+    _, changes = language.chosen(language.MODELS[name], arguments(tmp_path, steps=2))
+    assert changes["train.log_every"] == changes["train.eval_every"] == 1
+
+
+def test_few_evaluations_are_those_of_the_end_of_training(tmp_path):
+    for name in ("checkpoints/60", "checkpoints/500", "checkpoints/1000", "checkpoints/2000.unfinished"):
+        (tmp_path / name).mkdir(parents=True)
+    assert few_steps.last_checkpoint(tmp_path) == tmp_path / "checkpoints" / "1000"
+
+
+SMALL = {"model.d_model": 16, "model.d_embed": 16, "model.d_head": 4, "model.d_inner": 16}
+
+
+@pytest.mark.slow
+def test_plain_iteration_ends_where_the_solver_of_training_does():
+    config = training.resolved("configs/wt103.py:tiny_proposal", SMALL)
+    model = make_task(config).build_model(nnx.Rngs(0))
+    (at_start, many), full = few_steps.anytime(config, model, [0, 60]), few_steps.solved(config, model)
+    assert at_start.converged == 0 and full.converged == many.converged == 1
+    assert 1 < full.evaluations < config.deq.max_steps
+    assert full.perplexity == pytest.approx(many.perplexity, rel=1e-3)
+
+
+def test_cold_starts_are_zero_where_warm_ones_are_remembered_states():
+    """Within the context alone."""
+    memory, injection_BLJ = Memory(jnp.ones((1, 4, 2)), jnp.ones((1, 4, 3)), jnp.array([4])), jnp.ones((1, 5, 3))
+    assert (library.nearest_states(memory, injection_BLJ) == jnp.ones((1, 5, 2))).all()
+    with few_steps.cold_starts():
+        assert (library.nearest_states(memory, injection_BLJ) == jnp.zeros((1, 5, 2))).all()
+    assert (library.nearest_states(memory, injection_BLJ) == 1).all()
 
 
 @pytest.mark.slow

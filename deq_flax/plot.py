@@ -1,10 +1,10 @@
-"""Plot a run: curves of its metrics; for image models, predictions of the best checkpoint on validation images; for puzzles,
-exact answers against the limit on applications of f and against size.
+"""Plot a run: curves of its metrics; of its last evaluation, the score against the limit on applications of f, and for puzzles
+against size; for image models, predictions of the best checkpoint on validation images.
 
   python -m deq_flax.plot --workdir runs/digits [--config.data.path=PATH]
 
 PNGs are written to WORKDIR/plots. The curves need metrics.jsonl alone; predictions, confusion matrix and residuals by branch
-need the checkpoint and the data too. Those of puzzles need eval.json, the last evaluation: against the limit if it had
+need the checkpoint and the data too. Those of an evaluation need eval.json, the last one: against the limit if it had
 --config.eval.max_steps_sweep, against size if it had --config.data.test_sizes.
 """
 
@@ -18,8 +18,8 @@ from deq_flax import cli
 from deq_flax.config import make_task
 from deq_flax.config_files import run_config
 from deq_flax.errors import UserError
+from deq_flax.plot_evaluation import draw_evaluation, read_evaluation
 from deq_flax.plot_model import draw_model
-from deq_flax.plot_puzzles import draw_puzzles, read_evaluation
 from deq_flax.run_log.metrics_file import Lines, read_metrics
 from deq_flax.task import HasPictures
 
@@ -63,7 +63,7 @@ def main() -> dict[str, Any]:
             drawn.append(_save(draw_panels(pyplot, lines, panels), folder / f"{name}.png"))
         evaluation = read_evaluation(workdir)
         if evaluation is not None:
-            drawn += [_save(figure, folder / f"{name}.png") for name, figure in draw_puzzles(pyplot, evaluation).items()]
+            drawn += [_save(figure, folder / f"{name}.png") for name, figure in draw_evaluation(pyplot, evaluation).items()]
         if _MODEL.value:
             drawn += [_save(picture, folder / f"{name}.png") for name, picture in _draw_model(pyplot, workdir).items()]
     except OSError as error:

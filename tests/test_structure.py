@@ -37,7 +37,7 @@ MAY = {
 """Room -> the rooms it may import. Not listed: the commands, which may import everything but each other."""
 
 COMMANDS = ("main", "convert", "generate", "plot", "solve", "tokenize", "compile")
-PARTS = {"plot": {"plot_model", "plot_puzzles"}}
+PARTS = {"plot": {"plot_model", "plot_evaluation"}}
 """Files that only one command uses."""
 
 LIBRARIES = {
