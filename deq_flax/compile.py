@@ -16,7 +16,6 @@ import jax
 from absl import flags
 
 from deq_flax import cli
-from deq_flax import main as run
 from deq_flax.compilation import chips
 from deq_flax.compilation.lower import compile_steps
 from deq_flax.compilation.report import as_lines, cure, report
@@ -43,9 +42,11 @@ _EVERY_KIND = flags.DEFINE_bool(
     flag_values=_FLAGS,
 )
 _CONFIG = cli.config_flag(_FLAGS)
-for _flag in flags.FLAGS.get_flags_for_module(run.__name__):
-    if _flag.name not in _FLAGS:
-        _FLAGS[_flag.name] = _flag
+OF_A_RUN = ("checkpoint", "coordinator", "num_processes", "patience", "process_id")
+"""Flags of deq_flax.main that change nothing here."""
+_MODE = flags.DEFINE_string("mode", "train", "as of deq_flax.main; eval: compile the evaluation step alone", flag_values=_FLAGS)
+for _name in OF_A_RUN:
+    flags.DEFINE_string(_name, None, "as of deq_flax.main; not used", flag_values=_FLAGS)
 
 
 def main() -> dict[str, Any]:
@@ -54,7 +55,7 @@ def main() -> dict[str, Any]:
     cli.require(not _MUST_FIT.value or _TOPOLOGY.value is not None, "--must_fit needs --topology, whose chips' memory is known")
     chip, devices = chips.topology_devices(_TOPOLOGY.value) if _TOPOLOGY.value else (None, jax.devices())
     result: dict[str, Any] = {"topology": _TOPOLOGY.value or jax.default_backend(), "devices": len(devices), "steps": {}}
-    names = ["eval"] if _FLAGS["mode"].value == "eval" else _STEPS.value or ()
+    names = ["eval"] if _MODE.value == "eval" else _STEPS.value or ()
     print(f"compiling: {', '.join(names)}", file=sys.stderr, flush=True)
     for step in compile_steps(config, devices, names=names, every_kind=_EVERY_KIND.value or _MUST_FIT.value):
         account = result["steps"][step.name] = report(step, chip, config.deq)

@@ -31,7 +31,7 @@ MAY = {
     "__main__": {"options"},
     "config_files": {"config", "options", "checkpoints", "errors"},
     "cli": {"options", "config", "config_files", "run_log", "errors"},
-    "compilation": {"config", "data", "task", "train", "devices", "errors"},
+    "compilation": {"config", "data", "task", "train", "equilibrium", "devices", "errors"},
     "pretrained": {"config", "config_files", "checkpoints", "models", "train"},
 }
 """Room -> the rooms it may import. Not listed: the commands, which may import everything but each other."""

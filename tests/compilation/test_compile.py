@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 
-from deq_flax import cli, compile
+from deq_flax import cli, compile, main
 from deq_flax.compilation import chips
 from deq_flax.compilation.lower import CompiledStep, _compile, compile_steps
 from deq_flax.compilation.program import parts_of
@@ -125,6 +126,11 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
     account = report(step, chips.CHIPS["v5e"], None)
     assert not account["fits"] and account["bytes"]["all"] == 65.5 * 2**30
     assert any(line.startswith("  does not fit: lower data.batch_size") for line in as_lines("train", account))
+
+
+def test_the_flags_of_a_run_are_accepted():
+    names = {flag.name for flag in absl_flags.FLAGS.get_flags_for_module(main.__name__)}
+    assert names == {"config", "workdir", "mode", *compile.OF_A_RUN}
 
 
 def test_advice_is_of_what_takes_the_memory():
