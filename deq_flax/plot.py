@@ -43,6 +43,7 @@ PANELS = {
         ("backward_nfe", "linear"),
         ("backward_residual", "log"),
         ("jacobian_loss", "linear"),
+        ("consistency_loss", "log"),
         ("grad_norm", "log"),
     ),
 }
