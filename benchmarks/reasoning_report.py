@@ -105,7 +105,10 @@ def prefix_sums(folder: Path) -> str:
         return ""
     body = []
     for name, results in rows.items():
-        line = [name, tables.spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
+        scored = [result for result in results if "parameters" in result]
+        seconds = [result["seconds_a_step"] * steps_of(result["run"]) for result in scored]
+        line = [name, tables.spread([result["parameters"] for result in scored], "{:,.0f}".format)]
+        line += [tables.spread(seconds, "{:.0f}".format)]
         line += [tables.spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_64", "_128", "_256", "_512")]
         line += [
             tables.spread(numbers(results, f"{metric}_512"), form)
@@ -114,9 +117,14 @@ def prefix_sums(folder: Path) -> str:
         line += [tables.spread(numbers(thousand.get(name, []), "exact_match_512"), percent)]
         line += [tables.spread(numbers(long.get(name, []), "exact_match_4096"), percent)]
         body.append(line)
-    head = ["model", "parameters", "32", "64", "128", "256", "512", "steps, 512", "converged, 512"]
+    head = ["model", "parameters", "s of training", "32", "64", "128", "256", "512", "steps, 512", "converged, 512"]
     head += ["1,000 of 512", "4,096: 1,000 of seed 0, 100 of others"]
     return tables.markdown(head, body) + seeds(rows)
+
+
+def steps_of(run: Mapping[str, Any]) -> int:
+    """The training steps of a run."""
+    return training.resolved(run["config"], run["changes"]).train.steps
 
 
 def twice_the_side(folder: Path) -> str:
