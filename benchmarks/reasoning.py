@@ -135,8 +135,15 @@ ABLATION: dict[str, Changes] = {
     "consistency loss": {"deq.consistency_weight": 1.0, "deq.consistency_steps": (1, 2, 4, 7)},
 }
 """Changes to Unroll(last=8) on mazes."""
-PLAIN: dict[str, Changes] = {"plain": {"deq.solver_options": {}}}
-"""Evaluation by plain iteration instead of relaxed."""
+TWO_STARTS: dict[str, Changes] = {"two starts": {"eval.restarts": 2, "model.initial": "normal"}}
+"""Evaluation of path independence."""
+FEW: Changes = {"data.valid_examples": 20, "data.test_examples": 100}
+TWICE: dict[str, Changes] = {
+    "plain": {"deq.solver_options": {}},
+    "two starts": TWO_STARTS["two starts"] | FEW,
+    "plain, two starts": TWO_STARTS["two starts"] | FEW | {"deq.solver_options": {}},
+}
+"""Evaluations of larger mazes: by plain iteration instead of relaxed, and of path independence."""
 STATES: dict[str, tuple[str, str]] = {
     "A5, 4 symbols": ("a5", ""),
     "A5, 8 symbols": ("a5_8", "A5, 4 symbols"),
@@ -175,7 +182,8 @@ def runs() -> Iterator[Run]:
     for seed in range(3):
         for name, changes in GRADIENTS.items():
             more = FURTHER if name == "Unroll(last=8)" else {}
-            yield Run("gradients, mazes", name, "configs/maze.py", MAZE | changes, seed, more)
+            mazes = more | (TWO_STARTS if more else {})
+            yield Run("gradients, mazes", name, "configs/maze.py", MAZE | changes, seed, mazes)
             yield Run("gradients, sudoku", name, "configs/sudoku.py:four", SUDOKU | changes, seed, more)
     for seed in range(3):
         for name, changes in PREFIX_SUMS.items():
@@ -183,7 +191,7 @@ def runs() -> Iterator[Run]:
             more = {"thousand": THOUSAND, "long": long} if name == "10 to 30 steps" else {}
             yield Run("prefix sums", name, "configs/prefix_sums.py", BITS | changes, seed, more)
     for seed in range(3):
-        yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, PLAIN)
+        yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, TWICE)
     for seed in range(3):
         for name, (variant, start) in STATES.items():
             yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, seed, start=start)
@@ -193,7 +201,7 @@ def runs() -> Iterator[Run]:
             yield Run("boards", side, f"configs/sudoku.py:{variant}", _QUIET, seed, more)
     for seed in range(3):
         for name, changes in ABLATION.items():
-            yield Run("ablation, mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes, seed)
+            yield Run("ablation, mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes, seed, TWO_STARTS)
 
 
 def perform(run: Run, folder: Path) -> None:

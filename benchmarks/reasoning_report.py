@@ -45,12 +45,9 @@ def costs(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return [tables.spread([result[name] for result in some], form.format) for name, form in forms.items()]
 
 
-def gradients(rows: Rows, *, sizes: Sequence[str], varied: str = "gradient, solver") -> str:
-    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step. "": no rows.
-
-    `varied`: what differs from row to row.
-    """
-    head = [varied]
+def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
+    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step. "": no rows."""
+    head = ["gradient, solver"]
     for size in sizes:
         head += [f"exact{size}", f"residual{size}", f"converged{size}"]
     body = []
@@ -128,26 +125,19 @@ def steps_of(run: Mapping[str, Any]) -> int:
 
 
 def twice_the_side(folder: Path) -> str:
-    body = []
-    for evaluation, words in ((None, "relaxed by 0.5"), ("plain", "plain")):
-        for name, results in read(folder, "mazes of twice the side", evaluation).items():
+    group, body = "mazes of twice the side", []
+    for words, evaluation, starts in (("relaxed by 0.5", None, "two starts"), ("plain", "plain", "plain, two starts")):
+        started = read(folder, group, starts)
+        for name, results in read(folder, group, evaluation).items():
             shares = [tables.spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_21")]
-            residual = tables.spread(numbers(results, "residual_21"), "{:.0e}".format)
-            converged = tables.spread(numbers(results, "converged_21"), percent)
-            steps = tables.spread(numbers(results, "steps_21"), "{:.0f}".format)
-            body.append([f"`{name}`", words, *shares, residual, converged, steps])
+            forms = {"residual_21": "{:.0e}".format, "converged_21": percent, "steps_21": "{:.0f}".format}
+            cells = [tables.spread(numbers(results, metric), form) for metric, form in forms.items()]
+            cells += [tables.spread(numbers(started.get(name, []), f"agreement{size}"), percent) for size in ("", "_21")]
+            body.append([words, *shares, *cells])
     if not body:
         return ""
-    head = [
-        "training",
-        "iteration of evaluation",
-        "exact, side 11",
-        "exact, side 21",
-        "residual, 21",
-        "converged, 21",
-        "steps, 21",
-    ]
-    return tables.markdown(head, body) + seeds(read(folder, "mazes of twice the side"))
+    head = ["iteration of evaluation", "exact, side 11", "exact, side 21", "residual, 21", "converged, 21", "steps, 21"]
+    return tables.markdown([*head, "agreement, 11", "agreement, 21"], body) + seeds(read(folder, group))
 
 
 def states(folder: Path) -> str:
@@ -168,11 +158,24 @@ def states(folder: Path) -> str:
 
 
 def ablation(folder: Path) -> str:
-    if not read(folder, "ablation, mazes"):
+    rows = read(folder, "ablation, mazes")
+    if not rows:
         return ""
-    base = {"as in the table above, `Unroll(last=8)`": read(folder, "gradients, mazes").get("Unroll(last=8)", [])}
-    rows = base | read(folder, "ablation, mazes")
-    return gradients(rows, sizes=["", "_13"], varied="training").replace("_13", ", side 13")
+    name, group, started = "Unroll(last=8)", "gradients, mazes", read(folder, "ablation, mazes", "two starts")
+    base = f"as in the table above, `{name}`"
+    rows = {base: read(folder, group).get(name, [])} | rows
+    started[base] = read(folder, group, "two starts").get(name, [])
+    forms = {"exact_match": percent, "residual": "{:.0e}".format, "converged": percent}
+    body = []
+    for name, results in rows.items():
+        line = [name]
+        for size in ("", "_13"):
+            line += [tables.spread(numbers(results, f"{metric}{size}"), form) for metric, form in forms.items()]
+            line += [tables.spread(numbers(started.get(name, []), f"agreement{size}"), percent)]
+        body.append([*line, costs(results)[1]])
+    head = ["exact", "residual", "converged", "agreement"]
+    head = ["training", *head, *(f"{word}, side 13" for word in head), "s a step"]
+    return tables.markdown(head, body) + seeds(rows)
 
 
 def longer(folder: Path) -> str:
