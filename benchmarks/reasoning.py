@@ -77,10 +77,13 @@ def solved(gradient: str, solver: str, adjoint: str = "broyden", **options: Any)
     }
 
 
+HUNDRED: Changes = {"deq.max_steps": 100, "deq.backward_max_steps": 100}
+"""Limits under which both solves reach their tolerance."""
 GRADIENTS = {
     "Unroll(last=1)": unrolled(last=1),
     "Unroll(last=2)": unrolled(last=2),
     "Unroll(last=8)": unrolled(last=8),
+    "Unroll(last=8), fixed number of steps": unrolled(last=8) | {"deq.max_steps_jitter": 0},
     "Unroll of all steps": unrolled(),
     "JacobianFree, Anderson": solved("jacobian_free", "anderson"),
     "Neumann(2), Anderson": solved("neumann", "anderson", terms=2),
@@ -88,6 +91,8 @@ GRADIENTS = {
     "Implicit, Anderson": solved("implicit", "anderson", "anderson"),
     "Implicit, Broyden": solved("implicit", "broyden"),
     "Implicit, Broyden and GMRES": solved("implicit", "broyden", "gmres"),
+    "Implicit, Broyden, 100 evaluations": solved("implicit", "broyden") | HUNDRED,
+    "Implicit, Broyden and GMRES, 100 evaluations": solved("implicit", "broyden", "gmres") | HUNDRED,
     "Reversible": solved("reversible", "picard"),
     "SHINE, Broyden": solved("shine", "broyden"),
 }

@@ -68,6 +68,29 @@ def in_code(rows: Rows) -> Rows:
     return {f"`{name}`": results for name, results in rows.items()}
 
 
+def solves(folder: Path) -> str:
+    """How far the two solves of `Implicit` got in training: means over the last steps, of the largest of each batch."""
+    forms = {"forward_nfe": "{:.0f}", "forward_residual": "{:.0e}", "backward_nfe": "{:.0f}", "backward_residual": "{:.0e}"}
+    found, body = {}, []
+    for puzzle in ("mazes", "sudoku"):
+        rows = read(folder, f"gradients, {puzzle}")
+        for name in (name for name in rows if name.startswith("Implicit")):
+            found[puzzle, name] = rows[name]
+            last = [last_steps(folder, result["run"]) for result in rows[name]]
+            cells = [tables.spread([row[metric] for row in last], form.format) for metric, form in forms.items()]
+            body.append([puzzle, f"`{name}`", *cells, tables.spread(numbers(rows[name], "exact_match"), percent)])
+    head = ["puzzles", "gradient, solver", "evaluations", "residual", "products of the adjoint", "its residual", "exact"]
+    return tables.markdown(head, body) + seeds(found) if found else ""
+
+
+def last_steps(folder: Path, run: Mapping[str, Any]) -> dict[str, float]:
+    """The last line on training in a run's log."""
+    from benchmarks.reasoning import Run
+
+    lines = (folder / Run(**run).stem / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return next(line for line in map(json.loads, reversed(lines)) if line["split"] == "train")
+
+
 def mazes(folder: Path) -> str:
     rows = in_code(read(folder, "gradients, mazes"))
     return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13")
@@ -271,6 +294,7 @@ GRADES = {
 TABLES: dict[str, Callable[[Path], str]] = {
     "gradients on mazes": mazes,
     "gradients on sudoku": sudoku,
+    "implicit solves": solves,
     "boards": boards,
     "boards of 9 x 9": nine,
     "prefix sums": prefix_sums,
