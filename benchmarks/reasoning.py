@@ -164,8 +164,10 @@ STATES: dict[str, tuple[str, str]] = {
 }
 """Row -> variant of configs/state_tracking.py, and the row from whose weights it starts."""
 
-BOARDS = {"4 x 4": "four", "6 x 6": "six", "9 x 9": "nine"}
-"""Sudoku's side -> variant of configs/sudoku.py."""
+BOARDS = {"4 x 4": "four", "4 x 4, two levels": "four_trm", "6 x 6": "six", "9 x 9": "nine"}
+"""Row -> variant of configs/sudoku.py."""
+SEGMENTS: dict[str, Changes] = {f"segments {count}": {"loss.eval_segments": count} for count in (1, 2, 4)}
+"""Evaluations of boards by fewer segments than in training."""
 NINE: dict[str, Changes] = {
     "sweep": {"eval.max_steps_sweep": (10, 20, 50, 100, 200, 500), "deq.eval_max_steps": 1000},
     "restarts": {"eval.restarts": 4},
@@ -202,7 +204,7 @@ def runs() -> Iterator[Run]:
             yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, seed, start=start)
     for seed in range(3):
         for side, variant in BOARDS.items():
-            more = NINE if side == "9 x 9" else {}
+            more = {"9 x 9": NINE, "4 x 4, two levels": SEGMENTS}.get(side, {})
             yield Run("boards", side, f"configs/sudoku.py:{variant}", _QUIET, seed, more)
     for seed in range(3):
         for name, changes in ABLATION.items():

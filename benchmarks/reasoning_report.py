@@ -103,14 +103,22 @@ def sudoku(folder: Path) -> str:
 
 def boards(folder: Path) -> str:
     rows, body = read(folder, "boards"), []
+    forms = {
+        "exact_match": percent,
+        "cell_accuracy": percent,
+        "converged": percent,
+        "steps": "{:.0f}".format,
+        "halted": percent,
+    }
     for name, results in rows.items():
         scored = [result for result in results if "metrics" in result]
-        forms = {"exact_match": percent, "cell_accuracy": percent, "converged": percent, "steps": "{:.0f}".format}
         line = [name, tables.spread([result["parameters"] for result in scored], "{:,.0f}".format)]
         line += [tables.spread(numbers(scored, metric), form) for metric, form in forms.items()]
+        worked = [last_steps(folder, result["run"])["segments"] for result in scored if numbers([result], "halted")]
+        line += [tables.spread(worked, "{:.2f}".format)]
         body.append([*line, tables.spread([result["seconds"] / 60 for result in scored], "{:.0f}".format)])
-    head = ["board", "parameters", "exact", "cells right", "converged", "steps", "minutes of a core"]
-    return tables.markdown(head, body) + seeds(rows) if rows else ""
+    head = ["board", "parameters", "exact", "cells right", "converged", "steps", "halted", "segments in training"]
+    return tables.markdown([*head, "minutes of a core"], body) + seeds(rows) if rows else ""
 
 
 def seeds(rows: Rows) -> str:
@@ -245,7 +253,8 @@ def by_limit(results: Sequence[Mapping[str, Any]], most: int = 150) -> dict[int,
 
 
 def _scores(tested: Sequence[Mapping[str, Any]], size: str) -> list[str]:
-    forms = {"exact_match": percent, "residual": "{:.0e}".format, "steps": "{:.0f}".format}
+    """Cells: exact match, residual and steps of the returned iterate, and evaluations of f until a batch has settled."""
+    forms = {"exact_match": percent, "residual": "{:.0e}".format, "steps": "{:.0f}".format, "forward_nfe": "{:.0f}".format}
     return [tables.spread([row[f"{metric}{size}"] for row in tested], form) for metric, form in forms.items()]
 
 
