@@ -77,10 +77,13 @@ def solved(gradient: str, solver: str, adjoint: str = "broyden", **options: Any)
     }
 
 
+HUNDRED: Changes = {"deq.max_steps": 100, "deq.backward_max_steps": 100}
+"""Limits under which both solves reach their tolerance."""
 GRADIENTS = {
     "Unroll(last=1)": unrolled(last=1),
     "Unroll(last=2)": unrolled(last=2),
     "Unroll(last=8)": unrolled(last=8),
+    "Unroll(last=8), fixed number of steps": unrolled(last=8) | {"deq.max_steps_jitter": 0},
     "Unroll of all steps": unrolled(),
     "JacobianFree, Anderson": solved("jacobian_free", "anderson"),
     "Neumann(2), Anderson": solved("neumann", "anderson", terms=2),
@@ -88,6 +91,8 @@ GRADIENTS = {
     "Implicit, Anderson": solved("implicit", "anderson", "anderson"),
     "Implicit, Broyden": solved("implicit", "broyden"),
     "Implicit, Broyden and GMRES": solved("implicit", "broyden", "gmres"),
+    "Implicit, Broyden, 100 evaluations": solved("implicit", "broyden") | HUNDRED,
+    "Implicit, Broyden and GMRES, 100 evaluations": solved("implicit", "broyden", "gmres") | HUNDRED,
     "Reversible": solved("reversible", "picard"),
     "SHINE, Broyden": solved("shine", "broyden"),
 }
@@ -135,8 +140,15 @@ ABLATION: dict[str, Changes] = {
     "consistency loss": {"deq.consistency_weight": 1.0, "deq.consistency_steps": (1, 2, 4, 7)},
 }
 """Changes to Unroll(last=8) on mazes."""
-PLAIN: dict[str, Changes] = {"plain": {"deq.solver_options": {}}}
-"""Evaluation by plain iteration instead of relaxed."""
+TWO_STARTS: dict[str, Changes] = {"two starts": {"eval.restarts": 2, "model.initial": "normal"}}
+"""Evaluation of path independence."""
+FEW: Changes = {"data.valid_examples": 20, "data.test_examples": 100}
+TWICE: dict[str, Changes] = {
+    "plain": {"deq.solver_options": {}},
+    "two starts": TWO_STARTS["two starts"] | FEW,
+    "plain, two starts": TWO_STARTS["two starts"] | FEW | {"deq.solver_options": {}},
+}
+"""Evaluations of larger mazes: by plain iteration instead of relaxed, and of path independence."""
 STATES: dict[str, tuple[str, str]] = {
     "A5, 4 symbols": ("a5", ""),
     "A5, 8 symbols": ("a5_8", "A5, 4 symbols"),
@@ -152,8 +164,10 @@ STATES: dict[str, tuple[str, str]] = {
 }
 """Row -> variant of configs/state_tracking.py, and the row from whose weights it starts."""
 
-BOARDS = {"4 x 4": "four", "6 x 6": "six", "9 x 9": "nine"}
-"""Sudoku's side -> variant of configs/sudoku.py."""
+BOARDS = {"4 x 4": "four", "4 x 4, two levels": "four_trm", "6 x 6": "six", "9 x 9": "nine"}
+"""Row -> variant of configs/sudoku.py."""
+SEGMENTS: dict[str, Changes] = {f"segments {count}": {"loss.eval_segments": count} for count in (1, 2, 4)}
+"""Evaluations of boards by fewer segments than in training."""
 NINE: dict[str, Changes] = {
     "sweep": {"eval.max_steps_sweep": (10, 20, 50, 100, 200, 500), "deq.eval_max_steps": 1000},
     "restarts": {"eval.restarts": 4},
@@ -175,7 +189,8 @@ def runs() -> Iterator[Run]:
     for seed in range(3):
         for name, changes in GRADIENTS.items():
             more = FURTHER if name == "Unroll(last=8)" else {}
-            yield Run("gradients, mazes", name, "configs/maze.py", MAZE | changes, seed, more)
+            mazes = more | (TWO_STARTS if more else {})
+            yield Run("gradients, mazes", name, "configs/maze.py", MAZE | changes, seed, mazes)
             yield Run("gradients, sudoku", name, "configs/sudoku.py:four", SUDOKU | changes, seed, more)
     for seed in range(3):
         for name, changes in PREFIX_SUMS.items():
@@ -183,17 +198,17 @@ def runs() -> Iterator[Run]:
             more = {"thousand": THOUSAND, "long": long} if name == "10 to 30 steps" else {}
             yield Run("prefix sums", name, "configs/prefix_sums.py", BITS | changes, seed, more)
     for seed in range(3):
-        yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, PLAIN)
+        yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, TWICE)
     for seed in range(3):
         for name, (variant, start) in STATES.items():
             yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, seed, start=start)
     for seed in range(3):
         for side, variant in BOARDS.items():
-            more = NINE if side == "9 x 9" else {}
+            more = {"9 x 9": NINE, "4 x 4, two levels": SEGMENTS}.get(side, {})
             yield Run("boards", side, f"configs/sudoku.py:{variant}", _QUIET, seed, more)
     for seed in range(3):
         for name, changes in ABLATION.items():
-            yield Run("ablation, mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes, seed)
+            yield Run("ablation, mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes, seed, TWO_STARTS)
 
 
 def perform(run: Run, folder: Path) -> None:

@@ -45,12 +45,9 @@ def costs(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return [tables.spread([result[name] for result in some], form.format) for name, form in forms.items()]
 
 
-def gradients(rows: Rows, *, sizes: Sequence[str], varied: str = "gradient, solver") -> str:
-    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step. "": no rows.
-
-    `varied`: what differs from row to row.
-    """
-    head = [varied]
+def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
+    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step. "": no rows."""
+    head = ["gradient, solver"]
     for size in sizes:
         head += [f"exact{size}", f"residual{size}", f"converged{size}"]
     body = []
@@ -71,6 +68,29 @@ def in_code(rows: Rows) -> Rows:
     return {f"`{name}`": results for name, results in rows.items()}
 
 
+def solves(folder: Path) -> str:
+    """How far the two solves of `Implicit` got in training: means over the last steps, of the largest of each batch."""
+    forms = {"forward_nfe": "{:.0f}", "forward_residual": "{:.0e}", "backward_nfe": "{:.0f}", "backward_residual": "{:.0e}"}
+    found, body = {}, []
+    for puzzle in ("mazes", "sudoku"):
+        rows = read(folder, f"gradients, {puzzle}")
+        for name in (name for name in rows if name.startswith("Implicit")):
+            found[puzzle, name] = rows[name]
+            last = [last_steps(folder, result["run"]) for result in rows[name]]
+            cells = [tables.spread([row[metric] for row in last], form.format) for metric, form in forms.items()]
+            body.append([puzzle, f"`{name}`", *cells, tables.spread(numbers(rows[name], "exact_match"), percent)])
+    head = ["puzzles", "gradient, solver", "evaluations", "residual", "products of the adjoint", "its residual", "exact"]
+    return tables.markdown(head, body) + seeds(found) if found else ""
+
+
+def last_steps(folder: Path, run: Mapping[str, Any]) -> dict[str, float]:
+    """The last line on training in a run's log."""
+    from benchmarks.reasoning import Run
+
+    lines = (folder / Run(**run).stem / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return next(line for line in map(json.loads, reversed(lines)) if line["split"] == "train")
+
+
 def mazes(folder: Path) -> str:
     rows = in_code(read(folder, "gradients, mazes"))
     return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13")
@@ -83,14 +103,22 @@ def sudoku(folder: Path) -> str:
 
 def boards(folder: Path) -> str:
     rows, body = read(folder, "boards"), []
+    forms = {
+        "exact_match": percent,
+        "cell_accuracy": percent,
+        "converged": percent,
+        "steps": "{:.0f}".format,
+        "halted": percent,
+    }
     for name, results in rows.items():
         scored = [result for result in results if "metrics" in result]
-        forms = {"exact_match": percent, "cell_accuracy": percent, "converged": percent, "steps": "{:.0f}".format}
         line = [name, tables.spread([result["parameters"] for result in scored], "{:,.0f}".format)]
         line += [tables.spread(numbers(scored, metric), form) for metric, form in forms.items()]
+        worked = [last_steps(folder, result["run"])["segments"] for result in scored if numbers([result], "halted")]
+        line += [tables.spread(worked, "{:.2f}".format)]
         body.append([*line, tables.spread([result["seconds"] / 60 for result in scored], "{:.0f}".format)])
-    head = ["board", "parameters", "exact", "cells right", "converged", "steps", "minutes of a core"]
-    return tables.markdown(head, body) + seeds(rows) if rows else ""
+    head = ["board", "parameters", "exact", "cells right", "converged", "steps", "halted", "segments in training"]
+    return tables.markdown([*head, "minutes of a core"], body) + seeds(rows) if rows else ""
 
 
 def seeds(rows: Rows) -> str:
@@ -105,7 +133,10 @@ def prefix_sums(folder: Path) -> str:
         return ""
     body = []
     for name, results in rows.items():
-        line = [name, tables.spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
+        scored = [result for result in results if "parameters" in result]
+        seconds = [result["seconds_a_step"] * steps_of(result["run"]) for result in scored]
+        line = [name, tables.spread([result["parameters"] for result in scored], "{:,.0f}".format)]
+        line += [tables.spread(seconds, "{:.0f}".format)]
         line += [tables.spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_64", "_128", "_256", "_512")]
         line += [
             tables.spread(numbers(results, f"{metric}_512"), form)
@@ -114,32 +145,30 @@ def prefix_sums(folder: Path) -> str:
         line += [tables.spread(numbers(thousand.get(name, []), "exact_match_512"), percent)]
         line += [tables.spread(numbers(long.get(name, []), "exact_match_4096"), percent)]
         body.append(line)
-    head = ["model", "parameters", "32", "64", "128", "256", "512", "steps, 512", "converged, 512"]
+    head = ["model", "parameters", "s of training", "32", "64", "128", "256", "512", "steps, 512", "converged, 512"]
     head += ["1,000 of 512", "4,096: 1,000 of seed 0, 100 of others"]
     return tables.markdown(head, body) + seeds(rows)
 
 
+def steps_of(run: Mapping[str, Any]) -> int:
+    """The training steps of a run."""
+    return training.resolved(run["config"], run["changes"]).train.steps
+
+
 def twice_the_side(folder: Path) -> str:
-    body = []
-    for evaluation, words in ((None, "relaxed by 0.5"), ("plain", "plain")):
-        for name, results in read(folder, "mazes of twice the side", evaluation).items():
+    group, body = "mazes of twice the side", []
+    for words, evaluation, starts in (("relaxed by 0.5", None, "two starts"), ("plain", "plain", "plain, two starts")):
+        started = read(folder, group, starts)
+        for name, results in read(folder, group, evaluation).items():
             shares = [tables.spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_21")]
-            residual = tables.spread(numbers(results, "residual_21"), "{:.0e}".format)
-            converged = tables.spread(numbers(results, "converged_21"), percent)
-            steps = tables.spread(numbers(results, "steps_21"), "{:.0f}".format)
-            body.append([f"`{name}`", words, *shares, residual, converged, steps])
+            forms = {"residual_21": "{:.0e}".format, "converged_21": percent, "steps_21": "{:.0f}".format}
+            cells = [tables.spread(numbers(results, metric), form) for metric, form in forms.items()]
+            cells += [tables.spread(numbers(started.get(name, []), f"agreement{size}"), percent) for size in ("", "_21")]
+            body.append([words, *shares, *cells])
     if not body:
         return ""
-    head = [
-        "training",
-        "iteration of evaluation",
-        "exact, side 11",
-        "exact, side 21",
-        "residual, 21",
-        "converged, 21",
-        "steps, 21",
-    ]
-    return tables.markdown(head, body) + seeds(read(folder, "mazes of twice the side"))
+    head = ["iteration of evaluation", "exact, side 11", "exact, side 21", "residual, 21", "converged, 21", "steps, 21"]
+    return tables.markdown([*head, "agreement, 11", "agreement, 21"], body) + seeds(read(folder, group))
 
 
 def states(folder: Path) -> str:
@@ -160,15 +189,28 @@ def states(folder: Path) -> str:
 
 
 def ablation(folder: Path) -> str:
-    if not read(folder, "ablation, mazes"):
+    rows = read(folder, "ablation, mazes")
+    if not rows:
         return ""
-    base = {"as in the table above, `Unroll(last=8)`": read(folder, "gradients, mazes").get("Unroll(last=8)", [])}
-    rows = base | read(folder, "ablation, mazes")
-    return gradients(rows, sizes=["", "_13"], varied="training").replace("_13", ", side 13")
+    name, group, started = "Unroll(last=8)", "gradients, mazes", read(folder, "ablation, mazes", "two starts")
+    base = f"as in the table above, `{name}`"
+    rows = {base: read(folder, group).get(name, [])} | rows
+    started[base] = read(folder, group, "two starts").get(name, [])
+    forms = {"exact_match": percent, "residual": "{:.0e}".format, "converged": percent}
+    body = []
+    for name, results in rows.items():
+        line = [name]
+        for size in ("", "_13"):
+            line += [tables.spread(numbers(results, f"{metric}{size}"), form) for metric, form in forms.items()]
+            line += [tables.spread(numbers(started.get(name, []), f"agreement{size}"), percent)]
+        body.append([*line, costs(results)[1]])
+    head = ["exact", "residual", "converged", "agreement"]
+    head = ["training", *head, *(f"{word}, side 13" for word in head), "s a step"]
+    return tables.markdown(head, body) + seeds(rows)
 
 
 def longer(folder: Path) -> str:
-    """What longer iteration and several starts gain, with the steps of the returned iterate."""
+    """What longer iteration and several starts gain, and what they cost."""
     body: list[list[str]] = []
     rows: dict[str, list[dict[str, Any]]] = {}
     for puzzle, sizes in (("mazes", {"7": "", "13": "_13"}), ("sudoku", {"4": ""})):
@@ -179,11 +221,8 @@ def longer(folder: Path) -> str:
             for limit, tested in by_limit(rows[puzzle]).items():
                 body.append([f"{puzzle}, {size}", f"limit {limit}", *_scores(tested, suffix)])
             tested = [result["metrics"]["test"] for result in restarted]
-            if tested:
-                body.append([f"{puzzle}, {size}", "4 starts, lowest residual", *_scores(tested, suffix)])
-                vote = tables.spread([row[f"exact_match_vote{suffix}"] for row in tested], percent)
-                body.append([f"{puzzle}, {size}", "4 starts, vote", vote, "", ""])
-    head = ["puzzles, side", "evaluation", "exact match", "residual", "steps"]
+            body += [[f"{puzzle}, {size}", *cells] for cells in _of_starts("", tested, suffix)]
+    head = ["puzzles, side", "evaluation", "exact match", "residual", "steps", "evaluations"]
     return tables.markdown(head, body) + seeds(rows) if body else ""
 
 
@@ -192,11 +231,14 @@ def nine(folder: Path) -> str:
     body, rows = [], read(folder, "boards", "sweep")
     for limit, tested in by_limit(rows.get("9 x 9", []), 1000).items():
         body.append([f"limit {limit}", *_scores(tested, "")])
-    for name, label in NINE_EVALUATIONS.items():
+    restarted = [result["metrics"]["test"] for result in read(folder, "boards", "restarts").get("9 x 9", [])]
+    body += _of_starts("limit 200, ", restarted, "")
+    for name, label in GRADES.items():
         tested = [result["metrics"]["test"] for result in read(folder, "boards", name).get("9 x 9", [])]
         if tested:
             body.append([label, *_scores(tested, "")])
-    return tables.markdown(["evaluation", "exact match", "residual", "steps"], body) + seeds(rows) if body else ""
+    head = ["evaluation", "exact match", "residual", "steps", "evaluations"]
+    return tables.markdown(head, body) + seeds(rows) if body else ""
 
 
 def by_limit(results: Sequence[Mapping[str, Any]], most: int = 150) -> dict[int, list[Mapping[str, Any]]]:
@@ -211,8 +253,18 @@ def by_limit(results: Sequence[Mapping[str, Any]], most: int = 150) -> dict[int,
 
 
 def _scores(tested: Sequence[Mapping[str, Any]], size: str) -> list[str]:
-    forms = {"exact_match": percent, "residual": "{:.0e}".format, "steps": "{:.0f}".format}
+    """Cells: exact match, residual and steps of the returned iterate, and evaluations of f until a batch has settled."""
+    forms = {"exact_match": percent, "residual": "{:.0e}".format, "steps": "{:.0f}".format, "forward_nfe": "{:.0f}".format}
     return [tables.spread([row[f"{metric}{size}"] for row in tested], form) for metric, form in forms.items()]
+
+
+def _of_starts(words: str, tested: Sequence[Mapping[str, Any]], size: str) -> list[list[str]]:
+    """Rows on four starts; the answer of most of them is none of one residual, and costs as much."""
+    if not tested:
+        return []
+    best = _scores(tested, size)
+    vote = tables.spread([row[f"exact_match_vote{size}"] for row in tested], percent)
+    return [[f"{words}4 starts, lowest residual", *best], [f"{words}4 starts, vote", vote, "-", "-", best[-1]]]
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -241,8 +293,7 @@ def figures(folder: Path) -> dict[str, Any]:
     return found
 
 
-NINE_EVALUATIONS = {
-    "restarts": "limit 200, 4 starts, lowest residual",
+GRADES = {
     "no guess": "limit 200, boards that singles solve",
     "1 to 3 guesses": "limit 200, boards of 1 to 3 guesses",
     "4 guesses and more": "limit 200, boards of 4 guesses or more",
@@ -252,6 +303,7 @@ NINE_EVALUATIONS = {
 TABLES: dict[str, Callable[[Path], str]] = {
     "gradients on mazes": mazes,
     "gradients on sudoku": sudoku,
+    "implicit solves": solves,
     "boards": boards,
     "boards of 9 x 9": nine,
     "prefix sums": prefix_sums,
