@@ -92,10 +92,9 @@ def run(
     _silence_failed_writes()
     argv = list(sys.argv if argv is None else argv)
     json_to, argv = _without_json(argv)
+    if json_to and not Path(json_to).resolve().parent.is_dir():
+        _fail(f"--json={json_to}: there is no such folder", None)
     try:
-        if json_to and not Path(json_to).resolve().parent.is_dir():
-            json_to, message = None, f"--json={json_to}: there is no such folder"
-            raise UserError(message)
         with contextlib.redirect_stdout(sys.stderr) if json_to == "" else contextlib.nullcontext():
             arguments = _parse(main, argv, required, positional, of_run, flag_values)
             result = None if arguments is None else main(*arguments)

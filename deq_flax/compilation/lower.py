@@ -72,10 +72,12 @@ def compile_steps(
     )
     state = TrainState(*(_sharded(tree, sharding) for tree, sharding in zip(state, shardings, strict=True)))
     scalars = jax.tree.map(_shape, phases.scalars(options.steps - 1))
-    kinds = phases.kinds()
-    training = [("train", kinds[0]), *((f"train, {kind}", kind) for kind in kinds[1:])]
-    wanted = training[: None if every_kind else 1] if "train" in names else []
-    for name, phase in [*wanted, *([("eval", phases.evaluation)] if "eval" in names else [])]:
+    first, *others = phases.kinds()
+    training = [("train", first), *((f"train, {kind}", kind) for kind in others if every_kind)]
+    wanted = training if "train" in names else []
+    if "eval" in names:
+        wanted.append(("eval", phases.evaluation))
+    for name, phase in wanted:
         start = time.perf_counter()
         if name != "eval":
             step: Any = make_train_step(

@@ -98,6 +98,7 @@ class _Program:
 
     def collect(self, computation: str, parts: dict[str, Part], part: str, times: float) -> None:
         """Add the operations of a computation, and of those it calls, to the parts."""
+        sent = parts[part].sent.setdefault(times, [])
         for line in self.lines.get(computation, ()):
             instruction = _INSTRUCTION.match(line)
             if instruction is None:
@@ -120,8 +121,8 @@ class _Program:
             elif opcode == "fusion":
                 for callee in _named(_CALLEES, rest):
                     for inner in self.lines.get(callee, ()):
-                        add_collective(parts[part].sent.setdefault(times, []), callee, inner)
-            add_collective(parts[part].sent.setdefault(times, []), computation, line)
+                        add_collective(sent, callee, inner)
+            add_collective(sent, computation, line)
             cycles = _first(_CYCLES, rest)
             if cycles:
                 operation = Operation(times * int(cycles), opcode, op_name, self._line(rest))

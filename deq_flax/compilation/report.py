@@ -19,10 +19,11 @@ def cure(name: str, account: dict[str, Any]) -> str:
     """Return advice for a step that needs more memory than there is: to split what it stores, or to compute less at once."""
     held = account["bytes"]
     if name == "eval":  # its parameters are whole, but for what `tensor` splits
-        smaller, split = "lower data.eval_batch_size", "set mesh.tensor to split the parameters"
+        split, smaller = "set mesh.tensor to split the parameters", "lower data.eval_batch_size"
     else:
-        smaller = "lower data.batch_size, raise train.accumulate, or set memory=10 in deq.solver_options and "
-        smaller, split = smaller + "deq.backward_solver_options", "set mesh.fsdp to split what is stored"
+        split = "set mesh.fsdp to split what is stored"
+        histories = "set memory=10 in deq.solver_options and deq.backward_solver_options"
+        smaller = f"lower data.batch_size, raise train.accumulate, or {histories}"
     stored = sum(held.get(kind, 0) for kind in ("parameters", "optimizer"))
     return f"{split}; or {smaller}" if 2 * stored > held["all"] else f"{smaller}; or {split}"
 

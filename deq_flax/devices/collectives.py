@@ -38,9 +38,11 @@ def collectives(hlo: str) -> list[Collective]:
 
 def add_collective(found: list[Collective], computation: str, line: str, *, in_loop: bool = False) -> None:
     """Add the collective that a line of a computation is, if it is one and `found` does not have its chain yet."""
-    match, chain = _COLLECTIVE.match(line), _CHAIN.search(line)
-    group = 0 if match is None else _group_size(match["rest"])
-    if match is None or group == 1 or (chain and any(chain[1] == other.chain for other in found)):
+    match = _COLLECTIVE.match(line)
+    if match is None:
+        return
+    group, chain = _group_size(match["rest"]), _CHAIN.search(line)
+    if group == 1 or (chain and any(chain[1] == other.chain for other in found)):
         return
     kind, sizes = match["kind"], _sizes(match["shape"])
     size = sum(sizes)
