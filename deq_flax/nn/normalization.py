@@ -69,6 +69,10 @@ class RMSNorm(nnx.Module):
 class GroupNorm(nnx.Module):
     """Zero mean and unit variance over each group of channels of an image (Wu and He 2018, arXiv:1803.08494).
 
+    The variance is the mean square less the squared mean, so that one pass over the image gives both, which TPU's compiler makes
+    part of the convolution before it. Of a group whose mean is m standard deviations it has a relative error of about m^2 times
+    that of the type.
+
     Args:
       affine: add a scale and a bias for each channel.
 
@@ -85,14 +89,17 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """(B, H, W, C) -> (B, H, W, C)."""
-        batch_size, height, width, channels = x_BHWC.shape
-        x_BPGC = wide(x_BHWC).reshape(batch_size, height * width, self.groups, channels // self.groups)
-        mean_BG = x_BPGC.mean((1, 3))
-        variance_BG = jnp.square(x_BPGC - mean_BG[:, None, :, None]).mean((1, 3))
-        mean_BC, factor_BC = (
-            jnp.repeat(a, channels // self.groups, axis=1) for a in (mean_BG, lax.rsqrt(variance_BG + EPSILON))
-        )
+        x = wide(x_BHWC)
+        mean_BC, square_BC = (self._over_groups(moment.mean((1, 2))) for moment in (x, jnp.square(x)))
+        factor_BC = lax.rsqrt(jnp.maximum(square_BC - jnp.square(mean_BC), 0.0) + EPSILON)
         return _rescale(x_BHWC, mean_BC, factor_BC, self.scale_C, self.bias_C)
+
+    def _over_groups(self, x_BC: jax.Array) -> jax.Array:
+        """The mean over the group of each channel, (B, C), as products: to cut the channels would move them between lanes."""
+        size = self.channels // self.groups
+        member_CG = jnp.repeat(jnp.eye(self.groups, dtype=x_BC.dtype), size, axis=0)
+        mean_BG = jnp.matmul(x_BC, member_CG, precision="highest") / size
+        return jnp.matmul(mean_BG, member_CG.T, precision="highest")
 
 
 class BatchNorm(nnx.Module):

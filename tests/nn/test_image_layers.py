@@ -53,6 +53,15 @@ def test_group_norm_normalizes_each_group_of_each_image():
         GroupNorm(6, 4)
 
 
+def test_group_norm_is_accurate_far_from_zero_and_finite_without_variance():
+    norm, x = GroupNorm(8, 2), 30 + normal(2, 4, 3, 8)
+    wide = np.asarray(x, np.float64).reshape(2, 12, 2, 4)
+    centered = wide - wide.mean((1, 3), keepdims=True)
+    close(norm(x), (centered / np.sqrt(wide.var((1, 3), keepdims=True) + 1e-5)).reshape(x.shape), 2e-3)
+    constants = jnp.broadcast_to(jnp.linspace(100, 5000, 200)[:, None, None, None], (200, 5, 5, 8))
+    assert np.isfinite(norm(constants)).all()  # the mean square of some is rounded below the squared mean
+
+
 def test_batch_norm_trains_on_the_batch_and_evaluates_with_running_statistics():
     norm, x = BatchNorm(3, momentum=0.25), 5 + 2 * normal(4, 2, 2, 3)
     before = norm(x, False)
