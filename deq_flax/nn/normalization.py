@@ -69,9 +69,9 @@ class RMSNorm(nnx.Module):
 class GroupNorm(nnx.Module):
     """Zero mean and unit variance over each group of channels of an image (Wu and He 2018, arXiv:1803.08494).
 
-    The variance is the mean square less the squared mean, so that one pass over the image gives both, which TPU's compiler makes
-    part of the convolution before it. Of a group whose mean is m standard deviations it has a relative error of about m^2 times
-    that of the type.
+    The variance is the mean square less the squared mean, so that one pass over the image gives both, which TPU's compiler
+    makes part of the convolution before it. Of a group whose mean is m standard deviations it has a relative error of about
+    m^2 times that of the type.
 
     Args:
       affine: add a scale and a bias for each channel.
