@@ -91,7 +91,7 @@ class GroupNorm(nnx.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         x = wide(x_BHWC)
         mean_BC, square_BC = (self._over_groups(moment.mean((1, 2))) for moment in (x, jnp.square(x)))
-        factor_BC = lax.rsqrt(jnp.maximum(square_BC - jnp.square(mean_BC), 0.0) + EPSILON)
+        factor_BC = lax.rsqrt(_variance(mean_BC, square_BC) + EPSILON)
         return _rescale(x_BHWC, mean_BC, factor_BC, self.scale_C, self.bias_C)
 
     def _over_groups(self, x_BC: jax.Array) -> jax.Array:
@@ -109,8 +109,9 @@ class BatchNorm(nnx.Module):
     batch's by the share `momentum`; evaluation normalizes by the running statistics and leaves them unchanged. `nnx.BatchNorm`
     keeps the biased variance, so it would not reproduce the published models.
 
-    Within a `shard_map` the batch is that of all devices together, so that the result does not depend on their number. Not for
-    use inside a solve: it makes the samples of a batch depend on each other.
+    Within a `shard_map` the batch is that of all devices together, so that the result does not depend on their number; one
+    exchange gives mean and mean square, and both the variance, as in `GroupNorm`. Not for use inside a solve: it makes the
+    samples of a batch depend on each other.
     """
 
     def __init__(self, channels: int, *, affine: bool = True, momentum: float = 0.1):
@@ -125,8 +126,8 @@ class BatchNorm(nnx.Module):
         if train:
             x, mesh = wide(x_BHWC), jax.sharding.get_abstract_mesh()
             parts = tuple(axis for axis in mesh.manual_axes if mesh.shape[axis] > 1)
-            mean_C = _mean_over(parts, x.mean((0, 1, 2)))
-            variance_C = _mean_over(parts, jnp.square(x - mean_C[None, None, None]).mean((0, 1, 2)))
+            mean_C, square_C = _mean_over(parts, jnp.stack([x.mean((0, 1, 2)), jnp.square(x).mean((0, 1, 2))]))
+            variance_C = _variance(mean_C, square_C)
             devices = math.prod(mesh.shape[axis] for axis in parts)
             self._update(mean_C, variance_C, x.size // x.shape[-1] * devices)
         else:
@@ -139,6 +140,11 @@ class BatchNorm(nnx.Module):
         for running, now in ((self.mean_C, mean_C), (self.variance_C, variance_C * (count / max(count - 1, 1)))):
             old = running[...]
             running[...] = (old + self.momentum * (lax.stop_gradient(now) - old)).astype(old.dtype)
+
+
+def _variance(mean: jax.Array, square: jax.Array) -> jax.Array:
+    """The variance from the mean and the mean square, which rounding must not make negative."""
+    return jnp.maximum(square - jnp.square(mean), 0.0)
 
 
 def _mean_over(axes: tuple[str, ...], x: jax.Array) -> jax.Array:

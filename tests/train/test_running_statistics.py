@@ -1,14 +1,16 @@
 """Running statistics of batch normalization: written once by every update that counts, by nothing else, and checkpointed."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from deq_flax.checkpoints.checkpoints import Checkpoints
 from deq_flax.checkpoints.loading import load_params
 from deq_flax.config import resolve
-from deq_flax.devices.mesh import MeshOptions
+from deq_flax.devices.mesh import BATCH, MeshOptions, make_mesh
 from deq_flax.nn.normalization import BatchNorm
 from deq_flax.task import LossOutput, average
 from deq_flax.train.evaluate import EvalOptions, evaluate_checkpoint
@@ -167,3 +169,16 @@ def test_a_checkpoint_is_evaluated_with_its_own_statistics(tmp_path):
 
     _, started = run(tmp_path / "b", task, checkpoint=dict(init_from=str(tmp_path / "a" / "checkpoints" / "3")))
     close(started, updated(*map(np.asarray, last), task.batch(0)["x"]))
+
+
+def test_one_exchange_gives_the_statistics_of_the_batch_on_all_devices():
+    graphdef, state = nnx.split(BatchNorm(2))
+    x = np.random.default_rng(0).normal(2.0, 3.0, (8, 2, 1, 2)).astype(np.float32)
+
+    def normalized(x):
+        return nnx.merge(graphdef, state, copy=True)(x, True)
+
+    mesh = make_mesh(MeshOptions(data=2), jax.devices()[:2])
+    sharded = jax.shard_map(normalized, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH), check_vma=False)
+    np.testing.assert_allclose(sharded(x), normalized(x), atol=1e-5)
+    assert str(jax.make_jaxpr(sharded)(x)).count("= psum") == 1
