@@ -228,8 +228,9 @@ def draw(results: dict[str, list[Result]], file: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained")
     for name, sizes in results.items():
         marker, line_style = ("s", "--") if name.startswith("proposal") else ("o", "-")
         color = None
@@ -250,15 +251,20 @@ def draw(results: dict[str, list[Result]], file: str) -> None:
         )
     left.set(xlabel="minutes of training", ylabel="perplexity, valid")
     right.set(xlabel="million parameters", ylabel="perplexity, valid, at the end", xscale="log", yscale="log")
-    right.margins(x=0.25, y=0.15)
+    parameters = [it.parameters / 1e6 for sizes in results.values() for it in sizes]
+    right.set_xlim(0.8 * min(parameters), 1.25 * max(parameters))
+    right.margins(y=0.15)
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_minor_locator(NullLocator())
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.yaxis.set_major_formatter("{x:.0f}")
         axis.yaxis.set_minor_formatter("{x:.0f}")
-    right.xaxis.set_minor_locator(pyplot.NullLocator())
-    right.set_xticks(sorted({round(it.parameters / 1e6, 2) for sizes in results.values() for it in sizes}))
+    right.xaxis.set_minor_locator(NullLocator())
+    right.set_xticks(sorted({round(count, 2) for count in parameters}))
     right.xaxis.set_major_formatter("{x:g}")
-    left.legend(frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)
 
 
