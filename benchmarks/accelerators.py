@@ -4,8 +4,8 @@
 
 The training step of each recipe is compiled for each topology in a process of its own (`python -m deq_flax.compile`), in
 bfloat16, at a fixed number of samples a chip. No TPU, data or weights are needed, but libtpu (requirements-tpu.txt). Every
-account is appended to FILE as one line of JSON, and those that are there are not compiled again without --again: what was
-interrupted goes on. --limit 0 compiles nothing, and makes the tables of what is there.
+account is kept in FILE, and those that are there are not compiled again without --again: what was interrupted goes on.
+--limit 0 compiles nothing, and makes the tables of what is there.
 """
 
 import argparse
@@ -15,12 +15,13 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import records, tables
 
 SAMPLES = {
     **{f"wt103:{variant}": 7 for variant in ("base", "ift", "reg", "preln_reg", "ift_jr", "deq_lm", "explicit", "proposal")},
@@ -89,13 +90,7 @@ def compiled(row: Row, limit: float) -> dict[str, Any]:
     return head | json.loads(done.stdout)["steps"]["train"]
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The accounts in a file by key; of several the last."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {account["key"]: account for account in map(json.loads, lines)}
-
-
-def shown(row: Row, account: dict[str, Any]) -> list[str]:
+def shown(row: Row, account: Mapping[str, Any]) -> list[str]:
     """The cells of a row."""
     label = f"`{row.recipe}`" + (f" `{row.change}`" if row.change else "")
     if "error" in account:
@@ -129,7 +124,7 @@ HEAD = ["recipe", "stored + temporary, GB", "forward iteration", "adjoint iterat
 HEAD += ["ms a step", "of the peak", "collectives in loops", "s to compile"]
 
 
-def text(accounts: dict[str, dict[str, Any]]) -> str:
+def text(accounts: records.Records) -> str:
     """The tables."""
     blocks = []
     for topology, chips in {**HOSTS, **PODS}.items():
@@ -149,13 +144,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of accounts")
     arguments = parser.parse_args()
     for row in rows():
-        there = "error" not in read(arguments.results).get(row.key, {"error": ""}) and not arguments.again
+        there = "error" not in records.read(arguments.results).get(row.key, {"error": ""}) and not arguments.again
         if arguments.limit and re.search(arguments.only, row.key) and not there:
             account = compiled(row, arguments.limit)
-            with open(arguments.results, "a") as file:
-                file.write(json.dumps(account) + "\n")
+            records.write(arguments.results, [account])
             print(" | ".join(shown(row, account)), flush=True)
-    tables.publish("accelerators", text(read(arguments.results)), str(PAGE) if arguments.write else None)
+    tables.publish("accelerators", text(records.read(arguments.results)), str(PAGE) if arguments.write else None)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Runs are made in order, each in a workdir of its own that `--mode eval`, `solve` and `plot` read. A run that has its result,
 FOLDER/results/NAME.json, is not made again; one that was stopped continues from its checkpoint. `--minutes`: begin no run later
-than that. `--write` makes the tables and figures of docs/reasoning.md from the results that are there.
+than that. `--write` takes the results in FOLDER over into benchmarks/reasoning.jsonl, in place of those of the same runs, and
+makes the tables and figures of docs/reasoning.md from all in it.
 
 Seconds are those of processor time, in one thread with XLA_FLAGS=--xla_cpu_multi_thread_eigen=false, so that other programs on
 the machine do not count. Those of a step are measured at the trained weights. Memory is the compiler's: the temporary arrays of
@@ -21,13 +22,15 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from benchmarks import reasoning_report, training
+from benchmarks import reasoning_report, records, training
 
 Changes = dict[str, Any]
 """Changes to a config: 'section.key' -> value."""
 
 TIMED_STEPS = 8
 """Training steps that are timed."""
+RESULTS = Path(__file__).parent / "reasoning.jsonl"
+"""The results behind docs/reasoning.md."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def perform(run: Run, folder: Path) -> None:
     if result.interrupted:
         raise SystemExit("stopped: the same command continues")
     found = {"run": asdict(run), "metrics": result.metrics, "seconds": process_time() - start}
-    _write(file, found | step_costs(config, workdir))
+    _write(file, found | {"last_steps": last_steps(workdir)} | step_costs(config, workdir))
 
 
 def evaluate(run: Run, folder: Path) -> None:
@@ -294,6 +297,18 @@ def step_costs(config: Any, workdir: Path) -> dict[str, float]:
     }
 
 
+def last_steps(workdir: Path) -> dict[str, float]:
+    """Means over the last steps of training, from a run's log."""
+    rows = map(json.loads, reversed((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
+    return next(row for row in rows if row["split"] == "train")
+
+
+def take_over(folder: Path, kept: Path) -> None:
+    """Take the results in a folder over into a file of them, in place of earlier ones of the same runs."""
+    files = sorted((folder / "results").glob("*.json"))
+    records.write(kept, [{"key": file.stem} | json.loads(file.read_text(encoding="utf-8")) for file in files])
+
+
 def _write(file: Path, found: Mapping[str, Any]) -> None:
     from deq_flax.run_log.results import replace_file, to_json
 
@@ -312,7 +327,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write tables and figures to docs/")
     arguments = parser.parse_args()
     if arguments.write:
-        reasoning_report.write(arguments.folder)
+        take_over(arguments.folder, RESULTS)
+        reasoning_report.write(records.read(RESULTS))
         return
     import jax
 

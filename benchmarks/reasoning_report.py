@@ -1,12 +1,12 @@
-"""Tables and figures of docs/reasoning.md from the results of `benchmarks.reasoning`."""
+"""Tables and figures of docs/reasoning.md from the results of `benchmarks.reasoning`, by key: NAME or NAME.EVALUATION."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks import tables, training
+from benchmarks.records import Records
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -14,15 +14,15 @@ Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 """Name of a run -> its results, one for each seed; in the order of the table."""
 
 
-def read(folder: Path, group: str, evaluation: str | None = None) -> dict[str, list[dict[str, Any]]]:
+def read(records: Records, group: str, evaluation: str = "") -> dict[str, list[Mapping[str, Any]]]:
     """The results of a group by run; `evaluation`: those of that further evaluation, not those at the end of training."""
     from benchmarks.reasoning import runs
 
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs():
-        file = folder / "results" / f"{run.stem}{f'.{evaluation}' if evaluation else ''}.json"
-        if run.group == group and file.exists():
-            found.setdefault(run.name, []).append(json.loads(file.read_text(encoding="utf-8")))
+        key = f"{run.stem}.{evaluation}" if evaluation else run.stem
+        if run.group == group and key in records:
+            found.setdefault(run.name, []).append(records[key])
     return found
 
 
@@ -68,41 +68,33 @@ def in_code(rows: Rows) -> Rows:
     return {f"`{name}`": results for name, results in rows.items()}
 
 
-def solves(folder: Path) -> str:
+def solves(records: Records) -> str:
     """How far the two solves of `Implicit` got in training: means over the last steps, of the largest of each batch."""
     forms = {"forward_nfe": "{:.0f}", "forward_residual": "{:.0e}", "backward_nfe": "{:.0f}", "backward_residual": "{:.0e}"}
     found, body = {}, []
     for puzzle in ("mazes", "sudoku"):
-        rows = read(folder, f"gradients, {puzzle}")
+        rows = read(records, f"gradients, {puzzle}")
         for name in (name for name in rows if name.startswith("Implicit")):
             found[puzzle, name] = rows[name]
-            last = [last_steps(folder, result["run"]) for result in rows[name]]
+            last = [result["last_steps"] for result in rows[name] if "last_steps" in result]
             cells = [tables.spread([row[metric] for row in last], form.format) for metric, form in forms.items()]
             body.append([puzzle, f"`{name}`", *cells, tables.spread(numbers(rows[name], "exact_match"), percent)])
     head = ["puzzles", "gradient, solver", "evaluations", "residual", "products of the adjoint", "its residual", "exact"]
     return tables.markdown(head, body) + seeds(found) if found else ""
 
 
-def last_steps(folder: Path, run: Mapping[str, Any]) -> dict[str, float]:
-    """The last line on training in a run's log."""
-    from benchmarks.reasoning import Run
-
-    lines = (folder / Run(**run).stem / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return next(line for line in map(json.loads, reversed(lines)) if line["split"] == "train")
-
-
-def mazes(folder: Path) -> str:
-    rows = in_code(read(folder, "gradients, mazes"))
+def mazes(records: Records) -> str:
+    rows = in_code(read(records, "gradients, mazes"))
     return gradients(rows, sizes=["", "_13"]).replace("_13", ", side 13")
 
 
-def sudoku(folder: Path) -> str:
-    rows = in_code(read(folder, "gradients, sudoku"))
+def sudoku(records: Records) -> str:
+    rows = in_code(read(records, "gradients, sudoku"))
     return gradients(rows, sizes=[""])
 
 
-def boards(folder: Path) -> str:
-    rows, body = read(folder, "boards"), []
+def boards(records: Records) -> str:
+    rows, body = read(records, "boards"), []
     forms = {
         "exact_match": percent,
         "cell_accuracy": percent,
@@ -114,7 +106,7 @@ def boards(folder: Path) -> str:
         scored = [result for result in results if "metrics" in result]
         line = [name, tables.spread([result["parameters"] for result in scored], "{:,.0f}".format)]
         line += [tables.spread(numbers(scored, metric), form) for metric, form in forms.items()]
-        worked = [last_steps(folder, result["run"])["segments"] for result in scored if numbers([result], "halted")]
+        worked = [result["last_steps"]["segments"] for result in scored if numbers([result], "halted")]
         line += [tables.spread(worked, "{:.2f}".format)]
         body.append([*line, tables.spread([result["seconds"] / 60 for result in scored], "{:.0f}".format)])
     head = ["board", "parameters", "exact", "cells right", "converged", "steps", "halted", "segments in training"]
@@ -127,8 +119,8 @@ def seeds(rows: Rows) -> str:
     return f"\nSeeds {', '.join(map(str, used))}; with several, mean (least to largest).\n" if used else ""
 
 
-def prefix_sums(folder: Path) -> str:
-    rows, thousand, long = (read(folder, "prefix sums", evaluation) for evaluation in (None, "thousand", "long"))
+def prefix_sums(records: Records) -> str:
+    rows, thousand, long = (read(records, "prefix sums", evaluation) for evaluation in ("", "thousand", "long"))
     if "10 to 30 steps" not in rows:  # what the others stand beside
         return ""
     body = []
@@ -155,11 +147,11 @@ def steps_of(run: Mapping[str, Any]) -> int:
     return training.resolved(run["config"], run["changes"]).train.steps
 
 
-def twice_the_side(folder: Path) -> str:
+def twice_the_side(records: Records) -> str:
     group, body = "mazes of twice the side", []
-    for words, evaluation, starts in (("relaxed by 0.5", None, "two starts"), ("plain", "plain", "plain, two starts")):
-        started = read(folder, group, starts)
-        for name, results in read(folder, group, evaluation).items():
+    for words, evaluation, starts in (("relaxed by 0.5", "", "two starts"), ("plain", "plain", "plain, two starts")):
+        started = read(records, group, starts)
+        for name, results in read(records, group, evaluation).items():
             shares = [tables.spread(numbers(results, f"exact_match{size}"), percent) for size in ("", "_21")]
             forms = {"residual_21": "{:.0e}".format, "converged_21": percent, "steps_21": "{:.0f}".format}
             cells = [tables.spread(numbers(results, metric), form) for metric, form in forms.items()]
@@ -168,13 +160,13 @@ def twice_the_side(folder: Path) -> str:
     if not body:
         return ""
     head = ["iteration of evaluation", "exact, side 11", "exact, side 21", "residual, 21", "converged, 21", "steps, 21"]
-    return tables.markdown([*head, "agreement, 11", "agreement, 21"], body) + seeds(read(folder, group))
+    return tables.markdown([*head, "agreement, 11", "agreement, 21"], body) + seeds(read(records, group))
 
 
-def states(folder: Path) -> str:
+def states(records: Records) -> str:
     from deq_flax.plot_evaluation import by_size
 
-    rows, lengths, body = read(folder, "state tracking"), (4, 8, 16, 32, 64, 128, 256), []
+    rows, lengths, body = read(records, "state tracking"), (4, 8, 16, 32, 64, 128, 256), []
     for name, results in rows.items():
         line = [name, tables.spread([result["parameters"] for result in results if "parameters" in result], "{:,.0f}".format)]
         scored = [result for result in results if "metrics" in result]
@@ -188,14 +180,14 @@ def states(folder: Path) -> str:
     return tables.markdown(head, body) + seeds(rows) if rows else ""
 
 
-def ablation(folder: Path) -> str:
-    rows = read(folder, "ablation, mazes")
+def ablation(records: Records) -> str:
+    rows = read(records, "ablation, mazes")
     if not rows:
         return ""
-    name, group, started = "Unroll(last=8)", "gradients, mazes", read(folder, "ablation, mazes", "two starts")
+    name, group, started = "Unroll(last=8)", "gradients, mazes", read(records, "ablation, mazes", "two starts")
     base = f"as in the table above, `{name}`"
-    rows = {base: read(folder, group).get(name, [])} | rows
-    started[base] = read(folder, group, "two starts").get(name, [])
+    rows = {base: read(records, group).get(name, [])} | rows
+    started[base] = read(records, group, "two starts").get(name, [])
     forms = {"exact_match": percent, "residual": "{:.0e}".format, "converged": percent}
     body = []
     for name, results in rows.items():
@@ -209,13 +201,13 @@ def ablation(folder: Path) -> str:
     return tables.markdown(head, body) + seeds(rows)
 
 
-def longer(folder: Path) -> str:
+def longer(records: Records) -> str:
     """What longer iteration and several starts gain, and what they cost."""
     body: list[list[str]] = []
     rows: dict[str, list[dict[str, Any]]] = {}
     for puzzle, sizes in (("mazes", {"7": "", "13": "_13"}), ("sudoku", {"4": ""})):
-        swept = read(folder, f"gradients, {puzzle}", "sweep")
-        restarted = read(folder, f"gradients, {puzzle}", "restarts").get("Unroll(last=8)", [])
+        swept = read(records, f"gradients, {puzzle}", "sweep")
+        restarted = read(records, f"gradients, {puzzle}", "restarts").get("Unroll(last=8)", [])
         rows[puzzle] = swept.get("Unroll(last=8)", [])
         for size, suffix in sizes.items():
             for limit, tested in by_limit(rows[puzzle]).items():
@@ -226,15 +218,15 @@ def longer(folder: Path) -> str:
     return tables.markdown(head, body) + seeds(rows) if body else ""
 
 
-def nine(folder: Path) -> str:
+def nine(records: Records) -> str:
     """Boards of 9 x 9 by the limit on applications of f, from several starts, and by grade."""
-    body, rows = [], read(folder, "boards", "sweep")
+    body, rows = [], read(records, "boards", "sweep")
     for limit, tested in by_limit(rows.get("9 x 9", []), 1000).items():
         body.append([f"limit {limit}", *_scores(tested, "")])
-    restarted = [result["metrics"]["test"] for result in read(folder, "boards", "restarts").get("9 x 9", [])]
+    restarted = [result["metrics"]["test"] for result in read(records, "boards", "restarts").get("9 x 9", [])]
     body += _of_starts("limit 200, ", restarted, "")
     for name, label in GRADES.items():
-        tested = [result["metrics"]["test"] for result in read(folder, "boards", name).get("9 x 9", [])]
+        tested = [result["metrics"]["test"] for result in read(records, "boards", name).get("9 x 9", [])]
         if tested:
             body.append([label, *_scores(tested, "")])
     head = ["evaluation", "exact match", "residual", "steps", "evaluations"]
@@ -267,7 +259,7 @@ def _of_starts(words: str, tested: Sequence[Mapping[str, Any]], size: str) -> li
     return [[f"{words}4 starts, lowest residual", *best], [f"{words}4 starts, vote", vote, "-", "-", best[-1]]]
 
 
-def figures(folder: Path) -> dict[str, Any]:
+def figures(records: Records) -> dict[str, Any]:
     """The figures by file name in docs/figures: exact answers against size, and against applications of f."""
     import matplotlib
 
@@ -277,13 +269,13 @@ def figures(folder: Path) -> dict[str, Any]:
     from deq_flax.plot_evaluation import by_size, draw_scores
 
     found: dict[str, Any] = {}
-    sizes, rows = {}, read(folder, "prefix sums")
+    sizes, rows = {}, read(records, "prefix sums")
     for name, results in rows.items():
         shares = [by_size(result["metrics"]["test"], 32) for result in results if "metrics" in result]
         sizes[name] = [(size, mean(share[size] for share in shares)) for size in sorted(shares[0])] if shares else []
     if "10 to 30 steps" in sizes:
         found["prefix_sums_by_size"] = draw_scores(pyplot, sizes, xlabel="bits", trained=[32])
-    limits = by_limit(read(folder, "gradients, mazes", "sweep").get("Unroll(last=8)", []))
+    limits = by_limit(read(records, "gradients, mazes", "sweep").get("Unroll(last=8)", []))
     shown = {
         f"side {size}": [(limit, mean(row[f"exact_match{suffix}"] for row in tested)) for limit, tested in limits.items()]
         for size, suffix in (("7", ""), ("13", "_13"))
@@ -300,7 +292,7 @@ GRADES = {
 }
 """A further evaluation of boards of 9 x 9 -> its row."""
 
-TABLES: dict[str, Callable[[Path], str]] = {
+TABLES: dict[str, Callable[[Records], str]] = {
     "gradients on mazes": mazes,
     "gradients on sudoku": sudoku,
     "implicit solves": solves,
@@ -315,10 +307,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
 """Name of the place in docs/reasoning.md -> its table."""
 
 
-def write(folder: Path) -> None:
+def write(records: Records) -> None:
     """Write the tables and draw the figures of results that are there."""
     for name, make in TABLES.items():
-        if text := make(folder):
+        if text := make(records):
             tables.publish(name, text, str(DOCS / "reasoning.md"))
-    for name, figure in figures(folder).items():
+    for name, figure in figures(records).items():
         figure.savefig(DOCS / "figures" / f"{name}.png", dpi=110)

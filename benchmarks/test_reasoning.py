@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import reasoning, reasoning_report, training
+from benchmarks import reasoning, reasoning_report, records, training
 
 
 def test_the_runs_are_distinct_and_their_configs_are_valid():
@@ -32,62 +32,81 @@ def test_a_row_has_the_mean_and_the_extremes_of_its_seeds():
     assert lines[3].startswith("| b | 99.96% |") and lines[4].startswith("| c | - | - |")
 
 
-def test_states_and_boards_have_a_row_for_every_model(tmp_path):
+def test_states_and_boards_have_a_row_for_every_model():
     """Results of two seeds, as `perform` writes them."""
-    (tmp_path / "results").mkdir()
+    results = {}
     for run in reasoning.runs():
         if run.group in ("state tracking", "boards") and run.name in ("A5, 8 symbols", "6 x 6") and run.seed < 2:
             test = {"exact_match": 1.0, "exact_match_16": 0.5 + run.seed / 4, "steps": 9.0, "steps_16": 30.0}
             test |= {"cell_accuracy": 1.0, "converged": 1.0}
-            found = {
+            results[run.stem] = {
                 "run": {"config": run.config, "seed": run.seed},
                 "parameters": 1234,
                 "seconds": 600,
                 "metrics": {"test": test},
             }
-            (tmp_path / "results" / f"{run.stem}.json").write_text(json.dumps(found))
-    lines = reasoning_report.states(tmp_path).splitlines()
+    lines = reasoning_report.states(results).splitlines()
     row = "| A5, 8 symbols | 1,234 | - | 100% | 62.5% (50.0% to 75.0%) | - | - | - | - | - | 9 | 30 | - | - | - | - |"
     assert lines[2] == row and lines[-1].startswith("Seeds 0, 1;")
-    assert reasoning_report.boards(tmp_path).splitlines()[2] == "| 6 x 6 | 1,234 | 100% | 100% | 100% | 9 | - | - | 10 |"
+    assert reasoning_report.boards(results).splitlines()[2] == "| 6 x 6 | 1,234 | 100% | 100% | 100% | 9 | - | - | 10 |"
 
 
 def test_what_a_run_logged_last_in_training_is_in_its_row(tmp_path):
     """Segments of a halting model, residuals of both solves of an implicit gradient."""
-    (tmp_path / "results").mkdir()
     wanted = {"boards": "4 x 4, two levels", "gradients, mazes": "Implicit, Broyden"}
     (boards, mazes) = sorted((run for run in reasoning.runs() if wanted.get(run.group) == run.name and run.seed == 0), key=str)
     last = {"segments": 1.25, "forward_nfe": 24.9, "forward_residual": 1e-2, "backward_nfe": 20.2, "backward_residual": 1e-3}
     rows = [{"split": "train", name: 9.0} for name in last]
     rows += [{"split": "train"} | last, {"split": "valid", "segments": 16.0, "forward_residual": 1e-4}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     test = {"exact_match": 0.5, "cell_accuracy": 1.0, "converged": 1.0, "steps": 48.0, "halted": 0.75}
-    for run in (boards, mazes):
-        (tmp_path / run.stem).mkdir()
-        (tmp_path / run.stem / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        found = {"run": asdict(run), "parameters": 1234, "seconds": 600, "metrics": {"test": test}}
-        (tmp_path / "results" / f"{run.stem}.json").write_text(json.dumps(found))
+    found = {"parameters": 1234, "seconds": 600, "metrics": {"test": test}, "last_steps": reasoning.last_steps(tmp_path)}
+    results = {run.stem: {"run": asdict(run)} | found for run in (boards, mazes)}
     row = "| 4 x 4, two levels | 1,234 | 50.0% | 100% | 100% | 48 | 75.0% | 1.25 | 10 |"
-    assert reasoning_report.boards(tmp_path).splitlines()[2] == row
+    assert reasoning_report.boards(results).splitlines()[2] == row
     row = "| mazes | `Implicit, Broyden` | 25 | 1e-02 | 20 | 1e-03 | 50.0% |"
-    assert reasoning_report.solves(tmp_path).splitlines()[2] == row
+    assert reasoning_report.solves(results).splitlines()[2] == row
 
 
-def test_several_starts_and_longer_iteration_have_their_costs(tmp_path):
+def test_several_starts_and_longer_iteration_have_their_costs():
     """Of the size of the row; the vote costs what the starts do."""
-    (tmp_path / "results").mkdir()
     run = next(run for run in reasoning.runs() if run.evaluations and run.group == "gradients, mazes")
     at = lambda size, nfe: {f"exact_match{size}": 0.5, f"residual{size}": 1e-4, f"steps{size}": 9.0, f"forward_nfe{size}": nfe}  # noqa: E731
     once, starts = (
         at("", 10) | at("_13", 20),
         at("", 40) | at("_13", 80) | {"exact_match_vote": 1.0, "exact_match_vote_13": 1.0},
     )
-    for name, found in {"sweep": {"sweep": [], "metrics": {"test": once}}, "restarts": {"metrics": {"test": starts}}}.items():
-        file = tmp_path / "results" / f"{run.stem}.{name}.json"
-        file.write_text(json.dumps({"run": asdict(run)} | found))
-    lines = reasoning_report.longer(tmp_path).splitlines()
+    found = {"sweep": {"sweep": [], "metrics": {"test": once}}, "restarts": {"metrics": {"test": starts}}}
+    results = {f"{run.stem}.{name}": {"run": asdict(run)} | result for name, result in found.items()}
+    lines = reasoning_report.longer(results).splitlines()
     assert "| mazes, 7 | limit 150 | 50.0% | 1e-04 | 9 | 10 |" in lines
     assert "| mazes, 13 | 4 starts, lowest residual | 50.0% | 1e-04 | 9 | 80 |" in lines
     assert "| mazes, 13 | 4 starts, vote | 100% | - | - | 80 |" in lines
+
+
+def test_results_taken_over_replace_those_of_the_same_runs_alone(tmp_path):
+    """A folder that is lost takes no result with it."""
+    kept, folder = tmp_path / "kept.jsonl", tmp_path / "runs" / "results"
+    folder.mkdir(parents=True)
+    for name, seconds in {"b_0": 1, "a_0": 2, "a_0.sweep": 3}.items():
+        (folder / f"{name}.json").write_text(json.dumps({"seconds": seconds}))
+    reasoning.take_over(folder.parent, kept)
+    (folder / "b_0.json").unlink()
+    (folder / "a_0.json").write_text(json.dumps({"seconds": 4}))
+    reasoning.take_over(folder.parent, kept)
+    found = records.read(kept)
+    assert {key: record["seconds"] for key, record in found.items()} == {"a_0": 4, "a_0.sweep": 3, "b_0": 1}
+    assert list(found) == sorted(found)
+
+
+def test_the_page_shows_the_results():
+    """Tables of docs/reasoning.md are those of the results that are kept, where there are any."""
+    page, results = (reasoning_report.DOCS / "reasoning.md").read_text(), records.read(reasoning.RESULTS)
+    tables = {name: make(results) for name, make in reasoning_report.TABLES.items()}
+    for name, table in tables.items():
+        if not table:
+            continue
+        assert f"<!-- begin {name} -->\n{table.strip()}\n<!-- end {name} -->\n" in page, name
 
 
 def test_a_run_waits_for_the_weights_it_starts_from(tmp_path, capsys):
