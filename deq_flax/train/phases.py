@@ -327,7 +327,7 @@ class EquilibriumPhases(Phases):
         weight = deq.pretrain_jacobian_weight if pretraining else deq.jacobian_weight
         wanted = weight > 0 and not (deq.jacobian_stop and step >= deq.jacobian_stop)
         phase = self._pretraining if pretraining else self._training
-        return dataclasses.replace(phase, jacobian_loss=wanted and self._random(step).random() < deq.jacobian_frequency)
+        return dataclasses.replace(phase, jacobian_loss=wanted and self._draws(step)[0] < deq.jacobian_frequency)
 
     def kinds(self) -> list[Phase]:
         deq = self._deq
@@ -342,9 +342,7 @@ class EquilibriumPhases(Phases):
         return [phase] * (not always) + [dataclasses.replace(phase, jacobian_loss=True)] * wanted
 
     def scalars(self, step: int) -> StepScalars:
-        deq, random = self._deq, self._random(step)
-        random.random()  # the phase's draw
-        jitter = random.integers(0, deq.max_steps_jitter + 1)
+        deq, (_, jitter) = self._deq, self._draws(step)
         past = max(0, step - deq.pretrain_steps)
         increments = past // deq.jacobian_increment_every if deq.jacobian_increment_every else 0
         weight = deq.jacobian_weight + deq.jacobian_increment * increments
@@ -352,8 +350,10 @@ class EquilibriumPhases(Phases):
             weight = deq.pretrain_jacobian_weight
         return StepScalars(max_steps=np.int32(deq.max_steps - jitter), jacobian_weight=np.float32(weight))
 
-    def _random(self, step: int) -> np.random.Generator:
-        return np.random.default_rng((self._seed, step))
+    def _draws(self, step: int) -> tuple[float, int]:
+        """The random numbers of a step: one in [0, 1) that chooses its phase, and what its limit is lowered by."""
+        random = np.random.default_rng((self._seed, step))
+        return random.random(), int(random.integers(0, self._deq.max_steps_jitter + 1))
 
 
 def make_phases(deq: DEQOptions | None, *, seed: int = 0) -> Phases:
