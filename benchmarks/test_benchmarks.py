@@ -11,11 +11,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import few_steps, language, tables, training
+from benchmarks import few_steps, guesses, language, tables, training
 from deq_flax.config import make_task
+from deq_flax.equilibrium import Anderson
 from deq_flax.models import generation as library
 from deq_flax.nn.transformer import Memory
 
@@ -143,6 +145,25 @@ def test_cold_starts_are_zero_where_warm_ones_are_remembered_states():
     with few_steps.cold_starts():
         assert (library.nearest_states(memory, injection_BLJ) == jnp.zeros((1, 5, 2))).all()
     assert (library.nearest_states(memory, injection_BLJ) == 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["tiny", "tiny_proposal"])
+def test_guesses_change_no_greedy_text_and_right_ones_are_kept(variant):
+    config = training.resolved(f"configs/wt103.py:{variant}", SMALL | {"model.dropout": 0.0})
+    model = make_task(config).build_model(nnx.Rngs(0))
+    passes = guesses.Passes(model, solver=Anderson(tol=1e-6, max_steps=60), memory=8)
+    prompt = np.array([5, 3, 8], np.int32)
+    greedy, kept = passes.write(prompt, 12, 1, guesses.own)
+    assert kept == 1
+    for guess in (guesses.own, guesses.repeated):
+        assert passes.write(prompt, 12, 4, guess)[0] == greedy
+    assert passes.write(prompt, 12, 4, lambda text, _: greedy[len(text) - 3 :]) == (greedy, 4)
+    memory = passes.generator.start([prompt]).memory
+    words = np.array([[greedy[0], greedy[1], 999 - greedy[2], greedy[3]]], np.int32)
+    after, kept_B, chosen_BW = passes.read(memory, words)
+    assert kept_B == 2 and chosen_BW[0, :2].tolist() == greedy[1:3] and after.length_B == memory.length_B + 2
+    assert guesses.repeated([4, 7, 4, 9, 4], []) == [9, 4] and guesses.repeated([1, 2], [3]) == [3]
 
 
 @pytest.mark.slow
