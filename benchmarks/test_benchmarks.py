@@ -147,23 +147,36 @@ def test_cold_starts_are_zero_where_warm_ones_are_remembered_states():
     assert (library.nearest_states(memory, injection_BLJ) == 1).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["tiny", "tiny_proposal"])
-def test_guesses_change_no_greedy_text_and_right_ones_are_kept(variant):
+def make_passes(variant):
+    """Passes of a small model, and the words of a prompt."""
     config = training.resolved(f"configs/wt103.py:{variant}", SMALL | {"model.dropout": 0.0})
     model = make_task(config).build_model(nnx.Rngs(0))
-    passes = guesses.Passes(model, solver=Anderson(tol=1e-6, max_steps=60), memory=8)
-    prompt = np.array([5, 3, 8], np.int32)
+    model.embedding.tables_NE[0][...] *= 100  # no ties between words
+    return guesses.Passes(model, solver=Anderson(tol=1e-6, max_steps=60), memory=8), np.array([5, 3, 8], np.int32)
+
+
+@pytest.mark.slow
+def test_guesses_change_no_greedy_text():
+    passes, prompt = make_passes("tiny_proposal")
     greedy, kept = passes.write(prompt, 12, 1, guesses.own)
     assert kept == 1
     for guess in (guesses.own, guesses.repeated):
         assert passes.write(prompt, 12, 4, guess)[0] == greedy
     assert passes.write(prompt, 12, 4, lambda text, _: greedy[len(text) - 3 :]) == (greedy, 4)
-    memory = passes.generator.start([prompt]).memory
-    words = np.array([[greedy[0], greedy[1], 999 - greedy[2], greedy[3]]], np.int32)
-    after, kept_B, chosen_BW = passes.read(memory, words)
-    assert kept_B == 2 and chosen_BW[0, :2].tolist() == greedy[1:3] and after.length_B == memory.length_B + 2
     assert guesses.repeated([4, 7, 4, 9, 4], []) == [9, 4] and guesses.repeated([1, 2], [3]) == [3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["tiny", "tiny_proposal"])
+def test_guesses_are_kept_up_to_the_first_wrong_one(variant):
+    passes, prompt = make_passes(variant)
+    memory = passes.generator.start([prompt]).memory
+    read = lambda *words: passes.read(memory, np.array([words], np.int32))  # noqa: E731
+    first = int(read(7, 0, 0, 0)[2][0, 0])
+    second = int(read(7, first, 0, 0)[2][0, 1])
+    for words, kept in (((7, first, 999 - second, 0), 2), ((7, 999 - first, second, 0), 1)):
+        after, kept_B, _ = read(*words)
+        assert kept_B == kept and after.length_B == memory.length_B + kept
 
 
 @pytest.mark.slow
