@@ -6,7 +6,7 @@
 Runs are made in order, each in a workdir of its own that `--mode eval`, `solve` and `plot` read. A run that has its result,
 FOLDER/results/NAME.json, is not made again; one that was stopped continues from its checkpoint. `--minutes`: begin no run later
 than that. `--write` takes the results in FOLDER over into benchmarks/reasoning.jsonl, in place of those of the same runs, and
-makes the tables and figures of docs/reasoning.md from all in it.
+makes those tables and figures of docs/reasoning.md of which all results are in it.
 
 Seconds are those of processor time, in one thread with XLA_FLAGS=--xla_cpu_multi_thread_eigen=false, so that other programs on
 the machine do not count. Those of a step are measured at the trained weights. Memory is the compiler's: the temporary arrays of

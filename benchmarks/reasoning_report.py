@@ -46,7 +46,7 @@ def costs(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
-    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step. "": no rows."""
+    """Scores at each size, a suffix of metrics, with residual and share converged, and the costs of a step."""
     head = ["gradient, solver"]
     for size in sizes:
         head += [f"exact{size}", f"residual{size}", f"converged{size}"]
@@ -60,7 +60,7 @@ def gradients(rows: Rows, *, sizes: Sequence[str]) -> str:
                 tables.spread(numbers(results, f"converged{size}"), percent),
             ]
         body.append([*line, *costs(results)])
-    return tables.markdown([*head, "evaluations a step", "s a step", "MB"], body) + seeds(rows) if rows else ""
+    return tables.markdown([*head, "evaluations a step", "s a step", "MB"], body) + seeds(rows)
 
 
 def in_code(rows: Rows) -> Rows:
@@ -80,7 +80,7 @@ def solves(records: Records) -> str:
             cells = [tables.spread([row[metric] for row in last], form.format) for metric, form in forms.items()]
             body.append([puzzle, f"`{name}`", *cells, tables.spread(numbers(rows[name], "exact_match"), percent)])
     head = ["puzzles", "gradient, solver", "evaluations", "residual", "products of the adjoint", "its residual", "exact"]
-    return tables.markdown(head, body) + seeds(found) if found else ""
+    return tables.markdown(head, body) + seeds(found)
 
 
 def mazes(records: Records) -> str:
@@ -110,7 +110,7 @@ def boards(records: Records) -> str:
         line += [tables.spread(worked, "{:.2f}".format)]
         body.append([*line, tables.spread([result["seconds"] / 60 for result in scored], "{:.0f}".format)])
     head = ["board", "parameters", "exact", "cells right", "converged", "steps", "halted", "segments in training"]
-    return tables.markdown([*head, "minutes of a core"], body) + seeds(rows) if rows else ""
+    return tables.markdown([*head, "minutes of a core"], body) + seeds(rows)
 
 
 def seeds(rows: Rows) -> str:
@@ -121,8 +121,6 @@ def seeds(rows: Rows) -> str:
 
 def prefix_sums(records: Records) -> str:
     rows, thousand, long = (read(records, "prefix sums", evaluation) for evaluation in ("", "thousand", "long"))
-    if "10 to 30 steps" not in rows:  # what the others stand beside
-        return ""
     body = []
     for name, results in rows.items():
         scored = [result for result in results if "parameters" in result]
@@ -157,8 +155,6 @@ def twice_the_side(records: Records) -> str:
             cells = [tables.spread(numbers(results, metric), form) for metric, form in forms.items()]
             cells += [tables.spread(numbers(started.get(name, []), f"agreement{size}"), percent) for size in ("", "_21")]
             body.append([words, *shares, *cells])
-    if not body:
-        return ""
     head = ["iteration of evaluation", "exact, side 11", "exact, side 21", "residual, 21", "converged, 21", "steps, 21"]
     return tables.markdown([*head, "agreement, 11", "agreement, 21"], body) + seeds(read(records, group))
 
@@ -177,13 +173,11 @@ def states(records: Records) -> str:
             line += [tables.spread([shares[length] for shares in found if length in shares], form) for length in lengths]
         body.append(line)
     head = ["model, symbols trained on", "parameters", *map(str, lengths), *(f"steps, {length}" for length in lengths)]
-    return tables.markdown(head, body) + seeds(rows) if rows else ""
+    return tables.markdown(head, body) + seeds(rows)
 
 
 def ablation(records: Records) -> str:
     rows = read(records, "ablation, mazes")
-    if not rows:
-        return ""
     name, group, started = "Unroll(last=8)", "gradients, mazes", read(records, "ablation, mazes", "two starts")
     base = f"as in the table above, `{name}`"
     rows = {base: read(records, group).get(name, [])} | rows
@@ -215,7 +209,7 @@ def longer(records: Records) -> str:
             tested = [result["metrics"]["test"] for result in restarted]
             body += [[f"{puzzle}, {size}", *cells] for cells in _of_starts("", tested, suffix)]
     head = ["puzzles, side", "evaluation", "exact match", "residual", "steps", "evaluations"]
-    return tables.markdown(head, body) + seeds(rows) if body else ""
+    return tables.markdown(head, body) + seeds(rows)
 
 
 def nine(records: Records) -> str:
@@ -230,7 +224,7 @@ def nine(records: Records) -> str:
         if tested:
             body.append([label, *_scores(tested, "")])
     head = ["evaluation", "exact match", "residual", "steps", "evaluations"]
-    return tables.markdown(head, body) + seeds(rows) if body else ""
+    return tables.markdown(head, body) + seeds(rows)
 
 
 def by_limit(results: Sequence[Mapping[str, Any]], most: int = 150) -> dict[int, list[Mapping[str, Any]]]:
@@ -269,18 +263,18 @@ def figures(records: Records) -> dict[str, Any]:
     from deq_flax.plot_evaluation import by_size, draw_scores
 
     found: dict[str, Any] = {}
-    sizes, rows = {}, read(records, "prefix sums")
-    for name, results in rows.items():
-        shares = [by_size(result["metrics"]["test"], 32) for result in results if "metrics" in result]
-        sizes[name] = [(size, mean(share[size] for share in shares)) for size in sorted(shares[0])] if shares else []
-    if "10 to 30 steps" in sizes:
+    if complete(records, "prefix sums"):
+        sizes = {}
+        for name, results in read(records, "prefix sums").items():
+            shares = [by_size(result["metrics"]["test"], 32) for result in results if "metrics" in result]
+            sizes[name] = [(size, mean(share[size] for share in shares)) for size in sorted(shares[0])] if shares else []
         found["prefix_sums_by_size"] = draw_scores(pyplot, sizes, xlabel="bits", trained=[32])
-    limits = by_limit(read(records, "gradients, mazes", "sweep").get("Unroll(last=8)", []))
-    shown = {
-        f"side {size}": [(limit, mean(row[f"exact_match{suffix}"] for row in tested)) for limit, tested in limits.items()]
-        for size, suffix in (("7", ""), ("13", "_13"))
-    }
-    if limits:
+    if complete(records, "gradients, mazes"):
+        limits = by_limit(read(records, "gradients, mazes", "sweep")["Unroll(last=8)"])
+        shown = {
+            f"side {size}": [(limit, mean(row[f"exact_match{suffix}"] for row in tested)) for limit, tested in limits.items()]
+            for size, suffix in (("7", ""), ("13", "_13"))
+        }
         found["mazes_by_iterations"] = draw_scores(pyplot, shown, xlabel="limit on applications of f")
     return found
 
@@ -292,25 +286,40 @@ GRADES = {
 }
 """A further evaluation of boards of 9 x 9 -> its row."""
 
-TABLES: dict[str, Callable[[Records], str]] = {
-    "gradients on mazes": mazes,
-    "gradients on sudoku": sudoku,
-    "implicit solves": solves,
-    "boards": boards,
-    "boards of 9 x 9": nine,
-    "prefix sums": prefix_sums,
-    "ablation of mazes": ablation,
-    "mazes of twice the side": twice_the_side,
-    "state tracking": states,
-    "longer iteration": longer,
+TABLES: dict[str, tuple[Callable[[Records], str], tuple[str, ...]]] = {
+    "gradients on mazes": (mazes, ("gradients, mazes",)),
+    "gradients on sudoku": (sudoku, ("gradients, sudoku",)),
+    "implicit solves": (solves, ("gradients, mazes", "gradients, sudoku")),
+    "boards": (boards, ("boards",)),
+    "boards of 9 x 9": (nine, ("boards",)),
+    "prefix sums": (prefix_sums, ("prefix sums",)),
+    "ablation of mazes": (ablation, ("ablation, mazes", "gradients, mazes")),
+    "mazes of twice the side": (twice_the_side, ("mazes of twice the side",)),
+    "state tracking": (states, ("state tracking",)),
+    "longer iteration": (longer, ("gradients, mazes", "gradients, sudoku")),
 }
-"""Name of the place in docs/reasoning.md -> its table."""
+"""Name of the place in docs/reasoning.md -> its table, and the groups of runs that it is of."""
+
+
+def complete(records: Records, group: str) -> bool:
+    """Whether all results of a group are there."""
+    from benchmarks.reasoning import runs
+
+    of_group = [run for run in runs() if run.group == group]
+    trained = all(run.stem in records for run in of_group)
+    return trained and all(
+        f"{run.stem}.{name}" in records for run in of_group if "failed" not in records[run.stem] for name in run.evaluations
+    )
+
+
+def made(records: Records) -> dict[str, str]:
+    """The tables whose results are all there, by place."""
+    return {name: make(records) for name, (make, groups) in TABLES.items() if all(complete(records, group) for group in groups)}
 
 
 def write(records: Records) -> None:
-    """Write the tables and draw the figures of results that are there."""
-    for name, make in TABLES.items():
-        if text := make(records):
-            tables.publish(name, text, str(DOCS / "reasoning.md"))
+    """Write the tables and draw the figures whose results are all there."""
+    for name, text in made(records).items():
+        tables.publish(name, text, str(DOCS / "reasoning.md"))
     for name, figure in figures(records).items():
         figure.savefig(DOCS / "figures" / f"{name}.png", dpi=110)

@@ -100,13 +100,23 @@ def test_results_taken_over_replace_those_of_the_same_runs_alone(tmp_path):
 
 
 def test_the_page_shows_the_results():
-    """Tables of docs/reasoning.md are those of the results that are kept, where there are any."""
-    page, results = (reasoning_report.DOCS / "reasoning.md").read_text(), records.read(reasoning.RESULTS)
-    tables = {name: make(results) for name, make in reasoning_report.TABLES.items()}
+    """Tables of docs/reasoning.md are those of the results that are kept, where they are complete."""
+    page, tables = (reasoning_report.DOCS / "reasoning.md").read_text(), reasoning_report.made(records.read(reasoning.RESULTS))
     for name, table in tables.items():
-        if not table:
-            continue
         assert f"<!-- begin {name} -->\n{table.strip()}\n<!-- end {name} -->\n" in page, name
+
+
+def test_a_table_waits_for_all_of_its_results():
+    """Those of a run that failed end there."""
+    group = [run for run in reasoning.runs() if run.group == "mazes of twice the side"]
+    found = {run.stem: {"run": asdict(run), "metrics": {"test": {}}} for run in group}
+    assert not reasoning_report.complete(found, group[0].group)
+    found |= {f"{run.stem}.{name}": found[run.stem] for run in group for name in run.evaluations}
+    assert [*reasoning_report.made(found)] == ["mazes of twice the side"]
+    del found[f"{group[1].stem}.plain"]
+    assert reasoning_report.made(found) == {}
+    found[group[1].stem] = {"run": asdict(group[1]), "failed": "not finite"}
+    assert reasoning_report.complete(found, group[0].group)
 
 
 def test_a_run_waits_for_the_weights_it_starts_from(tmp_path, capsys):
