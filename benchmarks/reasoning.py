@@ -235,7 +235,10 @@ def perform(run: Run, folder: Path) -> None:
     parts = {name: getattr(config, name) for name in ("optimizer", "train", "mesh", "checkpoint")}
     try:
         result = train(task, workdir=workdir, config=record, phases=phases_of(config), **parts)
-    except UserError as error:  # nothing finite: a result too
+    except UserError as error:
+        if "not finite" not in str(error):
+            raise
+        # A run that diverges is a result too.
         _write(file, {"run": asdict(run), "failed": str(error)})
         return
     if result.interrupted:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks import reasoning, reasoning_report, records, training
+from deq_flax.errors import UserError
 
 
 def test_the_runs_are_distinct_and_their_configs_are_valid():
@@ -124,6 +125,21 @@ def test_a_run_waits_for_the_weights_it_starts_from(tmp_path, capsys):
     reasoning.perform(run, tmp_path)
     assert "waits for state_tracking_a5_4_symbols_0" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()  # once, the missing checkpoint became its result
+
+
+def test_a_run_that_diverges_is_a_result_and_one_in_use_is_none(tmp_path, monkeypatch):
+    def train(*_, **__):
+        raise UserError(reason)
+
+    monkeypatch.setattr("deq_flax.train.loop.train", train)
+    run = next(run for run in reasoning.runs() if run.group == "prefix sums")
+    reason = "the workdir is in use"
+    with pytest.raises(UserError, match="in use"):
+        reasoning.perform(run, tmp_path)
+    assert not (tmp_path / "results").exists()
+    reason = "the loss or gradient was not finite 100 steps in a row"
+    reasoning.perform(run, tmp_path)
+    assert json.loads((tmp_path / "results" / f"{run.stem}.json").read_text())["failed"] == reason
 
 
 @pytest.mark.slow
