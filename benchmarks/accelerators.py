@@ -147,7 +147,7 @@ def main() -> None:
         there = "error" not in records.read(arguments.results).get(row.key, {"error": ""}) and not arguments.again
         if arguments.limit and re.search(arguments.only, row.key) and not there:
             account = compiled(row, arguments.limit)
-            records.write(arguments.results, [account])
+            records.add(arguments.results, [account])
             print(" | ".join(shown(row, account)), flush=True)
     tables.publish("accelerators", text(records.read(arguments.results)), str(PAGE) if arguments.write else None)
 

@@ -153,12 +153,16 @@ def cold_starts() -> Iterator[None]:
         yield
 
 
+def texts_to_write(config: Config) -> tuple[list[np.ndarray], np.ndarray]:
+    """Prompts from the validation text, and the words that follow them there, (B, TOKENS)."""
+    words, starts = make_task(config).corpus.valid, [i * 500 for i in range(TEXTS)]
+    prompts = [np.asarray(words[start : start + PROMPT], np.int32) for start in starts]
+    return prompts, np.stack([words[start + PROMPT : start + PROMPT + TOKENS] for start in starts]).astype(np.int32)
+
+
 def generation(config: Config, models: list[Any], limits: list[int], name: str) -> list[list[str]]:
     """Rows of the table of generation; the last one has no limit but 60, at a tolerance of 1e-5."""
-    words = make_task(config).corpus.valid
-    starts = [i * 500 for i in range(TEXTS)]
-    prompts = [np.asarray(words[start : start + PROMPT], np.int32) for start in starts]
-    given_BL = np.stack([words[start + PROMPT : start + PROMPT + TOKENS] for start in starts]).astype(np.int32)
+    prompts, given_BL = texts_to_write(config)
     solver = make_phases(config.deq).evaluation.solver
     assert solver is not None
 

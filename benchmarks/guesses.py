@@ -28,11 +28,11 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import few_steps, tables, turns
-from deq_flax.config import make_task, read_run_config
-from deq_flax.equilibrium import Solver, fixed_point
+from deq_flax.config import read_run_config
+from deq_flax.equilibrium import Solver
 from deq_flax.generate import default_memory
-from deq_flax.models.generation import Generator, Sampling, nearest_states
-from deq_flax.nn.transformer import Memory, TransformerCell
+from deq_flax.models.generation import Generator, Sampling, solve
+from deq_flax.nn.transformer import TransformerCell
 from deq_flax.pretrained import load_model
 from deq_flax.train.phases import make_phases
 
@@ -95,13 +95,10 @@ def _read(
     graphdef: nnx.GraphDef[Any], solver: Solver, params: nnx.State, memory: Any, words_BW: jax.Array
 ) -> tuple[Any, jax.Array, jax.Array]:
     model = nnx.merge(graphdef, params)
-    equation = model.equation(words_BW, memory)
-    warm = isinstance(memory, Memory)
-    z0_BWD = nearest_states(memory, equation.injection_BLJ) if warm else equation.z0_BLD
-    z_BWD = fixed_point(equation.f, z0_BWD, solver=solver).value
-    chosen_BW = jnp.argmax(model.log_probabilities(z_BWD), axis=-1).astype(jnp.int32)
+    equation, solution = solve(model, solver, words_BW, memory)
+    chosen_BW = jnp.argmax(model.log_probabilities(solution.value), axis=-1).astype(jnp.int32)
     kept_B = 1 + jnp.cumprod(words_BW[:, 1:] == chosen_BW[:, :-1], axis=1).sum(1, dtype=jnp.int32)
-    return model.next_memory(memory, equation, z_BWD, kept_B), kept_B, chosen_BW
+    return model.next_memory(memory, equation, solution.value, kept_B), kept_B, chosen_BW
 
 
 def own(_: list[int], beyond: list[int]) -> list[int]:
@@ -120,8 +117,7 @@ def measure(name: str, workdirs: Sequence[Path], counts: Sequence[int]) -> list[
     config = read_run_config(workdirs[0])
     solver = make_phases(config.deq).evaluation.solver
     assert solver is not None, f"{name} has no equilibrium"
-    corpus = make_task(config).corpus.valid
-    prompts = [np.asarray(corpus[i * 500 : i * 500 + few_steps.PROMPT], np.int32) for i in range(few_steps.TEXTS)]
+    prompts, _ = few_steps.texts_to_write(config)
     seeds = [
         Passes(load_model(few_steps.last_checkpoint(workdir)).model, solver=solver, memory=default_memory(config))
         for workdir in workdirs

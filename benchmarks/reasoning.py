@@ -56,6 +56,10 @@ class Run:
         words = "".join(c if c.isalnum() else " " for c in f"{self.group} {self.name}").split()
         return f"{'_'.join(words).lower()}_{self.seed}"
 
+    def key(self, evaluation: str = "") -> str:
+        """The name of its result, or of that of a further evaluation."""
+        return f"{self.stem}.{evaluation}" if evaluation else self.stem
+
     def everything(self) -> Changes:
         """All changes to the config."""
         return self.changes | {"train.seed": self.seed}
@@ -217,7 +221,7 @@ def runs() -> Iterator[Run]:
 def perform(run: Run, folder: Path) -> None:
     """Train, unless the result is there."""
     from deq_flax.config import make_task, phases_of, to_dict
-    from deq_flax.errors import UserError
+    from deq_flax.errors import DivergedError
     from deq_flax.train.loop import train
 
     workdir, file = folder / run.stem, folder / "results" / f"{run.stem}.json"
@@ -235,10 +239,7 @@ def perform(run: Run, folder: Path) -> None:
     parts = {name: getattr(config, name) for name in ("optimizer", "train", "mesh", "checkpoint")}
     try:
         result = train(task, workdir=workdir, config=record, phases=phases_of(config), **parts)
-    except UserError as error:
-        if "not finite" not in str(error):
-            raise
-        # A run that diverges is a result too.
+    except DivergedError as error:  # a result too
         _write(file, {"run": asdict(run), "failed": str(error)})
         return
     if result.interrupted:
@@ -256,7 +257,7 @@ def evaluate(run: Run, folder: Path) -> None:
     if not trained.exists() or "failed" in json.loads(trained.read_text(encoding="utf-8")):
         return
     for name, changes in run.evaluations.items():
-        file = trained.with_name(f"{run.stem}.{name}.json")
+        file = trained.with_name(f"{run.key(name)}.json")
         if file.exists():
             continue
         print(f"== {file.stem}", flush=True)
@@ -300,16 +301,17 @@ def step_costs(config: Any, workdir: Path) -> dict[str, float]:
     }
 
 
-def last_steps(workdir: Path) -> dict[str, float]:
+def last_steps(workdir: Path) -> dict[str, Any]:
     """Means over the last steps of training, from a run's log."""
-    rows = map(json.loads, reversed((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
-    return next(row for row in rows if row["split"] == "train")
+    from deq_flax.run_log.metrics_file import read_metrics
+
+    return next(line for line in reversed(read_metrics(workdir)) if line["split"] == "train")
 
 
 def take_over(folder: Path, kept: Path) -> None:
     """Take the results in a folder over into a file of them, in place of earlier ones of the same runs."""
     files = sorted((folder / "results").glob("*.json"))
-    records.write(kept, [{"key": file.stem} | json.loads(file.read_text(encoding="utf-8")) for file in files])
+    records.add(kept, [{"key": file.stem} | json.loads(file.read_text(encoding="utf-8")) for file in files])
 
 
 def _write(file: Path, found: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ def read(records: Records, group: str, evaluation: str = "") -> dict[str, list[M
 
     found: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs():
-        key = f"{run.stem}.{evaluation}" if evaluation else run.stem
+        key = run.key(evaluation)
         if run.group == group and key in records:
             found.setdefault(run.name, []).append(records[key])
     return found
@@ -303,13 +303,13 @@ TABLES: dict[str, tuple[Callable[[Records], str], tuple[str, ...]]] = {
 
 def complete(records: Records, group: str) -> bool:
     """Whether all results of a group are there."""
-    from benchmarks.reasoning import runs
+    from benchmarks.reasoning import Run, runs
 
-    of_group = [run for run in runs() if run.group == group]
-    trained = all(run.stem in records for run in of_group)
-    return trained and all(
-        f"{run.stem}.{name}" in records for run in of_group if "failed" not in records[run.stem] for name in run.evaluations
-    )
+    def there(run: Run) -> bool:
+        result = records.get(run.key())
+        return result is not None and ("failed" in result or all(run.key(name) in records for name in run.evaluations))
+
+    return all(there(run) for run in runs() if run.group == group)
 
 
 def made(records: Records) -> dict[str, str]:

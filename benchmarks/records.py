@@ -15,9 +15,9 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {record["key"]: record for record in map(json.loads, lines)}
 
 
-def write(path: Path, found: Iterable[Mapping[str, Any]]) -> None:
-    """Add records to a file, each in place of that with its key. Lines are in order of the keys, so that few of them change."""
-    from deq_flax.run_log.results import replace_file, to_json
-
-    records = read(path) | {record["key"]: record for record in found}
-    replace_file(path, "".join(f"{to_json(records[key])}\n" for key in sorted(records)).encode())
+def add(path: Path, found: Iterable[Mapping[str, Any]]) -> None:
+    """Append the records that are not there as they are. Processes that add to one file at a time lose none of each other's."""
+    there = read(path)
+    new = [f"{json.dumps(record)}\n" for record in found if record != there.get(record["key"])]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(new))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks import reasoning, reasoning_report, records, training
-from deq_flax.errors import UserError
+from deq_flax.errors import DivergedError, UserError
 
 
 def test_the_runs_are_distinct_and_their_configs_are_valid():
@@ -59,6 +59,7 @@ def test_what_a_run_logged_last_in_training_is_in_its_row(tmp_path):
     last = {"segments": 1.25, "forward_nfe": 24.9, "forward_residual": 1e-2, "backward_nfe": 20.2, "backward_residual": 1e-3}
     rows = [{"split": "train", name: 9.0} for name in last]
     rows += [{"split": "train"} | last, {"split": "valid", "segments": 16.0, "forward_residual": 1e-4}]
+    rows = [{"step": 400} | row for row in rows]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     test = {"exact_match": 0.5, "cell_accuracy": 1.0, "converged": 1.0, "steps": 48.0, "halted": 0.75}
     found = {"parameters": 1234, "seconds": 600, "metrics": {"test": test}, "last_steps": reasoning.last_steps(tmp_path)}
@@ -129,15 +130,15 @@ def test_a_run_waits_for_the_weights_it_starts_from(tmp_path, capsys):
 
 def test_a_run_that_diverges_is_a_result_and_one_in_use_is_none(tmp_path, monkeypatch):
     def train(*_, **__):
-        raise UserError(reason)
+        raise error(reason)
 
     monkeypatch.setattr("deq_flax.train.loop.train", train)
     run = next(run for run in reasoning.runs() if run.group == "prefix sums")
-    reason = "the workdir is in use"
+    error, reason = UserError, "the workdir is in use"
     with pytest.raises(UserError, match="in use"):
         reasoning.perform(run, tmp_path)
     assert not (tmp_path / "results").exists()
-    reason = "the loss or gradient was not finite 100 steps in a row"
+    error, reason = DivergedError, "the loss or gradient was not finite 100 steps in a row"
     reasoning.perform(run, tmp_path)
     assert json.loads((tmp_path / "results" / f"{run.stem}.json").read_text())["failed"] == reason
 

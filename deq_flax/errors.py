@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that mean "the user can mend this"."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message says what is wrong and what to do; it holds no line breaks.
     """
+
+
+class DivergedError(UserError):
+    """A training run gave up because its loss or gradient was not finite any more."""

@@ -9,7 +9,7 @@ B texts, L length, M memory, D model features, J features of an injection, V wor
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from deq_flax.equilibrium import Solver, fixed_point
+from deq_flax.equilibrium import Solution, Solver, fixed_point
 from deq_flax.models.deq_transformer import EquilibriumTransformer
 from deq_flax.models.layers import LayerMemory
 from deq_flax.nn.linear import Linear
@@ -149,11 +149,7 @@ def _extend(
 ) -> State:
     """Read the first `count_B` of `tokens_BL`, and choose the words that follow; a text without new tokens stays as it is."""
     model = nnx.merge(graphdef, params)
-    equation = model.equation(tokens_BL, state.memory)
-    z0_BLD = equation.z0_BLD
-    if isinstance(state.memory, Memory):
-        z0_BLD = nearest_states(state.memory, equation.injection_BLJ)
-    solution = fixed_point(equation.f, z0_BLD, solver=solver)
+    equation, solution = solve(model, solver, tokens_BL, state.memory)
     memory = model.next_memory(state.memory, equation, solution.value, count_B)
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     log_p_BV = model.log_probabilities(jnp.take_along_axis(solution.value, last_B11, axis=1))[:, 0, :words]
@@ -162,6 +158,13 @@ def _extend(
     key_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed_B, position_B)
     token_B = jnp.where(count_B > 0, jax.vmap(sampling.choose)(log_p_BV, key_B), state.token_B)
     return State(memory, token_B, position_B, solution.stats.nfe)
+
+
+def solve(model: EquilibriumTransformer, solver: Solver, tokens_BL: jax.Array, memory: Any) -> tuple[Any, Solution]:
+    """The equation of a segment and its solution, from the remembered states of the nearest injections or from the proposal."""
+    equation = model.equation(tokens_BL, memory)
+    z0_BLD = nearest_states(memory, equation.injection_BLJ) if isinstance(memory, Memory) else equation.z0_BLD
+    return equation, fixed_point(equation.f, z0_BLD, solver=solver)
 
 
 def _step(extend: Callable[..., State], params: nnx.State, state: State, seed: jax.Array) -> State:

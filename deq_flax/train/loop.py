@@ -19,7 +19,7 @@ from deq_flax.checkpoints.retry import RetryingSaver
 from deq_flax.checkpoints.workdir_lock import WorkdirLock
 from deq_flax.devices.mesh import MeshOptions, check_batch, local_rows, make_mesh, place, put_batch
 from deq_flax.devices.processes import is_first, print_once
-from deq_flax.errors import UserError
+from deq_flax.errors import DivergedError, UserError
 from deq_flax.run_log.pictures import make_pictures
 from deq_flax.run_log.progress import Clock, device_summary, parameter_table
 from deq_flax.run_log.run_log import RunLog, SilentRunLog
@@ -97,7 +97,8 @@ def train(
       optimizer, train, mesh, checkpoint: these sections of the config.
 
     Raises:
-      UserError: an option is out of range, the workdir is not usable or in use, or too many updates in a row were not finite.
+      UserError: an option is out of range, or the workdir is not usable or in use.
+      DivergedError: too many updates in a row were not finite.
     """
     with ExitStack() as stack:
         lock = stack.enter_context(WorkdirLock(workdir)) if is_first() else None  # one for all processes of a run
@@ -309,7 +310,7 @@ class Log:
     def _check_finite(self, step: int, metrics: Metrics) -> None:
         in_a_row = int(metrics["skipped"].total)
         if in_a_row >= self._run.options.max_skipped:
-            raise UserError(
+            raise DivergedError(
                 f"the loss or gradient was not finite {in_a_row} steps in a row, up to step {step}: lower "
                 "optimizer.learning_rate or raise deq.max_steps; the last good checkpoint is kept"
             )
