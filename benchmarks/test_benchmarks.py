@@ -147,12 +147,12 @@ def test_cold_starts_are_zero_where_warm_ones_are_remembered_states():
     assert (library.nearest_states(memory, injection_BLJ) == 1).all()
 
 
-def make_passes(variant):
+def make_passes(variant, memory=8):
     """Passes of a small model, and the words of a prompt."""
     config = training.resolved(f"configs/wt103.py:{variant}", SMALL | {"model.dropout": 0.0})
     model = make_task(config).build_model(nnx.Rngs(0))
     model.embedding.tables_NE[0][...] *= 100  # no ties between words
-    return guesses.Passes(model, solver=Anderson(tol=1e-6, max_steps=60), memory=8), np.array([5, 3, 8], np.int32)
+    return guesses.Passes(model, solver=Anderson(tol=1e-6, max_steps=60), memory=memory), np.array([5, 3, 8], np.int32)
 
 
 @pytest.mark.slow
@@ -164,6 +164,19 @@ def test_guesses_change_no_greedy_text():
         assert passes.write(prompt, 12, 4, guess)[0] == greedy
     assert passes.write(prompt, 12, 4, lambda text, _: greedy[len(text) - 3 :]) == (greedy, 4)
     assert guesses.repeated([4, 7, 4, 9, 4], []) == [9, 4] and guesses.repeated([1, 2], [3]) == [3]
+
+
+@pytest.mark.slow
+def test_a_pass_attends_as_far_back_as_a_generator_that_reads_its_words_one_by_one():
+    passes, prompt = make_passes("tiny_proposal", memory=2)
+    state = passes.generator.start([prompt])
+    words, _ = passes.write(prompt, 4, 1, guesses.own)
+    after, kept_B, _ = passes.read(state.memory, np.array([words], np.int32))
+    assert kept_B == 4
+    for word in words:
+        assert state.token_B == word
+        state = passes.generator.step(state)
+    np.testing.assert_allclose(after.states_BNMD, state.memory.states_BNMD, atol=1e-5)
 
 
 @pytest.mark.slow
