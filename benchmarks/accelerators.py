@@ -1,14 +1,16 @@
 """What every recipe costs on TPUs, by the account of their compiler: the tables of docs/accelerators.md.
 
-    python -m benchmarks.accelerators [--only REGEX] [--again] [--limit SECONDS] [--results FILE] [--write]
+    python -m benchmarks.accelerators [--only REGEX] [--changed] [--limit SECONDS] [--results FILE] [--write]
 
 The training step of each recipe is compiled for each topology in a process of its own (`python -m deq_flax.compile`), in
 bfloat16, at a fixed number of samples a chip. No TPU, data or weights are needed, but libtpu (requirements-tpu.txt). Every
-account is kept in FILE, and those that are there are not compiled again without --again: what was interrupted goes on.
+account is kept in FILE, and those that are there are not compiled again: what was interrupted goes on. With --changed those are
+whose program, or whose version of JAX or of libtpu, is no longer that of the account; to find out takes seconds for a row.
 --limit 0 compiles nothing, and makes the tables of what is there.
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records, tables
+from benchmarks import records, tables, training
 
 SAMPLES = {
     **{f"wt103:{variant}": 7 for variant in ("base", "ift", "reg", "preln_reg", "ift_jr", "deq_lm", "explicit", "proposal")},
@@ -54,13 +56,31 @@ class Row:
     change: str = ""
     """One more change to the config."""
 
+    def changes(self) -> dict[str, Any]:
+        """Changes to the config."""
+        batch = self.chips * SAMPLES[self.recipe] // (2 if self.change == "mesh.tensor=2" else 1)
+        found = {"data.batch_size": batch, "data.eval_batch_size": batch, "model.dtype": "bfloat16"}
+        if self.change:
+            name, value = self.change.split("=", 1)
+            found[name] = ast.literal_eval(value)
+        return found
+
     def command(self) -> list[str]:
         """The command that compiles it."""
-        batch = self.chips * SAMPLES[self.recipe] // (2 if self.change == "mesh.tensor=2" else 1)
-        changes = [f"data.batch_size={batch}", f"data.eval_batch_size={batch}", "model.dtype=bfloat16", self.change]
-        flags = [f"--config.{change}" for change in changes if change]
+        flags = [f"--config.{name}={value}" for name, value in self.changes().items()]
         head = [sys.executable, "-m", "deq_flax.compile", "--config", self.recipe, "--topology", self.topology]
         return [*head, "--step", "train", "--json", *flags]
+
+    def program(self) -> str:
+        """The fingerprint of its program."""
+        from deq_flax.compilation import chips
+        from deq_flax.compilation.lower import lower_steps
+        from deq_flax.compilation.stand_in import without_data
+
+        file, *variant = self.recipe.split(":")
+        config = training.resolved(":".join([f"configs/{file}.py", *variant]), self.changes())
+        _, devices = chips.topology_devices(self.topology)
+        return next(lower_steps(without_data(config), devices, names=["train"])).fingerprint
 
     @property
     def key(self) -> str:
@@ -79,7 +99,7 @@ def rows() -> list[Row]:
 def compiled(row: Row, limit: float) -> dict[str, Any]:
     """The account of a row, or why there is none."""
     start, environment = time.perf_counter(), os.environ | {"PYTHONPATH": os.pathsep.join(["", *sys.path])}
-    head = {"key": row.key, "versions": {name: version(name) for name in ("jax", "libtpu")}}
+    head = {"key": row.key, "versions": versions()}
     try:
         done = subprocess.run(row.command(), env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -88,6 +108,16 @@ def compiled(row: Row, limit: float) -> dict[str, Any]:
     if done.returncode:
         return head | {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     return head | json.loads(done.stdout)["steps"]["train"]
+
+
+def versions() -> dict[str, str]:
+    """What a program and its cost depend on beside our code."""
+    return {name: version(name) for name in ("jax", "libtpu")}
+
+
+def changed(row: Row, account: Mapping[str, Any]) -> bool:
+    """Whether the account is of another program, or by another compiler."""
+    return account.get("versions") != versions() or account.get("program") != row.program()
 
 
 def shown(row: Row, account: Mapping[str, Any]) -> list[str]:
@@ -139,13 +169,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables to their place in docs/accelerators.md")
     parser.add_argument("--only", default="", help="rows whose key, RECIPE TOPOLOGY [CHANGE], matches this expression")
-    parser.add_argument("--again", action="store_true", help="compile rows that are there too, as after a change to the code")
+    parser.add_argument("--changed", action="store_true", help="compile rows again whose program or compiler has changed")
     parser.add_argument("--limit", type=float, default=1800, help="seconds to compile one row (1800); 0: none is compiled")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of accounts")
     arguments = parser.parse_args()
     for row in rows():
-        there = "error" not in records.read(arguments.results).get(row.key, {"error": ""}) and not arguments.again
-        if arguments.limit and re.search(arguments.only, row.key) and not there:
+        if not arguments.limit or not re.search(arguments.only, row.key):
+            continue
+        account = records.read(arguments.results).get(row.key, {"error": "not compiled yet"})
+        if "error" in account or (arguments.changed and changed(row, account)):
             account = compiled(row, arguments.limit)
             records.add(arguments.results, [account])
             print(" | ".join(shown(row, account)), flush=True)

@@ -1,12 +1,14 @@
 """What models of recurrent depth learn, and how far it carries, by gradient, solver, model and seed.
 
     pip install -r requirements.txt -r requirements-plot.txt
-    python -m benchmarks.reasoning --folder runs/reasoning [--only gradients] [--minutes 60] [--list] [--write]
+    python -m benchmarks.reasoning --folder runs/reasoning [--only gradients] [--minutes 60] [--list] [--changed] [--write]
 
 Runs are made in order, each in a workdir of its own that `--mode eval`, `solve` and `plot` read. A run that has its result,
 FOLDER/results/NAME.json, is not made again; one that was stopped continues from its checkpoint. `--minutes`: begin no run later
 than that. `--write` takes the results in FOLDER over into benchmarks/reasoning.jsonl, in place of those of the same runs, and
-makes those tables and figures of docs/reasoning.md of which all results are in it.
+makes those tables and figures of docs/reasoning.md of which all results are in it. `--changed` names the results of
+benchmarks/reasoning.jsonl that the code, or this version of JAX, would make by another program or from other data; to make them
+again, give a new FOLDER.
 
 Seconds are those of processor time, in one thread with XLA_FLAGS=--xla_cpu_multi_thread_eigen=false, so that other programs on
 the machine do not count. Those of a step are measured at the trained weights. Memory is the compiler's: the temporary arrays of
@@ -16,7 +18,7 @@ a training step.
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, process_time
@@ -218,6 +220,22 @@ def runs() -> Iterator[Run]:
             yield Run("ablation, mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes, seed, TWO_STARTS)
 
 
+def program(run: Run, evaluation: str = "") -> str:
+    """The fingerprint of what a run, or a further evaluation of it, computes."""
+    if evaluation:
+        return training.fingerprint(training.resolved(run.config, run.everything() | run.evaluations[evaluation]), "eval")
+    return training.fingerprint(training.resolved(run.config, run.everything()), "train", "eval")
+
+
+def changed(results: records.Records, chosen: Iterable[Run]) -> Iterator[str]:
+    """The keys of results that the code would make otherwise today."""
+    for run in chosen:
+        for evaluation in ("", *run.evaluations):
+            key = run.key(evaluation)
+            if key in results and results[key].get("program") != program(run, evaluation):
+                yield key
+
+
 def perform(run: Run, folder: Path) -> None:
     """Train, unless the result is there."""
     from deq_flax.config import make_task, phases_of, to_dict
@@ -244,7 +262,7 @@ def perform(run: Run, folder: Path) -> None:
         return
     if result.interrupted:
         raise SystemExit("stopped: the same command continues")
-    found = {"run": asdict(run), "metrics": result.metrics, "seconds": process_time() - start}
+    found = {"run": asdict(run), "program": program(run), "metrics": result.metrics, "seconds": process_time() - start}
     _write(file, found | {"last_steps": last_steps(workdir)} | step_costs(config, workdir))
 
 
@@ -270,7 +288,8 @@ def evaluate(run: Run, folder: Path) -> None:
             options=config.eval,
             seed=run.seed,
         )
-        found = {"run": asdict(run), "evaluation": name, "metrics": result.metrics, "sweep": result.sweep}
+        found = {"run": asdict(run), "evaluation": name, "program": program(run, name)}
+        found |= {"metrics": result.metrics, "sweep": result.sweep}
         _write(file, found | {"seconds": process_time() - start})
 
 
@@ -329,6 +348,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run later than that")
     parser.add_argument("--list", action="store_true", help="list the runs; x: it has its result")
+    parser.add_argument("--changed", action="store_true", help="list kept results that are of another program or other data")
     parser.add_argument("--write", action="store_true", help="write tables and figures to docs/")
     arguments = parser.parse_args()
     if arguments.write:
@@ -343,6 +363,10 @@ def main() -> None:
     if arguments.list:
         for run in chosen:
             print("x " * (arguments.folder / "results" / f"{run.stem}.json").exists() + run.stem)
+        return
+    if arguments.changed:
+        for key in changed(records.read(RESULTS), chosen):
+            print(key, flush=True)
         return
     for make in (perform, evaluate):
         for run in chosen:

@@ -1,7 +1,7 @@
 """The runs of docs/reasoning.md: distinct, made once, and reported as they came out."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -16,6 +16,21 @@ def test_the_runs_are_distinct_and_their_configs_are_valid():
         training.resolved(run.config, run.everything())
         for changes in run.evaluations.values():
             training.resolved(run.config, run.everything() | changes)
+
+
+def test_results_of_another_program_are_named():
+    """A seed, a model and its data change what a run computes, the time of a checkpoint does not."""
+    tiny = {"data.size": 16, "data.test_sizes": (32,), "data.test_examples": 4, "model.width": 4, "data.train_examples": 100}
+    run = reasoning.Run(
+        "prefix sums", "10 steps", "configs/prefix_sums.py", reasoning.BITS | tiny, 0, {"more": {"data.test_examples": 5}}
+    )
+    same = replace(run, changes=run.changes | {"train.checkpoint_every": 7})
+    records = {run.key(name): {"program": reasoning.program(run, name)} for name in ("", "more")}
+    assert [*reasoning.changed(records, [same])] == []
+    for change in ({"data.valid_examples": 99}, {"model.width": 5}, {"data.seed": 1}, {"deq.max_steps_jitter": 3}):
+        other = replace(run, changes=run.changes | change)
+        assert run.key() in reasoning.changed(records, [other]), change
+    assert [*reasoning.changed({run.key("more"): {}}, [same])] == [run.key("more")]
 
 
 def test_every_table_has_its_place():

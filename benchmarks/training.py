@@ -5,10 +5,12 @@ The sum of parts of a step: its evaluations of f and its vector-Jacobian product
 unrolled evaluation, less that evaluation. A compiler can fuse across parts, so that a step may take less than their sum.
 """
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import reduce
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:  # a worker that times PyTorch never imports JAX
     from deq_flax.config import Config
     from deq_flax.train.phases import Phase
 
+FIRST = 4
+"""Steps whose batches and limits enter a fingerprint."""
 CASES = ("f", "vjp", "step of one evaluation", "step")
 
 
@@ -36,6 +40,31 @@ def resolved(path: str, changes: Mapping[str, Any] | None = None) -> "Config":
         if sections[0] in section_types(mapping):
             reduce(lambda part, name: part.setdefault(name, {}), sections, mapping)[key] = value
     return resolve(mapping)
+
+
+def fingerprint(config: "Config", *names: str) -> str:
+    """SHA-256, in hexadecimal, of what a run of a config computes: a result of the same fingerprint need not be made again.
+
+    It is that of the initialization, of the steps in `names` ('train', 'eval') as this version of JAX lowers them, and of their
+    numbers: the first batches of training, all of validation and test, the random limits of the first steps.
+    """
+    import jax
+    from flax import nnx
+
+    from deq_flax.compilation.lower import lower_steps
+    from deq_flax.config import make_task, phases_of
+    from deq_flax.train.step import split_model
+
+    task, phases = make_task(config), phases_of(config)
+    initialized = jax.jit(lambda: split_model(task.build_model(nnx.Rngs(config.train.seed)))[1:])
+    digest = hashlib.sha256(initialized.lower().as_text().encode())
+    for step in lower_steps(config, jax.devices()[:1], names=names):
+        digest.update(step.fingerprint.encode())
+    numbers = [[phases.scalars(step) for step in range(FIRST)], [*islice(task.train_batches(0), FIRST)]]
+    numbers += [[*task.eval_batches(split)] for split in ("valid", "test")]
+    for array in jax.tree.leaves(numbers):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def exactly(steps: int) -> dict[str, Any]:

@@ -57,12 +57,13 @@ def main() -> dict[str, Any]:
     result: dict[str, Any] = {"topology": _TOPOLOGY.value or jax.default_backend(), "devices": len(devices), "steps": {}}
     names = ["eval"] if _MODE.value == "eval" else _STEPS.value or ()
     print(f"compiling: {', '.join(names)}", file=sys.stderr, flush=True)
-    for step in compile_steps(config, devices, names=names, every_kind=_EVERY_KIND.value or _MUST_FIT.value):
-        account = result["steps"][step.name] = report(step, chip, config.deq)
-        for line in as_lines(step.name, account):
+    for compiled in compile_steps(config, devices, names=names, every_kind=_EVERY_KIND.value or _MUST_FIT.value):
+        name = compiled.step.name
+        account = result["steps"][name] = report(compiled, chip, config.deq)
+        for line in as_lines(name, account):
             print(line, flush=True)
         if _MUST_FIT.value and not account["fits"]:
-            raise UserError(f"the {step.name} step does not fit: {cure(step.name, account)}")
+            raise UserError(f"the {name} step does not fit: {cure(name, account)}")
     return result
 
 

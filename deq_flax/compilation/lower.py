@@ -1,5 +1,6 @@
-"""The compiled steps of a run, from shapes alone: no array of the model, its optimizer or its data is made."""
+"""The programs of a run's steps, from shapes alone: no array of the model, its optimizer or its data is made."""
 
+import hashlib
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from deq_flax.config import Config, make_task, phases_of
-from deq_flax.devices.mesh import TENSOR, by_batch, check_batch, make_mesh
+from deq_flax.devices.mesh import TENSOR, by_batch, check_batch, compiler_options, make_mesh
 from deq_flax.devices.sharding import bytes_on_device, gathered_shardings
 from deq_flax.task import Task
 from deq_flax.train.optimizer import make_optimizer
@@ -21,21 +22,42 @@ from deq_flax.train.step import TrainState, make_eval_step, make_train_step, spl
 
 
 @dataclass(frozen=True)
-class CompiledStep:
-    """A step of a run, compiled."""
+class LoweredStep:
+    """A step of a run, ready to be compiled."""
 
     name: str
     """'train' or 'eval', or 'train, PHASE' for other kinds of training steps."""
-    compiled: jax.stages.Compiled | None
-    """The program; None if the compiler refused it, because it needs more memory than there is."""
+    lowered: jax.stages.Lowered
+    """The program, before any compiler has seen it."""
+    options: dict[str, Any] | None
+    """XLA's options for it; None: the defaults."""
     seconds: float
-    """Time to trace and compile it."""
+    """Time to trace and lower it."""
     kept: dict[str, int]
     """Bytes on one device of what stays there from step to step, by kind: parameters, optimizer, carry."""
     jaxpr: Any
     """The step as JAX traced it; within its shard_map, shapes are those of one shard."""
     shards: int
     """Devices of the axis `tensor`, which shapes in `jaxpr` do not show."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the program and XLA's options for it.
+
+        Under one version of JAX, steps of one fingerprint compute the same; names and places of our source do not enter.
+        """
+        return hashlib.sha256(f"{self.options}\n{self.lowered.as_text()}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A step of a run, compiled."""
+
+    step: LoweredStep
+    compiled: jax.stages.Compiled | None
+    """The program; None if the compiler refused it, because it needs more memory than there is."""
+    seconds: float
+    """Time to trace, lower and compile it."""
     refused: int = 0
     """Bytes that the compiler wanted for a program that it refused."""
 
@@ -43,14 +65,24 @@ class CompiledStep:
 def compile_steps(
     config: Config, devices: Sequence[Any], *, names: Sequence[str] = ("train", "eval"), every_kind: bool = False
 ) -> Iterator[CompiledStep]:
-    """Yield each step of a config, compiled for given devices.
+    """Yield each step of a config, compiled for given devices; arguments and errors are those of `lower_steps`."""
+    for step in lower_steps(config, devices, names=names, every_kind=every_kind):
+        start = time.perf_counter()
+        compiled, refused = _compile(step.lowered)
+        yield CompiledStep(step, compiled, step.seconds + time.perf_counter() - start, refused)
+
+
+def lower_steps(
+    config: Config, devices: Sequence[Any], *, names: Sequence[str] = ("train", "eval"), every_kind: bool = False
+) -> Iterator[LoweredStep]:
+    """Yield each step of a config, lowered for given devices.
 
     Args:
       config: a config with a data set that needs no files; see `stand_in.without_data`.
       devices: the devices of a topology, or of this machine.
-      names: the steps to compile, of 'train' and 'eval'. The training step is that after pretraining, without the Jacobian loss
-        unless all steps have it.
-      every_kind: compile each kind of training step that a run can have: those of pretraining and with the Jacobian loss too.
+      names: the steps, of 'train' and 'eval'. The training step is that after pretraining, without the Jacobian loss unless all
+        steps have it.
+      every_kind: each kind of training step that a run can have: those of pretraining and with the Jacobian loss too.
 
     Raises:
       UserError: the mesh does not suit the devices, or the batch does not suit the mesh.
@@ -97,15 +129,15 @@ def compile_steps(
             kept |= {"optimizer": bytes_on_device(state.opt_state), "carry": bytes_on_device(state.carry)}
         else:
             traced, kept = _trace_eval(task, graphdef, mesh, phase, model, state, scalars)
-        compiled, refused = _compile(traced)
+        lowered = traced.lower()
         seconds = time.perf_counter() - start
-        yield CompiledStep(name, compiled, seconds, kept, traced.jaxpr.jaxpr, mesh.shape[TENSOR], refused)
+        yield LoweredStep(name, lowered, compiler_options(mesh), seconds, kept, traced.jaxpr.jaxpr, mesh.shape[TENSOR])
 
 
-def _compile(traced: jax.stages.Traced) -> tuple[jax.stages.Compiled | None, int]:
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, int]:
     """Compile a program; or None, and the bytes it would need."""
     try:
-        return traced.lower().compile(), 0
+        return lowered.compile(), 0
     except jax.errors.JaxRuntimeError as error:
         # "... the total memory required for HLO temporaries (64.04G) exceeds available HBM (15.75G).", or "Used 23.05G of ..."
         needed = re.search(r"Ran out of memory.*?(?:\(|Used )([\d.]+)([KMGT])", str(error), re.DOTALL)

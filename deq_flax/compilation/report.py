@@ -28,28 +28,28 @@ def cure(name: str, account: dict[str, Any]) -> str:
     return f"{split}; or {smaller}" if 2 * stored > held["all"] else f"{smaller}; or {split}"
 
 
-def report(step: CompiledStep, chip: Chip | None, deq: DEQOptions | None) -> dict[str, Any]:
+def report(compiled: CompiledStep, chip: Chip | None, deq: DEQOptions | None) -> dict[str, Any]:
     """Return the account of a step as plain data.
 
     Args:
-      step: the compiled step.
+      compiled: the compiled step.
       chip: the chip it is compiled for; None for devices of this machine, whose compiler estimates no cycles.
       deq: section `deq` of the config, for its limits on iterations; None without an equilibrium.
     """
-    if step.compiled is None:
-        held = step.kept | {"temporary": step.refused}
+    step = compiled.step
+    head = {"program": step.fingerprint, "compile_seconds": compiled.seconds}
+    if compiled.compiled is None:
+        held = step.kept | {"temporary": compiled.refused}
         held["all"] = sum(held.values())
-        account: dict[str, Any] = {"compile_seconds": step.seconds, "bytes": held, "collectives": {}, "fits": False}
-        return account | ({"memory": chip.memory} if chip else {})
-    hlo, memory = step.compiled.as_text() or "", step.compiled.memory_analysis()
+        return head | {"bytes": held, "collectives": {}, "fits": False} | ({"memory": chip.memory} if chip else {})
+    hlo, memory = compiled.compiled.as_text() or "", compiled.compiled.memory_analysis()
     assert memory is not None, "the compilers for CPU, GPU and TPU tell"
     found = collectives(hlo)
     bytes_ = step.kept | {"temporary": memory.temp_size_in_bytes, "program": memory.generated_code_size_in_bytes}
     # Donated state is both argument and result.
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     bytes_["all"] = total + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    result: dict[str, Any] = {
-        "compile_seconds": step.seconds,
+    result: dict[str, Any] = head | {
         "bytes": bytes_,
         "aliased": memory.alias_size_in_bytes,
         "collectives": {

@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 
 from deq_flax import cli, compile, main
 from deq_flax.compilation import chips
-from deq_flax.compilation.lower import CompiledStep, _compile, compile_steps
+from deq_flax.compilation.lower import CompiledStep, LoweredStep, _compile, compile_steps, lower_steps
 from deq_flax.compilation.program import parts_of
 from deq_flax.compilation.report import as_lines, cure, report
 from deq_flax.compilation.stand_in import without_data
@@ -95,7 +95,7 @@ def test_accelerator_types_name_topologies():
 @pytest.mark.slow
 def test_the_compiled_step_is_that_of_a_run():
     config = small(MeshOptions(data=2, fsdp=4))
-    (step,) = compile_steps(config, jax.devices(), names=["train"])
+    (compiled,) = compile_steps(config, jax.devices(), names=["train"])
     from deq_flax.config import phases_of
     from deq_flax.devices.mesh import make_mesh
     from deq_flax.train.loop import Run
@@ -105,25 +105,28 @@ def test_the_compiled_step_is_that_of_a_run():
         name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
         for name, tree in (("parameters", run.state.params), ("optimizer", run.state.opt_state), ("carry", run.state.carry))
     }
-    assert step.kept == sizes
-    account = report(step, None, config.deq)
+    assert compiled.step.kept == sizes
+    account = report(compiled, None, config.deq)
     assert account["collectives"]["in_loops"] == {} and account["aliased"] >= sum(sizes.values())
     assert any("collectives in loops: none" in line for line in as_lines("train", account))
 
 
-def test_a_program_that_the_compiler_refuses_does_not_fit():
-    class Traced:
-        jaxpr = None
+def lowered(jaxpr=None, **kept):
+    """A step whose program is never read, of one device."""
+    return LoweredStep("train", SimpleNamespace(as_text=str), None, 0.5, kept, jaxpr, 1)  # ty: ignore
 
-        def lower(self):
+
+def test_a_program_that_the_compiler_refuses_does_not_fit():
+    class Lowered:
+        def compile(self):
             used = "(64.50G) exceeds available HBM (15.75G)"
             raise jax.errors.JaxRuntimeError(
                 f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total for HLO temporaries {used}"
             )
 
-    compiled, refused = _compile(Traced())
-    step = CompiledStep("train", compiled, 1.0, {"parameters": 2**30, "optimizer": 0, "carry": 0}, None, 1, refused)
-    account = report(step, chips.CHIPS["v5e"], None)
+    compiled, refused = _compile(Lowered())  # ty: ignore
+    step = lowered(parameters=2**30, optimizer=0, carry=0)
+    account = report(CompiledStep(step, compiled, 1.0, refused), chips.CHIPS["v5e"], None)
     assert not account["fits"] and account["bytes"]["all"] == 65.5 * 2**30
     assert any(line.startswith("  does not fit: lower data.batch_size") for line in as_lines("train", account))
 
@@ -145,7 +148,7 @@ def test_the_estimate_is_of_all_iterations_and_collectives():
     hlo = HLO.replace(fusion("g", 100), "  %g = f32[1000]{0} all-reduce(%p), replica_groups={{0,1}}\n" + fusion("g", 100))
     memory = SimpleNamespace(**dict.fromkeys(MEMORY, 0) | {"temp_size_in_bytes": 100})
     compiled = SimpleNamespace(as_text=lambda: hlo, memory_analysis=lambda: memory)
-    step = CompiledStep("train", compiled, 1.0, {}, jax.make_jaxpr(lambda x: x)(1.0).jaxpr, 1)  # ty: ignore
+    step = CompiledStep(lowered(jax.make_jaxpr(lambda x: x)(1.0).jaxpr), compiled, 1.0)  # ty: ignore
     chip = chips.Chip(memory=99, peak=1.0, clock=10.0, product_rate=1.0, link=500.0)
     account = report(step, chip, resolved("wt103", "tiny").deq)
     forward, adjoint = resolved("wt103", "tiny").deq.max_steps, resolved("wt103", "tiny").deq.backward_max_steps
@@ -155,11 +158,22 @@ def test_the_estimate_is_of_all_iterations_and_collectives():
 
 
 def test_every_kind_of_step_is_compiled(monkeypatch):
-    monkeypatch.setattr("deq_flax.compilation.lower._compile", lambda traced: (None, 1))
+    monkeypatch.setattr("deq_flax.compilation.lower._compile", lambda lowered: (None, 1))
     config = small(MeshOptions(data=2, fsdp=4))
-    names = [step.name for step in compile_steps(config, jax.devices(), every_kind=True)]
+    names = [compiled.step.name for compiled in compile_steps(config, jax.devices(), every_kind=True)]
     assert names == ["train", "train, equilibrium with Jacobian loss", "train, unrolled pretraining", "eval"]
-    assert [step.name for step in compile_steps(config, jax.devices())] == ["train", "eval"]
+    assert [step.name for step in lower_steps(config, jax.devices())] == ["train", "eval"]
+
+
+def test_a_fingerprint_is_that_of_the_program():
+    """The number of a line that is logged is not compiled, a tolerance and XLA's options are."""
+    config = small(MeshOptions(data=2, fsdp=4))
+    logged = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=7))
+    looser = dataclasses.replace(config, deq=dataclasses.replace(config.deq, tol=0.5))
+    steps = [next(lower_steps(config, jax.devices(), names=["train"])) for config in (config, logged, looser)]
+    first, same, other = (step.fingerprint for step in steps)
+    assert first == same != other and len(first) == 64
+    assert first != dataclasses.replace(steps[0], options={"xla": 1}).fingerprint
 
 
 @pytest.mark.slow
