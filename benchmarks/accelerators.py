@@ -43,7 +43,6 @@ ON_PODS = ("wt103:base", "imagenet:large")
 VARIATIONS = ("mesh.fsdp=8", "mesh.tensor=2", "deq.backward_solver_options={'history_dtype': 'bfloat16'}")
 """Changes to wt103:base on one host of v5e."""
 RESULTS = Path(__file__).parent / "accelerators.jsonl"
-PAGE = Path(__file__).parent.parent / "docs" / "accelerators.md"
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,9 @@ def main() -> None:
             account = compiled(row, arguments.limit)
             records.add(arguments.results, [account])
             print(" | ".join(shown(row, account)), flush=True)
-    tables.publish("accelerators", text(records.read(arguments.results)), str(PAGE) if arguments.write else None)
+    tables.publish(
+        "accelerators", text(records.read(arguments.results)), str(tables.DOCS / "accelerators.md") if arguments.write else None
+    )
 
 
 if __name__ == "__main__":

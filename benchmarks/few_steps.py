@@ -233,7 +233,7 @@ def draw(runs: dict[str, list[Path]], anytimes: dict[str, list[list[float]]], ev
 
 
 def main() -> None:
-    parser = tables.parser(__doc__)
+    parser = tables.parser(__doc__, page=tables.LANGUAGE)
     parser.add_argument("workdirs", nargs="+", type=Path, help="of runs")
     default, none = [0, 1, 2, 4, 8, 16], "none: skip it"
     parser.add_argument("--evaluations", nargs="*", type=int, default=default, help=f"of the table of perplexities; {none}")

@@ -138,7 +138,7 @@ def measure(name: str, workdirs: Sequence[Path], counts: Sequence[int]) -> list[
 
 
 def main() -> None:
-    parser = tables.parser(__doc__)
+    parser = tables.parser(__doc__, page=tables.LANGUAGE)
     parser.add_argument("workdirs", nargs="+", type=Path, help="of runs")
     parser.add_argument("--words", nargs="+", type=int, default=[2, 4, 8], help="words of a pass (2 4 8)")
     arguments = parser.parse_args()

@@ -269,7 +269,7 @@ def draw(results: dict[str, list[Result]], file: str) -> None:
 
 
 def main() -> None:
-    parser = tables.parser(__doc__)
+    parser = tables.parser(__doc__, page=tables.LANGUAGE)
     parser.add_argument("--ptb", help="folder of ptb.{train,valid,test}.txt; without it, the English that Python includes")
     parser.add_argument("--steps", type=int, default=480, help="of each model (480)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each model (0)")

@@ -1,14 +1,11 @@
 """Tables and figures of docs/reasoning.md from the results of `benchmarks.reasoning`, by key: NAME or NAME.EVALUATION."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks import tables, training
 from benchmarks.records import Records
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 """Name of a run -> its results, one for each seed; in the order of the table."""
@@ -320,6 +317,6 @@ def made(records: Records) -> dict[str, str]:
 def write(records: Records) -> None:
     """Write the tables and draw the figures whose results are all there."""
     for name, text in made(records).items():
-        tables.publish(name, text, str(DOCS / "reasoning.md"))
+        tables.publish(name, text, str(tables.DOCS / "reasoning.md"))
     for name, figure in figures(records).items():
-        figure.savefig(DOCS / "figures" / f"{name}.png", dpi=110)
+        figure.savefig(tables.DOCS / "figures" / f"{name}.png", dpi=110)

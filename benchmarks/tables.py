@@ -1,4 +1,4 @@
-"""The tables of README.md: each is written by the command that measures it, between two marks with its name."""
+"""The tables of README.md and of docs/: each is written by the command that measures it, between two marks with its name."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -6,18 +6,25 @@ from pathlib import Path
 from statistics import mean
 
 README = Path(__file__).parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs"
+LANGUAGE = DOCS / "language.md"
 
 
-def parser(doc: str | None, rounds: int = 0) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark. `rounds`: default of --rounds, 0 if nothing is timed."""
+def parser(doc: str | None, rounds: int = 0, page: Path = README) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark.
+
+    Args:
+      doc: the description.
+      rounds: default of --rounds; 0 if nothing is timed.
+      page: the file that has the place of the tables.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
         parser.add_argument(
             "--rounds", type=int, default=rounds, help=f"timings of each case, of which the median is reported ({rounds})"
         )
-    parser.add_argument(
-        "--write", nargs="?", const=str(README), help="write the tables to their place in benchmarks/README.md, or in FILE"
-    )
+    place = page.relative_to(DOCS.parent)
+    parser.add_argument("--write", nargs="?", const=str(page), help=f"write the tables to their place in {place}, or in FILE")
     return parser
 
 

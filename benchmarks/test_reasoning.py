@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks import reasoning, reasoning_report, records, training
+from benchmarks import reasoning, reasoning_report, records, tables, training
 from deq_flax.errors import DivergedError, UserError
 
 
@@ -34,7 +34,7 @@ def test_results_of_another_program_are_named():
 
 
 def test_every_table_has_its_place():
-    text = (reasoning_report.DOCS / "reasoning.md").read_text()
+    text = (tables.DOCS / "reasoning.md").read_text()
     for name in reasoning_report.TABLES:
         assert text.count(f"<!-- begin {name} -->\n") == 1 and text.count(f"<!-- end {name} -->\n") == 1
 
@@ -118,8 +118,8 @@ def test_results_taken_over_replace_those_of_the_same_runs_alone(tmp_path):
 
 def test_the_page_shows_the_results():
     """Tables of docs/reasoning.md are those of the results that are kept, where they are complete."""
-    page, tables = (reasoning_report.DOCS / "reasoning.md").read_text(), reasoning_report.made(records.read(reasoning.RESULTS))
-    for name, table in tables.items():
+    page, made = (tables.DOCS / "reasoning.md").read_text(), reasoning_report.made(records.read(reasoning.RESULTS))
+    for name, table in made.items():
         assert f"<!-- begin {name} -->\n{table.strip()}\n<!-- end {name} -->\n" in page, name
 
 
