@@ -139,7 +139,8 @@ class BatchNorm(nnx.Module):
         """Move the running statistics toward those of a batch of `count` pixels."""
         for running, now in ((self.mean_C, mean_C), (self.variance_C, variance_C * (count / max(count - 1, 1)))):
             old = running[...]
-            running[...] = (old + self.momentum * (lax.stop_gradient(now) - old)).astype(old.dtype)
+            # Not running[...] = x, which asks a traced x for its sharding: JAX then looks where it came from, for 30 ms.
+            running.set_value((old + self.momentum * (lax.stop_gradient(now) - old)).astype(old.dtype))
 
 
 def _variance(mean: jax.Array, square: jax.Array) -> jax.Array:
