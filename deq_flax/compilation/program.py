@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from deq_flax.devices.collectives import Collective, add_collective
+from deq_flax.devices.collectives import Collective, add_collective, computations
 from deq_flax.equilibrium.gradients.unroll import WITHIN_LIMIT
 
-_HEAD = re.compile(r"(?P<entry>ENTRY )?(?P<name>%[\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"  (?:ROOT )?(?P<name>%[\w.-]+) = (?P<rest>.*)")
 _OPCODE = re.compile(r"(?:^|[)\}\]] )(?P<opcode>[a-z][\w-]*)\(%?")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -84,16 +83,7 @@ class _Program:
     """The text of a program, by computation."""
 
     def __init__(self, hlo: str):
-        self.lines: dict[str, list[str]] = {}
-        self.entry = ""
-        lines: list[str] = []
-        for line in hlo.splitlines():
-            head = _HEAD.match(line)
-            if head:
-                lines = self.lines.setdefault(head["name"], [])
-                self.entry = head["name"] if head["entry"] else self.entry
-            elif line.startswith("  "):
-                lines.append(line)
+        self.lines, self.entry = computations(hlo)
         self._locations = _source_lines(hlo)
 
     def collect(self, computation: str, parts: dict[str, Part], part: str, times: float) -> None:

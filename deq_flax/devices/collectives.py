@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
+_HEAD = re.compile(r"(?P<entry>ENTRY )?(?P<name>%[\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"  (?:ROOT )?%[\w.-]+ = (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)\}?")
@@ -27,10 +28,10 @@ class Collective:
 
 def collectives(hlo: str) -> list[Collective]:
     """The collectives in `compiled.as_text()`, without those of a single device."""
-    computations = _computations(hlo)
-    looped = _reachable_from_loops(computations)
+    lines_of, _ = computations(hlo)
+    looped = _reachable_from_loops(lines_of)
     found: list[Collective] = []
-    for name, lines in computations.items():
+    for name, lines in lines_of.items():
         for line in lines:
             add_collective(found, name, line, in_loop=name in looped)
     return found
@@ -57,6 +58,20 @@ def add_collective(found: list[Collective], computation: str, line: str, *, in_l
     found.append(Collective(kind=kind, bytes=size, in_loop=in_loop, chain=chain[1] if chain else ""))
 
 
+def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of a program's text by computation, and the name of the first computation to run."""
+    found: dict[str, list[str]] = {}
+    lines, entry = [], ""
+    for line in hlo.splitlines():
+        head = _HEAD.match(line)
+        if head:
+            lines = found.setdefault(head["name"], [])
+            entry = head["name"] if head["entry"] else entry
+        elif line.startswith("  "):
+            lines.append(line)
+    return found, entry
+
+
 def table(found: list[Collective]) -> dict[str, tuple[int, int]]:
     """Sum up collectives by kind: {kind: (number, bytes in total)}."""
     count, size = Counter(), Counter()
@@ -66,24 +81,13 @@ def table(found: list[Collective]) -> dict[str, tuple[int, int]]:
     return {kind: (count[kind], size[kind]) for kind in KINDS if count[kind]}
 
 
-def _computations(hlo: str) -> dict[str, list[str]]:
-    computations, lines = {}, []
-    for line in hlo.splitlines():
-        head = re.match(r"(?:ENTRY )?(%[\w.-]+) \(.*\{$", line)
-        if head:
-            lines = computations.setdefault(head[1], [])
-        elif line.startswith("  "):
-            lines.append(line)
-    return computations
-
-
-def _reachable_from_loops(computations: dict[str, list[str]]) -> set[str]:
+def _reachable_from_loops(lines_of: dict[str, list[str]]) -> set[str]:
     calls = {
         name: [c for line in lines for group in _CALLED.findall(line) for c in group.split(", ")]
-        for name, lines in computations.items()
+        for name, lines in lines_of.items()
     }
     todo = [
-        c for lines in computations.values() for line in lines if " while(" in line
+        c for lines in lines_of.values() for line in lines if " while(" in line
         for group in _CALLED.findall(line) for c in group.split(", ")
     ]  # fmt: skip
     reached: set[str] = set()
