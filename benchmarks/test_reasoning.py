@@ -85,6 +85,17 @@ def test_what_a_run_logged_last_in_training_is_in_its_row(tmp_path):
     assert reasoning_report.solves(results).splitlines()[2] == row
 
 
+def test_long_strings_are_tested_in_parts():
+    """Ten hundreds of seed 0 and one of each other seed, all of other strings; the cell has the spread of all twelve."""
+    chosen = [run for run in reasoning.runs() if run.group == "prefix sums" and run.name == "10 to 30 steps"]
+    parts = [run.key(name) for run in chosen for name in run.evaluations if name.startswith("long")]
+    seeds = [changes["data.seed"] for run in chosen for name, changes in run.evaluations.items() if name.startswith("long")]
+    assert seeds == [*range(10), 0, 0] and len(set(parts)) == 12
+    records = {run.key(): {"run": asdict(run), "metrics": {"test": {}}} for run in chosen}
+    records |= {key: {"metrics": {"test": {"exact_match_4096": 0.4 if key == parts[3] else 1.0}}} for key in parts}
+    assert reasoning_report.prefix_sums(records).splitlines()[2].endswith("| 95.0% (40.0% to 100%) |")
+
+
 def test_several_starts_and_longer_iteration_have_their_costs():
     """Of the size of the row; the vote costs what the starts do."""
     run = next(run for run in reasoning.runs() if run.evaluations and run.group == "gradients, mazes")
