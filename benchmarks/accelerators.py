@@ -76,8 +76,7 @@ class Row:
         from deq_flax.compilation.lower import lower_steps
         from deq_flax.compilation.stand_in import without_data
 
-        file, *variant = self.recipe.split(":")
-        config = training.resolved(":".join([f"configs/{file}.py", *variant]), self.changes())
+        config = training.resolved(self.recipe, self.changes())
         _, devices = chips.topology_devices(self.topology)
         return next(lower_steps(without_data(config), devices, names=["train"])).fingerprint
 

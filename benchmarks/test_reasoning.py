@@ -31,6 +31,9 @@ def test_results_of_another_program_are_named():
         other = replace(run, changes=run.changes | change)
         assert run.key() in reasoning.changed(records, [other]), change
     assert [*reasoning.changed({run.key("more"): {}}, [same])] == [run.key("more")]
+    some_steps = replace(run, changes=run.changes | {"deq.jacobian_weight": 0.5, "deq.jacobian_frequency": 0.3})
+    through = replace(some_steps, changes=some_steps.changes | {"deq.jacobian_through_equilibrium": True})
+    assert reasoning.program(some_steps) != reasoning.program(through)
 
 
 def test_every_table_has_its_place():

@@ -6,7 +6,6 @@ unrolled evaluation, less that evaluation. A compiler can fuse across parts, so 
 """
 
 import hashlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -26,15 +25,14 @@ CASES = ("f", "vjp", "step of one evaluation", "step")
 
 
 def resolved(path: str, changes: Mapping[str, Any] | None = None) -> "Config":
-    """The config `FILE[:VARIANT]` with `changes` ('section.key' or 'section.options.key': value) to the sections it has."""
-    from deq_flax.config import resolve, section_types
+    """The config RECIPE or FILE, with `:VARIANT` or without, changed in the sections it has.
 
-    file, *variant = path.split(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    mapping = module.get_config(*variant).to_dict()
+    `changes`: 'section.key' or 'section.options.key' -> value.
+    """
+    from deq_flax.config import resolve, section_types
+    from deq_flax.config_files import load_config
+
+    mapping = load_config(path)
     for path, value in (changes or {}).items():
         *sections, key = path.split(".")
         if sections[0] in section_types(mapping):
@@ -45,8 +43,8 @@ def resolved(path: str, changes: Mapping[str, Any] | None = None) -> "Config":
 def fingerprint(config: "Config", *names: str) -> str:
     """SHA-256, in hexadecimal, of what a run of a config computes: a result of the same fingerprint need not be made again.
 
-    It is that of the initialization, of the steps in `names` ('train', 'eval') as this version of JAX lowers them, and of their
-    numbers: the first batches of training, all of validation and test, the random limits of the first steps.
+    It is that of the initialization, of each kind of the steps in `names` ('train', 'eval') as this version of JAX lowers it,
+    and of their numbers: the first batches of training, all of validation and test, the random limits of the first steps.
     """
     import jax
     from flax import nnx
@@ -58,7 +56,7 @@ def fingerprint(config: "Config", *names: str) -> str:
     task, phases = make_task(config), phases_of(config)
     initialized = jax.jit(lambda: split_model(task.build_model(nnx.Rngs(config.train.seed)))[1:])
     digest = hashlib.sha256(initialized.lower().as_text().encode())
-    for step in lower_steps(config, jax.devices()[:1], names=names):
+    for step in lower_steps(config, jax.devices()[:1], names=names, every_kind=True):
         digest.update(step.fingerprint.encode())
     numbers = [[phases.scalars(step) for step in range(FIRST)], [*islice(task.train_batches(0), FIRST)]]
     numbers += [[*task.eval_batches(split)] for split in ("valid", "test")]
