@@ -16,6 +16,7 @@ a training step.
 """
 
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,8 +50,8 @@ class Run:
     seed: int = 0
     evaluations: dict[str, Changes] = field(default_factory=dict)
     """More evaluations by name, besides that at the end of training."""
-    start: str = ""
-    """Name of the run, of its group and seed, from whose weights it starts."""
+    start: "Run | None" = None
+    """The run from whose weights it starts."""
 
     @property
     def stem(self) -> str:
@@ -211,8 +212,10 @@ def runs() -> Iterator[Run]:
     for seed in range(3):
         yield Run("mazes of twice the side", "configs/maze.py", "configs/maze.py", {}, seed, TWICE)
     for seed in range(3):
+        made: dict[str, Run] = {}
         for name, (variant, start) in STATES.items():
-            yield Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, seed, start=start)
+            made[name] = Run("state tracking", name, f"configs/state_tracking.py:{variant}", {}, seed, start=made.get(start))
+            yield made[name]
     for seed in range(3):
         for side, variant in BOARDS.items():
             more = {"9 x 9": NINE, "4 x 4, two levels": SEGMENTS}.get(side, {})
@@ -223,18 +226,22 @@ def runs() -> Iterator[Run]:
 
 
 def program(run: Run, evaluation: str = "") -> str:
-    """The fingerprint of what a run, or a further evaluation of it, computes."""
+    """The fingerprint of what a run, with the one it starts from, or a further evaluation of its weights computes."""
     if evaluation:
         return training.fingerprint(training.resolved(run.config, run.everything() | run.evaluations[evaluation]), "eval")
-    return training.fingerprint(training.resolved(run.config, run.everything()), "train", "eval")
+    own = training.fingerprint(training.resolved(run.config, run.everything()), "train", "eval")
+    return own if run.start is None else hashlib.sha256(f"{program(run.start)}{own}".encode()).hexdigest()
 
 
 def changed(results: records.Records, chosen: Iterable[Run]) -> Iterator[str]:
-    """The keys of results that the code would make otherwise today."""
+    """The keys of results that the code would make otherwise today, from other weights or by another program."""
     for run in chosen:
-        for evaluation in ("", *run.evaluations):
+        trained = run.key() in results and results[run.key()].get("program") != program(run)
+        if trained:
+            yield run.key()
+        for evaluation in run.evaluations:
             key = run.key(evaluation)
-            if key in results and results[key].get("program") != program(run, evaluation):
+            if key in results and (trained or results[key].get("program") != program(run, evaluation)):
                 yield key
 
 
@@ -247,12 +254,11 @@ def perform(run: Run, folder: Path) -> None:
     workdir, file = folder / run.stem, folder / "results" / f"{run.stem}.json"
     if file.exists():
         return
-    before = replace(run, name=run.start).stem
-    if run.start and not file.with_name(f"{before}.json").exists():
-        print(f"== {run.stem} waits for {before}", flush=True)
+    if run.start and not file.with_name(f"{run.start.stem}.json").exists():
+        print(f"== {run.stem} waits for {run.start.stem}", flush=True)
         return
     print(f"== {run.stem}", flush=True)
-    weights = {"checkpoint.init_from": str(folder / before)} if run.start else {}
+    weights = {"checkpoint.init_from": str(folder / run.start.stem)} if run.start else {}
     config, start = training.resolved(run.config, run.everything() | weights), process_time()
     task = make_task(config)
     record = to_dict(replace(config, model=task.model_options))

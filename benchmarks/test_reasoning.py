@@ -19,7 +19,7 @@ def test_the_runs_are_distinct_and_their_configs_are_valid():
 
 
 def test_results_of_another_program_are_named():
-    """A seed, a model and its data change what a run computes, the time of a checkpoint does not."""
+    """A seed, a model and its data change a run and all that starts from it; the time of a checkpoint does not."""
     tiny = {"data.size": 16, "data.test_sizes": (32,), "data.test_examples": 4, "model.width": 4, "data.train_examples": 100}
     run = reasoning.Run(
         "prefix sums", "10 steps", "configs/prefix_sums.py", reasoning.BITS | tiny, 0, {"more": {"data.test_examples": 5}}
@@ -29,7 +29,12 @@ def test_results_of_another_program_are_named():
     assert [*reasoning.changed(records, [same])] == []
     for change in ({"data.valid_examples": 99}, {"model.width": 5}, {"data.seed": 1}, {"deq.max_steps_jitter": 3}):
         other = replace(run, changes=run.changes | change)
-        assert run.key() in reasoning.changed(records, [other]), change
+        assert [*reasoning.changed(records, [other])] == [*records], change
+    started = replace(run, name="started", start=run, evaluations={})
+    kept = {started.key(): {"program": reasoning.program(started)}}
+    assert [*reasoning.changed(kept, [started])] == []
+    before = replace(run, changes=run.changes | {"model.width": 5})
+    assert [*reasoning.changed(kept, [replace(started, start=before)])] == [*kept]
     assert [*reasoning.changed({run.key("more"): {}}, [same])] == [run.key("more")]
     some_steps = replace(run, changes=run.changes | {"deq.jacobian_weight": 0.5, "deq.jacobian_frequency": 0.3})
     through = replace(some_steps, changes=some_steps.changes | {"deq.jacobian_through_equilibrium": True})
