@@ -72,3 +72,31 @@ def test_the_readme_points_to_pages():
     text = (ROOT / "README.md").read_text()
     for page in ("index", "getting_started", "choosing", "recipes", "configuration", "data", "devices", "checkpoints"):
         assert f"](docs/{page}.md)" in text, page
+
+
+def rows(page, begin):
+    """The cells of the first table after a text, without its head."""
+    after = (ROOT / page).read_text().split(begin, 1)[1]
+    table = re.split(r"\n\|[-| ]+\|\n", after, maxsplit=1)[1].split("\n\n", 1)[0]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_readme_shows_the_measured_times():
+    """Picard, Anderson, Broyden and the gradient: as in the table of `benchmarks.solvers`, and our overhead."""
+    measured = {
+        row[0]: [re.sub(r" \(.*", "", cell) for cell in row[1:]] for row in rows("benchmarks/README.md", "begin solvers")
+    }
+    overhead = {row[0]: row[1] for row in rows("benchmarks/README.md", "Overhead:")}
+    for name, row in zip(("picard", "anderson", "broyden", "gradient"), rows("README.md", "## Measured"), strict=True):
+        assert row[1:] == [f"{measured[name][0]} ({overhead[name]})", *measured[name][1:]]
+
+
+def test_the_guide_shows_the_measured_counts():
+    """What solvers solve: as in the table of `benchmarks.battery`."""
+    measured = {row[1]: row for row in rows("benchmarks/README.md", "begin battery -->") if row[0] == "deq_flax"}
+    guide = rows("docs/choosing.md", "python -m benchmarks.battery")
+    assert len(guide) == 8
+    for solver, _, solved, mean in guide:
+        row = measured[solver.replace("Anderson()", "Anderson(memory=6)")]
+        assert [solved, mean] == [row[2], row[4]], solver
