@@ -7,6 +7,7 @@ and a persistent cache halves the time of a second run.
 import gc
 import importlib.metadata
 import os
+from pathlib import Path
 
 # jax 0.10 still has the older code generator, which compiles twice as fast.
 os.environ["XLA_FLAGS"] = (
@@ -17,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 from tests.commands import CACHE
 
@@ -26,3 +28,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 CACHE.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+MAPS = Path("/proc/self/maps")
+"""The memory maps of this process, of which Linux allows 65,530; its file is there on Linux only."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Drop the compiled programs of earlier modules before their memory maps run out.
+
+    A program has four to ten maps. In a process of thousands of programs the one for which none is left ends it with a
+    segmentation fault.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
