@@ -225,18 +225,25 @@ def runs() -> Iterator[Run]:
             yield Run("ablation, mazes", name, "configs/maze.py", MAZE | unrolled(last=8) | changes, seed, TWO_STARTS)
 
 
-def program(run: Run, evaluation: str = "") -> str:
-    """The fingerprint of what a run, with the one it starts from, or a further evaluation of its weights computes."""
+def program(run: Run, evaluation: str = "", start: str = "") -> str:
+    """The fingerprint of what a run, with the one it starts from, or a further evaluation of its weights computes.
+
+    `start`: the fingerprint of the run it starts from, if known.
+    """
     if evaluation:
         return training.fingerprint(training.resolved(run.config, run.everything() | run.evaluations[evaluation]), "eval")
     own = training.fingerprint(training.resolved(run.config, run.everything()), "train", "eval")
-    return own if run.start is None else hashlib.sha256(f"{program(run.start)}{own}".encode()).hexdigest()
+    return own if run.start is None else hashlib.sha256(f"{start or program(run.start)}{own}".encode()).hexdigest()
 
 
 def changed(results: records.Records, chosen: Iterable[Run]) -> Iterator[str]:
     """The keys of results that the code would make otherwise today, from other weights or by another program."""
+    known: dict[str, str] = {}
     for run in chosen:
-        trained = run.key() in results and results[run.key()].get("program") != program(run)
+        trained = False
+        if run.key() in results:
+            known[run.key()] = program(run, start=known.get(run.start.key(), "") if run.start else "")
+            trained = results[run.key()].get("program") != known[run.key()]
         if trained:
             yield run.key()
         for evaluation in run.evaluations:
@@ -254,11 +261,15 @@ def perform(run: Run, folder: Path) -> None:
     workdir, file = folder / run.stem, folder / "results" / f"{run.stem}.json"
     if file.exists():
         return
-    if run.start and not file.with_name(f"{run.start.stem}.json").exists():
-        print(f"== {run.stem} waits for {run.start.stem}", flush=True)
-        return
+    weights, before = {}, ""
+    if run.start:
+        earlier = file.with_name(f"{run.start.stem}.json")
+        if not earlier.exists():
+            print(f"== {run.stem} waits for {run.start.stem}", flush=True)
+            return
+        weights = {"checkpoint.init_from": str(folder / run.start.stem)}
+        before = json.loads(earlier.read_text(encoding="utf-8")).get("program", "")
     print(f"== {run.stem}", flush=True)
-    weights = {"checkpoint.init_from": str(folder / run.start.stem)} if run.start else {}
     config, start = training.resolved(run.config, run.everything() | weights), process_time()
     task = make_task(config)
     record = to_dict(replace(config, model=task.model_options))
@@ -270,8 +281,9 @@ def perform(run: Run, folder: Path) -> None:
         return
     if result.interrupted:
         raise SystemExit("stopped: the same command continues")
-    found = {"run": asdict(run), "program": program(run), "metrics": result.metrics, "seconds": process_time() - start}
-    _write(file, found | {"last_steps": last_steps(workdir)} | step_costs(config, workdir))
+    found = {"run": asdict(run), "program": program(run, start=before), "metrics": result.metrics}
+    found |= {"seconds": process_time() - start, "last_steps": last_steps(workdir)}
+    _write(file, found | step_costs(config, workdir))
 
 
 def evaluate(run: Run, folder: Path) -> None:

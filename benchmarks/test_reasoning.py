@@ -32,7 +32,9 @@ def test_results_of_another_program_are_named():
         assert [*reasoning.changed(records, [other])] == [*records], change
     started = replace(run, name="started", start=run, evaluations={})
     kept = {started.key(): {"program": reasoning.program(started)}}
-    assert [*reasoning.changed(kept, [started])] == []
+    assert [*reasoning.changed(kept, [started])] == [] == [*reasoning.changed(kept | records, [run, started])]
+    assert reasoning.program(started, start=records[run.key()]["program"]) == kept[started.key()]["program"]
+    assert reasoning.program(started, start="other weights") != kept[started.key()]["program"]
     before = replace(run, changes=run.changes | {"model.width": 5})
     assert [*reasoning.changed(kept, [replace(started, start=before)])] == [*kept]
     assert [*reasoning.changed({run.key("more"): {}}, [same])] == [run.key("more")]
