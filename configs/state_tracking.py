@@ -85,7 +85,7 @@ VARIANTS = {
     "a5_8": _EIGHT,
     "a5_16": _SIXTEEN,
     "a5_32": _THIRTY_TWO,
-    "s5": {"data.name": "s5", "train.steps": 10_000},
+    "s5": {"data.name": "s5", "optimizer.learning_rate": 8e-3, "train.steps": 10_000},
     "s5_8": _EIGHT | {"data.name": "s5"},
     "s5_16": _SIXTEEN | {"data.name": "s5"},
     "s5_32": _THIRTY_TWO | {"data.name": "s5"},
