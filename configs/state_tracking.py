@@ -29,7 +29,7 @@ BASE = {
         "test_examples": 100,
         "batch_size": 64,
     },
-    "model": {"name": "conv_reasoner", "width": 128, "blocks": 0, "gated": True},
+    "model": {"name": "conv_reasoner", "width": 128, "blocks": 0, "gated": True, "causal": True},
     "deq": {
         "solver": "picard",
         "tol": 1e-4,

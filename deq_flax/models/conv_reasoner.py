@@ -7,6 +7,7 @@ B batch, H height, W width (sequences: height 1), D features.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ class ConvReasonerOptions(ReasonerOptions):
     """Residual blocks of two convolutions after the one that joins state and puzzle."""
     gated: bool = False
     """Hidden features are products, silu(a) b, not relu(a): a composition, as of permutations, is a sum of products."""
+    causal: bool = False
+    """A cell of a sequence sees itself and the cells before it alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,18 +45,24 @@ class ConvReasonerOptions(ReasonerOptions):
             raise ValueError(f"kernel must be odd, got {self.kernel}")
         if self.axes not in (1, 2) or self.blocks < 0:
             raise ValueError(f"axes must be 1 or 2, and blocks at least 0, got {self.axes} and {self.blocks}")
+        if self.causal and self.axes == 2:
+            raise ValueError("causal is for sequences, axes=1: a grid has no cells that come before others")
 
 
 class CellConv(nnx.Module):
-    """A convolution with bias over one axis or two, of images (B, H, W, D); sequences have height 1."""
+    """A convolution with bias over one axis or two, of images (B, H, W, D); sequences have height 1.
 
-    def __init__(self, d_in: int, d_out: int, size: int, axes: int, *, rngs: nnx.Rngs):
+    `causal` as in `convolve`.
+    """
+
+    def __init__(self, d_in: int, d_out: int, size: int, axes: int, *, causal: bool, rngs: nnx.Rngs):
+        self.causal = causal
         self.kernel_HWIO = uniform_param(rngs.params(), (size if axes == 2 else 1, size, d_in, d_out))
         self.bias_O = zeros_param((d_out,))
 
     def __call__(self, x_BHWD: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """(B, H, W, I) -> (B, H, W, O); `dtype` as in `convolve`."""
-        y_BHWO = convolve(x_BHWD, self.kernel_HWIO[...], dtype=dtype)
+        y_BHWO = convolve(x_BHWD, self.kernel_HWIO[...], dtype=dtype, causal=self.causal)
         return y_BHWO + self.bias_O[...].astype(y_BHWO.dtype)[None, None, None]
 
 
@@ -70,12 +79,11 @@ class ConvReasoner(Reasoner):
 
     def __init__(self, options: ConvReasonerOptions, *, rngs: nnx.Rngs):
         super().__init__(options, rngs=rngs)
-        width, size, axes = options.width, options.kernel, options.axes
+        width, conv = options.width, partial(CellConv, size=options.kernel, axes=options.axes, causal=options.causal, rngs=rngs)
         inner = width * (2 if options.gated else 1)
-        self.join = CellConv(2 * width, inner, size, axes, rngs=rngs)
-        outputs = [inner, width] * options.blocks
-        self.blocks = nnx.List([CellConv(width, d_out, size, axes, rngs=rngs) for d_out in outputs])
-        self.out = CellConv(width, width, size, axes, rngs=rngs)
+        self.join = conv(2 * width, inner)
+        self.blocks = nnx.List([conv(width, d_out) for d_out in [inner, width] * options.blocks])
+        self.out = conv(width, width)
 
     def embed(self, inputs_BS: jax.Array) -> jax.Array:
         if inputs_BS.ndim - 1 != self.options.axes:

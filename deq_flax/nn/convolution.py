@@ -54,11 +54,16 @@ class Conv(nnx.Module):
         return y_BHWO + self.bias_O[...].astype(y_BHWO.dtype)[None, None, None]
 
 
-def convolve(x_BHWI: jax.Array, kernel_HWIO: jax.Array, stride: int = 1, dtype: DTypeLike | None = None) -> jax.Array:
-    """The convolution of `Conv` with a given kernel. Given a `dtype`, operands and result are rounded to it."""
+def convolve(
+    x_BHWI: jax.Array, kernel_HWIO: jax.Array, stride: int = 1, dtype: DTypeLike | None = None, *, causal: bool = False
+) -> jax.Array:
+    """The convolution of `Conv` with a given kernel. Given a `dtype`, operands and result are rounded to it.
+
+    `causal`: along W, pad before alone, so that a result depends on its own column and those before it.
+    """
     dtype = jnp.promote_types(x_BHWI.dtype, kernel_HWIO.dtype) if dtype is None else dtype
     height, width = (size // 2 for size in kernel_HWIO.shape[:2])
-    window = Window((stride, stride), ((height, height), (width, width)))
+    window = Window((stride, stride), ((height, height), (2 * width, 0) if causal else (width, width)))
     return convolve_nhwc(x_BHWI.astype(dtype), kernel_HWIO.astype(dtype), window)
 
 
