@@ -31,7 +31,7 @@ class ConvReasonerOptions(ReasonerOptions):
     axes: int = 1
     """Axes of a puzzle: 1 for sequences, 2 for grids."""
     kernel: int = 3
-    """Side of the convolutions' kernels, odd."""
+    """Side of the convolutions' kernels; odd, unless causal."""
     blocks: int = 1
     """Residual blocks of two convolutions after the one that joins state and puzzle."""
     gated: bool = False
@@ -41,8 +41,8 @@ class ConvReasonerOptions(ReasonerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd, got {self.kernel}")
+        if self.kernel < 1 or (self.kernel % 2 == 0 and not self.causal):
+            raise ValueError(f"kernel must be odd, unless causal, got {self.kernel}")
         if self.axes not in (1, 2) or self.blocks < 0:
             raise ValueError(f"axes must be 1 or 2, and blocks at least 0, got {self.axes} and {self.blocks}")
         if self.causal and self.axes == 2:

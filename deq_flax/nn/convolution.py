@@ -63,7 +63,7 @@ def convolve(
     """
     dtype = jnp.promote_types(x_BHWI.dtype, kernel_HWIO.dtype) if dtype is None else dtype
     height, width = (size // 2 for size in kernel_HWIO.shape[:2])
-    window = Window((stride, stride), ((height, height), (2 * width, 0) if causal else (width, width)))
+    window = Window((stride, stride), ((height, height), (kernel_HWIO.shape[1] - 1, 0) if causal else (width, width)))
     return convolve_nhwc(x_BHWI.astype(dtype), kernel_HWIO.astype(dtype), window)
 
 

@@ -108,14 +108,17 @@ def test_a_sequence_is_a_grid_of_one_row():
     assert (moved[0, :5] > 0).all() and not moved[0, 5:].any() and not moved[1].any(), "four convolutions reach four cells"
 
 
-def test_a_causal_cell_sees_what_comes_before_it_alone():
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_a_causal_cell_sees_what_comes_before_it_alone(kernel):
     """What follows changes nothing, in any application; and the answer for a cell is that at the end of a shorter sequence."""
-    model = make("conv_reasoner", axes=1, causal=True, initial="zero")
-    z, x = (np.random.default_rng(i).normal(size=(2, 9, 6)).astype(np.float32) for i in range(2))
+    model = make("conv_reasoner", axes=1, kernel=kernel, causal=True, initial="zero")
+    z, x = (np.random.default_rng(i).normal(size=(2, 14, 6)).astype(np.float32) for i in range(2))
     after = np.asarray(model.evaluate(z, x))
     x[0, 3] += 1.0
     moved = np.abs(np.asarray(model.evaluate(z, x)) - after).max(axis=-1)
-    assert (moved[0, 3:] > 0).all() and not moved[0, :3].any() and not moved[1].any(), "four convolutions reach eight cells"
+    reach = slice(3, 4 + 4 * (kernel - 1))
+    assert (moved[0, reach] > 0).all(), "each of four convolutions reaches kernel - 1 cells"
+    assert moved[0].nonzero()[0].tolist() == [*range(reach.start, reach.stop)] and not moved[1].any()
     inputs = np.random.default_rng(2).integers(0, 4, (2, 9))
     run = jax.jit(lambda inputs: model(inputs, solve=unrolled(5)).logits, compiler_options=QUICK_COMPILE)
     np.testing.assert_allclose(run(inputs)[:, :6], run(inputs[:, :6]), rtol=1e-4, atol=1e-5)
