@@ -179,8 +179,11 @@ class Training:
         """The programs to time, by case."""
         import jax
 
+        from deq_flax.devices.mesh import compiler_options
+
         def at_current_weights(function: Callable) -> Callable[[], None]:
-            compiled, run = jax.jit(function), self.run  # whose arrays change with every step
+            run = self.run  # whose arrays change with every step
+            compiled = jax.jit(function, compiler_options=compiler_options(run.devices))
             return lambda: jax.block_until_ready(compiled(run.state.params, run.state.variables))
 
         f, vjp = map(at_current_weights, self.loops())

@@ -1,5 +1,6 @@
 """Laws of meshes: options become a mesh of the available devices, or an error that names possible values."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +15,7 @@ from deq_flax.devices.mesh import (
     compiler_options,
     local_rows,
     make_mesh,
+    own_convolutions,
     place,
     put_batch,
     replicated,
@@ -79,7 +81,25 @@ def test_a_batch_is_split_by_rows_and_other_arrays_are_replicated():
     jax.tree.map(np.testing.assert_array_equal, (batch, whole), (np.arange(24).reshape(8, 3), np.arange(3)))
 
 
-@pytest.mark.parametrize(("kind", "given"), [("cpu", False), ("TPU v5 lite", True), ("TPU v5", True), ("TPU v6 lite", False)])
-def test_only_the_tpus_that_need_it_get_an_option(kind, given):
+@pytest.mark.parametrize(
+    ("kind", "given"), [("NVIDIA H200", False), ("TPU v5 lite", True), ("TPU v5", True), ("TPU v6 lite", False)]
+)
+def test_only_the_accelerators_that_need_it_get_an_option(kind, given):
     mesh = SimpleNamespace(devices=np.array([[[SimpleNamespace(device_kind=kind)]]]))
     assert (compiler_options(mesh) is not None) == given  # an option that a device does not know would be an error
+
+
+def test_on_a_cpu_xla_convolves_itself():
+    def compiled(chosen):
+        convolve = partial(jax.lax.conv, window_strides=(1, 1), padding="SAME")
+        return jax.jit(convolve, compiler_options=chosen).lower(np.ones((2, 64, 4, 4)), np.ones((64, 64, 3, 3))).compile()
+
+    assert "ynn" in compiled(None).as_text(), "XLA's default has changed: time it, the option may no longer be needed"
+    assert "ynn" not in compiled(own_convolutions()).as_text()
+    newer = jax.__version_info__ >= (0, 11)
+    assert compiler_options(make_mesh(options(1, 1, 1))) == (own_convolutions() if newer else None)
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
+    monkeypatch.setattr(mesh_module, "_OWN_CONVOLUTIONS", {"xla_cpu_no_such_option": "1"})
+    assert own_convolutions.__wrapped__() is None
