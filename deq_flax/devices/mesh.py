@@ -90,9 +90,9 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     feed-forward layer are one fusion, which reads the kernels once for each part of the batch that fits: for the adjoint of
     wt103:base once instead of four times, an estimated 1.41M cycles instead of 2.90M. Compiling takes twice as long.
 
-    On a CPU, jax 0.11 and 0.12 leave convolutions to the library YNNPACK, which is slow with many channels: it takes seven
-    times as long as XLA's own for 3 x 3 kernels from 256 to 1,280 channels at 4 x 4 positions, and an evaluation of f of
-    cifar10:large 2.8 times. With jax 0.10 that is 1.1 to 1.3 times, and its defaults stay.
+    On a CPU, jax 0.11 and 0.12 leave convolutions to the library YNNPACK, which is slow with many channels: with jax 0.12 it
+    takes seven times as long as XLA's own for 3 x 3 kernels from 256 to 1,280 channels at 4 x 4 positions, and an evaluation
+    of f of cifar10:large 2.8 times. With jax 0.10 that is 1.1 to 1.3 times, and its defaults stay.
     """
     kind = mesh.devices.flat[0].device_kind
     if kind == "cpu" and jax.__version_info__ >= (0, 11):
