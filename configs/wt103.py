@@ -138,9 +138,10 @@ VARIANTS = {
         "model.d_inner": 384,
         "deq.max_steps": 16,
         "deq.backward_max_steps": 16,
-        "deq.jacobian_weight": 0.3,
+        "deq.jacobian_weight": 1.0,
         "deq.jacobian_frequency": 0.4,
-        "deq.pretrain_steps": 100,
+        "deq.pretrain_steps": 300,
+        "optimizer.learning_rate": 1.5e-3,
     },
     "tiny_explicit": _TINY | {"model.name": "transformer_xl", "deq": None, "model.blocks": 2} | _TINY_BLOCK,
     "tiny_proposal": _TINY
