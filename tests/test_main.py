@@ -101,7 +101,7 @@ def test_a_workdir_of_another_config_is_not_changed(trained):
     )
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert "another config, which differs in optimizer.learning_rate (0.002 there, 0.5 here):" in result.stderr
+    assert "another config, which differs in optimizer.learning_rate (0.0015 there, 0.5 here):" in result.stderr
     assert (workdir / "config.json").read_bytes() == before
     assert json.loads(before)["optimizer"]["learning_rate"] != 0.5
 
