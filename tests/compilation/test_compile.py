@@ -180,7 +180,7 @@ def test_a_fingerprint_is_that_of_the_program():
 def test_a_run_that_does_not_fit_ends_with_advice(monkeypatch, capsys):
     chip = dataclasses.replace(chips.CHIPS["v5e"], memory=1e5)
     monkeypatch.setattr(chips, "topology_devices", lambda name: (chip, jax.devices()))
-    flags = ["--config.data.batch_size=16", "--topology", "v5e:2x4", "--must_fit"]
+    flags = ["--config.data.batch_size=256", "--topology", "v5e:2x4", "--must_fit"]
     with pytest.raises(SystemExit) as ended:
         cli.run(compile.main, ["compile", "--config", "configs/wt103.py:tiny", *FLAGS, *flags], flag_values=compile._FLAGS)
     out, err = capsys.readouterr()

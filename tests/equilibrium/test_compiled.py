@@ -1,4 +1,4 @@
-"""The compiled loop: histories are updated in place."""
+"""The compiled loops: histories are updated in place, and the adjoint one does not evaluate f."""
 
 import re
 
@@ -51,3 +51,20 @@ def test_products_of_the_history_are_not_rounded_by_an_accelerator(solver, gradi
     program = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((B, 8))))
     products = re.findall(r"dot_general\[(.*?)\] ", program, re.DOTALL)
     assert products and all("Precision.HIGHEST, Precision.HIGHEST" in options for options in products)
+
+
+@pytest.mark.parametrize("adjoint", [Broyden(), GMRES(), None], ids=str)
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_the_adjoint_solve_does_not_evaluate_f(adjoint, on_mesh):
+    """f is linearized at the solution once, so that its sinh stands in the forward loop alone, and cosh outside of the loops."""
+
+    def loss(w, x):
+        f = lambda z, w, x: 0.1 * jnp.sinh(z @ w) + x  # noqa: E731
+        return fixed_point(f, jnp.zeros_like(x), w, x, solver=Anderson(), gradient=Implicit(adjoint)).value.sum()
+
+    if on_mesh:
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec
+        loss = jax.shard_map(loss, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec(), check_vma=False)
+    program = jax.jit(jax.grad(loss)).lower(jnp.ones((4, 4)), jnp.ones((2, 4))).as_text()
+    assert (program.count("chlo.sinh"), program.count("chlo.cosh")) in {(1, 1), (1, 2)}
