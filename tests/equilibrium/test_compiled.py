@@ -56,7 +56,7 @@ def test_products_of_the_history_are_not_rounded_by_an_accelerator(solver, gradi
 @pytest.mark.parametrize("adjoint", [Broyden(), GMRES(), None], ids=str)
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_the_adjoint_solve_does_not_evaluate_f(adjoint, on_mesh):
-    """f is linearized at the solution once, so that its sinh stands in the forward loop alone, and cosh outside of the loops."""
+    """f is linearized at the solution once: its sinh stands in the forward loop alone, and cosh outside of the loops."""
 
     def loss(w, x):
         f = lambda z, w, x: 0.1 * jnp.sinh(z @ w) + x  # noqa: E731

@@ -108,10 +108,11 @@ def _linearized(matvec: Callable[[Any], Any]) -> Callable[[Any], Any]:
     With jax 0.10 it is linearized at the root already. That of jax 0.12 is a partial application of (constants of f, root),
     and evaluates f at the root anew for every product: on TPU an adjoint iteration then takes twice as long.
     """
-    if not (isinstance(matvec, partial) and hasattr(matvec.func, "f") and len(matvec.args) == 2):
+    f: Any = getattr(getattr(matvec, "func", None), "f", None)
+    if f is None or not isinstance(matvec, partial) or len(matvec.args) != 2:
         return matvec
     constants, root = matvec.args
-    return jax.linearize(partial(matvec.func.f, constants), root)[1]
+    return jax.linearize(partial(f, constants), root)[1]
 
 
 def _report(stats: SolverStats, dtype: Any) -> jax.Array:
