@@ -153,8 +153,9 @@ HEAD += ["ms a step", "of the peak", "collectives in loops", "s to compile"]
 
 
 def text(accounts: records.Records) -> str:
-    """The tables."""
-    blocks = []
+    """The tables, and what made them."""
+    made = {", ".join(f"{name} {number}" for name, number in account["versions"].items()) for account in accounts.values()}
+    blocks = [f"Compiled with {'; '.join(sorted(made))}.\n"]
     for topology, chips in {**HOSTS, **PODS}.items():
         wanted = [row for row in rows() if row.topology == topology and row.key in accounts]
         if wanted:

@@ -15,7 +15,7 @@ from deq_flax.devices.mesh import (
     compiler_options,
     local_rows,
     make_mesh,
-    own_operations,
+    own_contractions,
     place,
     put_batch,
     replicated,
@@ -95,11 +95,11 @@ def test_on_a_cpu_xla_convolves_itself():
         return jax.jit(convolve, compiler_options=chosen).lower(np.ones((2, 64, 4, 4)), np.ones((64, 64, 3, 3))).compile()
 
     assert "ynn" in compiled(None).as_text(), "XLA's default has changed: time it, the option may no longer be needed"
-    assert "ynn" not in compiled(own_operations()).as_text()
+    assert "ynn" not in compiled(own_contractions()).as_text()
     newer = jax.__version_info__ >= (0, 11)
-    assert compiler_options(make_mesh(options(1, 1, 1))) == (own_operations() if newer else None)
+    assert compiler_options(make_mesh(options(1, 1, 1))) == (own_contractions() if newer else None)
 
 
 def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
-    monkeypatch.setattr(mesh_module, "_OWN_OPERATIONS", {"xla_cpu_no_such_option": "1"})
-    assert own_operations.__wrapped__() is None
+    monkeypatch.setattr(mesh_module, "_OWN_CONTRACTIONS", {"xla_cpu_no_such_option": "1"})
+    assert own_contractions.__wrapped__() is None
