@@ -93,8 +93,8 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     On a CPU, jax 0.11 and 0.12 leave convolutions to the library YNNPACK, which is slow with many channels: with jax 0.12 it
     takes seven times as long as XLA's own for 3 x 3 kernels from 256 to 1,280 channels at 4 x 4 positions, and an evaluation
     of f of cifar10:large 2.8 times. With jax 0.10 that is 1.1 to 1.3 times, and its defaults stay. Reductions are left to
-    the library, which speeds up group norms. Products are not: where it has them and not the convolutions, jax 0.12 computes NaN
-    as the residual of `wt103:tiny` at zero.
+    the library, which speeds up group norms. Products are not: where it has them and not the convolutions, jax 0.12
+    computes NaN as the residual of `wt103:tiny` at zero.
     """
     kind = mesh.devices.flat[0].device_kind
     if kind == "cpu" and jax.__version_info__ >= (0, 11):
