@@ -90,6 +90,7 @@ def trained(config: str, changes: dict[str, Any]) -> Any:
 
 def cases() -> Iterator[Case]:
     """All of them; a model is trained when its first case is asked for."""
+    from benchmarks.language import REGULARIZED
     from benchmarks.reasoning import MAZE, unrolled
     from deq_flax import Anderson, Broyden, Picard
 
@@ -101,8 +102,7 @@ def cases() -> Iterator[Case]:
     mazes = puzzles(trained("configs/maze.py", MAZE | unrolled(last=8) | {"data.test_examples": 480}), 480)
     yield Case("480 mazes of side 13, a model of side 7, `Picard(1e-4, 150)`", *mazes, Picard(1e-4, 150), 16)
     yield Case("the same, `Anderson(1e-4, 150)`", *mazes, Anderson(1e-4, 150), 16)
-    short = {"train.steps": 300, "optimizer.learning_rate": 2e-3, "deq.pretrain_steps": 100, "deq.jacobian_weight": 0.3}
-    words = segments(trained("configs/wt103.py:tiny", {"model.mem_len": 0} | short), 480)
+    words = segments(trained("configs/wt103.py:tiny", REGULARIZED | {"model.mem_len": 0, "train.steps": 300}), 480)
     yield Case("480 texts of 32 words, a DEQ-Transformer, `Anderson(1e-3, 30)`", *words, Anderson(1e-3, 30), 16)
 
 
