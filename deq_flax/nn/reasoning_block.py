@@ -5,18 +5,23 @@ B batch, L cells, H heads, E features of a head, D features, F inner features.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from deq_flax.nn.linear import Linear
 from deq_flax.nn.normalization import rms_norm
 from deq_flax.nn.precision import contract
 from deq_flax.nn.rotary import rotary_angles, rotate
+
+SCORES_AT_ONCE = 2**23
+"""Scores of attention that are computed at once, if one sample has no more: 32 MB, which a TPU's vector memory holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +88,54 @@ class Attention(nnx.Module):
         query_BLHE, key_BLHE, value_BLHE = heads_3BLHE
         if angles_LF is not None:
             query_BLHE, key_BLHE = rotate(query_BLHE, angles_LF), rotate(key_BLHE, angles_LF)
-        scores_BHLL = contract("blhe,bmhe->bhlm", query_BLHE, key_BLHE, dtype) * (width // self.heads) ** -0.5
-        attended_BLHE = contract("bhlm,bmhe->blhe", jax.nn.softmax(scores_BHLL), value_BLHE, dtype)
+        attended_BLHE = attend(query_BLHE, key_BLHE, value_BLHE, dtype)
         return self.out(attended_BLHE.reshape(batch, length, width), dtype)
+
+
+def attend(query_BLHE: jax.Array, key_BLHE: jax.Array, value_BLHE: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """Softmax attention of every cell to every cell, (B, L, H, E); `dtype` as in `contract`.
+
+    The samples of a batch that has more than `SCORES_AT_ONCE` scores are attended one after another, or as many at a time as
+    have no more. Their scores are not kept, but computed again for the gradient.
+    """
+    batch, length, heads, _ = query_BLHE.shape
+    samples = max(1, SCORES_AT_ONCE // (heads * length**2))
+    if samples >= batch:
+        return _attend(query_BLHE, key_BLHE, value_BLHE, dtype)[0]
+
+    @jax.checkpoint
+    def attend_sample(qkv_LHE: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return _attend_few(*(x_LHE[None] for x_LHE in qkv_LHE), dtype)[0]
+
+    return lax.map(attend_sample, (query_BLHE, key_BLHE, value_BLHE), batch_size=samples)
+
+
+def _attend(
+    query_BLHE: jax.Array, key_BLHE: jax.Array, value_BLHE: jax.Array, dtype: DTypeLike | None
+) -> tuple[jax.Array, jax.Array]:
+    """The attended values, (B, L, H, E), and the weights, (B, H, L, L)."""
+    scores_BHLL = contract("blhe,bmhe->bhlm", query_BLHE, key_BLHE, dtype) * query_BLHE.shape[-1] ** -0.5
+    weights_BHLL = jax.nn.softmax(scores_BHLL)
+    return contract("bhlm,bmhe->blhe", weights_BHLL, value_BLHE, dtype), weights_BHLL
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _attend_few(query_BLHE: jax.Array, key_BLHE: jax.Array, value_BLHE: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    return _attend(query_BLHE, key_BLHE, value_BLHE, dtype)[0]
+
+
+@_attend_few.defjvp
+def _attend_few_jvp(dtype: DTypeLike | None, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # The softmax's own sum enters through the attended values: transposed, that is a sum over the features of a head instead of
+    # over all keys (Dao et al. 2022, arXiv:2205.14135, appendix B.2), and the weights are read once less often.
+    (query_BLHE, key_BLHE, value_BLHE), (query_dot, key_dot, value_dot) = primals, tangents
+    attended_BLHE, weights_BHLL = _attend(query_BLHE, key_BLHE, value_BLHE, dtype)
+    scores_dot = contract("blhe,bmhe->bhlm", query_dot, key_BLHE, dtype)
+    scores_dot += contract("blhe,bmhe->bhlm", query_BLHE, key_dot, dtype)
+    weights_dot = weights_BHLL * scores_dot * query_BLHE.shape[-1] ** -0.5  # of weights that are divided by a constant sum
+    attended_dot = contract("bhlm,bmhe->blhe", weights_dot, value_BLHE, dtype)
+    attended_dot += contract("bhlm,bmhe->blhe", weights_BHLL, value_dot, dtype)
+    return attended_BLHE, attended_dot - weights_dot.sum(-1).swapaxes(1, 2)[..., None] * attended_BLHE
 
 
 class ReasoningBlock(nnx.Module):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deq_flax.nn import reasoning_block
 from deq_flax.nn.normalization import EPSILON, rms_norm
-from deq_flax.nn.reasoning_block import Attention, BlockOptions, GatedLayer, ReasoningBlock, angles
+from deq_flax.nn.reasoning_block import Attention, BlockOptions, GatedLayer, ReasoningBlock, angles, attend
 from deq_flax.nn.rotary import rotary_angles, rotate
 
 
@@ -64,6 +65,36 @@ def test_attention_is_a_softmax_over_all_cells():
     order = np.random.default_rng(1).permutation(5)
     np.testing.assert_allclose(layer(x[:, order], None), layer(x, None)[:, order], rtol=1e-4, atol=1e-5)
     assert np.abs(layer(x[:, order], rotary_angles((5,), 4)) - layer(x, rotary_angles((5,), 4))[:, order]).max() > 1e-3
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_samples_attended_one_after_another_have_the_values_and_derivatives_of_a_batch(monkeypatch, samples):
+    """Forward, backward and of second order, by automatic differentiation of the whole batch; 2 leave one of 5 over."""
+    qkv, cotangent = (*draw(3, 5, 6, 2, 4),), draw(5, 6, 2, 4)
+    tangents = (*0.3 * draw(3, 5, 6, 2, 4)[::-1],)
+
+    def derivatives():
+        attended, tangent = jax.jvp(lambda *qkv: attend(*qkv), qkv, tangents)
+        gradient = jax.grad(lambda *qkv: jnp.vdot(attend(*qkv), cotangent), argnums=(0, 1, 2))
+        return attended, tangent, gradient(*qkv), jax.jvp(gradient, qkv, tangents)[1]
+
+    expected = derivatives()
+    monkeypatch.setattr(reasoning_block, "SCORES_AT_ONCE", samples * 2 * 6**2)
+    assert "scan" in str(jax.make_jaxpr(attend)(*qkv))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), derivatives(), expected)
+
+
+def test_attention_keeps_no_scores_of_more_samples_than_are_attended_at_once(monkeypatch):
+    qkv = [jax.ShapeDtypeStruct((16, 128, 2, 4), jnp.float32)] * 3
+
+    def temporary():
+        gradient = jax.grad(lambda *qkv: attend(*qkv).sum(), argnums=(0, 1, 2))
+        return jax.jit(gradient).lower(*qkv).compile().memory_analysis().temp_size_in_bytes
+
+    scores = 4 * 2 * 128**2
+    assert temporary() > 16 * scores
+    monkeypatch.setattr(reasoning_block, "SCORES_AT_ONCE", 2 * 128**2)
+    assert temporary() < 6 * scores
 
 
 @pytest.mark.parametrize("mixer", ["attention", "cells"])
