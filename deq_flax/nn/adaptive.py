@@ -8,6 +8,7 @@ N words of a cluster, C tail clusters.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -203,7 +204,14 @@ class AdaptiveSoftmax(nnx.Module):
         if wanted_T is None:
             return _in_chunks(total, x_TE, rows, n_tokens)
         order_T = jnp.argsort(~wanted_T, stable=True)
-        sorted_T = _in_chunks(total, x_TE[order_T], rows, wanted_T.sum())
+        sorted_TE, count = x_TE[order_T], wanted_T.sum()
+
+        def first_chunk(x_TE: jax.Array) -> jax.Array:
+            return jnp.pad(total(x_TE[:rows]), (0, n_tokens - rows))
+
+        # One chunk usually holds all: alone it needs no sum of the table's gradient over chunks, most of them zero.
+        chunks = partial(_in_chunks, total, rows=rows, count=count)
+        sorted_T = jax.checkpoint(partial(lax.cond, count <= rows, first_chunk, chunks))(sorted_TE)
         return sorted_T[jnp.argsort(order_T)]
 
 

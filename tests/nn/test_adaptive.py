@@ -71,18 +71,28 @@ def test_chunks_never_hold_more_logits_than_allowed(monkeypatch):
     assert "tensor<60x10xf32>" not in hlo
 
 
-def test_a_large_tail_is_computed_for_few_tokens_at_a_time():
-    """One in 16 of 512 tokens is in the tail; the tail's logits of all tokens would be 512 x 3000."""
+@pytest.mark.parametrize("every", [16, 4])
+def test_a_large_tail_is_computed_for_few_tokens_at_a_time(every):
+    """One in `every` of 512 tokens is in the tail: half a chunk of 64, or two. All logits would be 512 x 3000."""
     embedding = AdaptiveEmbedding(3050, 4, 4, cutoffs=(50,), rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(AdaptiveSoftmax(embedding, rngs=nnx.Rngs(1)))
     hidden_BLD = jax.random.normal(jax.random.key(0), (8, 64, 4))
-    targets_BL = jnp.arange(512).reshape(8, 64) % 50 + 100 * (jnp.arange(64)[None] % 16 == 3)
+    targets_BL = jnp.arange(512).reshape(8, 64) % 50 + 100 * (jnp.arange(64)[None] % every == 3)
     nll = jax.jit(lambda s: nnx.merge(graphdef, s).nll(hidden_BLD, targets_BL))
     hlo = nll.lower(state).as_text()
     assert "tensor<64x3000xf32>" in hlo
     assert "tensor<512x3000xf32>" not in hlo
     log_p = nnx.merge(graphdef, state).log_probabilities(hidden_BLD)
     np.testing.assert_allclose(nll(state), -jnp.take_along_axis(log_p, targets_BL[..., None], axis=-1)[..., 0], rtol=1e-5)
+
+    def nll_of_all(state):
+        log_p = nnx.merge(graphdef, state).log_probabilities(hidden_BLD)
+        return -jnp.take_along_axis(log_p, targets_BL[..., None], axis=-1).sum()
+
+    for few, whole in zip(
+        *(jax.tree.leaves(jax.jit(jax.grad(f))(state)) for f in (lambda s: nll(s).sum(), nll_of_all)), strict=True
+    ):
+        np.testing.assert_allclose(few, whole, rtol=1e-3, atol=1e-4)
 
 
 def test_the_gradient_keeps_no_copy_of_the_table_for_each_chunk():
