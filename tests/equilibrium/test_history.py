@@ -1,4 +1,4 @@
-"""A slot of a solver's history that holds nothing never has weight; a history may be rounded.
+"""A slot of a solver's history that holds nothing never has weight; a history may be rounded, and be read row by row.
 
 An empty row has residual zero, so a least-squares problem that saw it would give it all the weight, and the iterate would be
 about zero, where an equilibrium is not.
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from deq_flax import SHINE, Anderson, Broyden, Implicit, fixed_point
+from deq_flax.equilibrium.solvers import history
 from tests.cases import others_slow
 
 STEPS = 9
@@ -115,3 +116,20 @@ def test_gradients_of_solves_with_a_rounded_history_are_exact(gradient):
             gradient = Implicit(solver=replace(gradient.solver, history_dtype="bfloat16"))
         ours = jax.grad(loss)(w, Broyden(1e-12, 60, history_dtype="bfloat16"), gradient)
         np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_rows_that_are_read_one_by_one_lead_to_the_same_iterates(monkeypatch, solver):
+    together, _ = iterates(solver, 5)
+    monkeypatch.setattr(history, "ROW_BY_ROW_FROM", 0)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, tpu, default: tpu(*x))
+    np.testing.assert_allclose(iterates(solver, 5)[0], together, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "one_by_one"), [((4, 6, 2**19), True), ((4, 6, 2**18), False), ((1, 6, 2**21), False)])
+def test_a_tpu_reads_large_rows_of_several_samples_one_by_one(shape, one_by_one):
+    rows, x, weights = (jax.ShapeDtypeStruct(axes, jnp.float32) for axes in (shape, shape[::2], shape[:2]))
+    for read, other in ((history.dots, x), (history.combined, weights)):
+        for platform in ("tpu", "cpu", "cuda"):
+            program = jax.jit(read).trace(rows, other).lower(lowering_platforms=(platform,)).as_text()
+            assert ("dot_general" not in program) == (one_by_one and platform == "tpu")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from deq_flax.equilibrium.loop import Solver, change_where, check_options
 from deq_flax.equilibrium.shards import AxisName, total
 from deq_flax.equilibrium.solution import decomposed, scale_of
+from deq_flax.equilibrium.solvers.history import combined, dots
 
 
 class AndersonState(NamedTuple):
@@ -69,12 +70,12 @@ class Anderson(Solver):
         # Both writes come before the reads: XLA then updates the buffers in place instead of copying them every step.
         relaxed = jax.lax.dynamic_update_index_in_dim(state.relaxed, z + self.relaxation * g, slot, axis=1)
         residuals = jax.lax.dynamic_update_index_in_dim(state.residuals, unit, slot, axis=1)
-        row = total(jnp.einsum("bmn,bn->bm", residuals, unit), self.axis_name)
+        row = total(dots(residuals, unit), self.axis_name)
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
         scales = jax.lax.dynamic_update_index_in_dim(state.scales, scale[:, 0], slot, axis=1)
         used = jnp.arange(slots, dtype=jnp.int32) <= (slot if restart else k)
         weights = _weights(gram, scales / scale, used, self.ridge)
-        value, state = jnp.einsum("bm,bmn->bn", weights, relaxed), AndersonState(relaxed, residuals, gram, scales)
+        value, state = combined(relaxed, weights), AndersonState(relaxed, residuals, gram, scales)
         if restart:
             state = change_where(slot == slots - 1, lambda state: _restarted(state, self.axis_name), state)
         return value, state

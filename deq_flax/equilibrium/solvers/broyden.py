@@ -28,6 +28,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from deq_flax.equilibrium.loop import Solver, change_where, check_dtype, check_options, select_samples
 from deq_flax.equilibrium.shards import AxisName, total
 from deq_flax.equilibrium.solution import decomposed, largest_index, norm, scale_of
+from deq_flax.equilibrium.solvers.history import combined, dots
 
 BLOCK = 8
 """Rows of D in a block."""
@@ -167,11 +168,11 @@ def _update(slot: jax.Array, length: jax.Array, g: jax.Array, state: BroydenStat
     def products(blocks: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return D g and D d, (B, m), and D^T M D g, from the first blocks of D."""
         first, rows = [D.astype(g.dtype) for D in directions[:blocks]], ends[blocks - 1]
-        along_g, along_d = (jnp.concatenate([jnp.einsum("bmn,bn->bm", D, x) for D in first], axis=1) for x in (g, pending))
+        along_g, along_d = (jnp.concatenate([dots(D, x) for D in first], axis=1) for x in (g, pending))
         along_g, along_d = (total(x, axis_name) for x in (along_g, along_d))
         weights = jnp.einsum("bij,bj->bi", state.core[:, :rows, :rows], along_g)
         parts = zip(jnp.split(weights, ends[: blocks - 1], axis=1), first, strict=True)
-        h_g = sum(jnp.einsum("bm,bmn->bn", w, D) for w, D in parts)
+        h_g = sum(combined(D, w) for w, D in parts)
         rest = ((0, 0), (0, slots - rows))
         return jnp.pad(along_g, rest), jnp.pad(along_d, rest), jnp.asarray(h_g)
 
@@ -294,11 +295,11 @@ def apply_inverse_transpose(state: BroydenState, x: jax.Array, axis_name: AxisNa
     """Return H^T x, (B, N), for x (B, N) and the inverse Jacobian estimate H of g(z) = f(z) - z in a state."""
     with jax.default_matmul_precision("highest"):
         slots, directions = state.core.shape[2], jnp.concatenate(state.directions, axis=1).astype(x.dtype)
-        along_x = jnp.pad(total(jnp.einsum("bmn,bn->bm", directions, x), axis_name), ((0, 0), (0, 1)))
+        along_x = jnp.pad(total(dots(directions, x), axis_name), ((0, 0), (0, 1)))
         here = jnp.arange(slots + 1, dtype=jnp.int32)[None] == state.slot[:, None]
         along_x = jnp.where(here, total(jnp.sum(state.pending * x, axis=1), axis_name)[:, None], along_x)
         weights = jnp.einsum("bij,bi->bj", state.core, along_x)
-        return jnp.einsum("bm,bmn->bn", weights, directions) - state.multiple[:, None] * x
+        return combined(directions, weights) - state.multiple[:, None] * x
 
 
 def _step_with_search(
