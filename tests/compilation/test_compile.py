@@ -237,14 +237,14 @@ def test_stored_bytes_fall_with_fsdp():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("memory", [None, 10])
-def test_a_direction_is_written_where_the_history_is_on_a_tpu(memory):
-    """Without `_rows_apart` each write lays its row out anew: 3.4 and 1.1 times the cycles of reading the history once."""
+@pytest.mark.parametrize(("memory", "share"), [(None, 0.8), (10, 0.2)])
+def test_a_direction_is_written_where_the_history_is_on_a_tpu(memory, share):
+    """Without `_rows_apart` a write lays its row out anew: 1.9 and 0.38 of the cycles of all reads, not 0.58 and 0.06."""
     _, devices = chips.topology_devices("v5e:2x4")
     state = jax.ShapeDtypeStruct((7, 105_000), "float32", sharding=jax.sharding.SingleDeviceSharding(devices[0]))
     solver = Broyden(1e-3, 35, memory=memory)
     run = jax.jit(lambda z: fixed_point(jax.numpy.tanh, z, solver=solver).value)
     (loop,) = (part for part in parts_of(run.lower(state).compile().as_text()) if part.name == "forward iteration")
-    reads = max(operation.cycles for operation in loop.operations if "dot_general" in operation.op_name)
+    reads = sum(operation.cycles for operation in loop.operations if "bmn" in operation.op_name)
     writes = sum(o.cycles for o in loop.operations if "dynamic_index" in o.op_name or "dynamic_update_index" in o.op_name)
-    assert 0 < writes < 0.8 * reads
+    assert 0 < writes < share * reads
