@@ -136,12 +136,15 @@ class _Program:
                 into.sent.setdefault(n, []).extend(sent)
 
     def _trips(self, rest: str) -> int:
-        """Number of iterations of a loop; 0 where it depends on data. JAX's scans count from 0 to below a constant."""
+        """Number of iterations of a loop; 0 where it depends on data.
+
+        JAX's scans count from 0 to below a constant, and loops of the compiler's own do so with an unsigned number.
+        """
         if known := _first(_TRIPS, rest):
             return int(known)
         lines = self.lines.get(_first(_CONDITION, rest), [])
         bound = next((found[1] for found in map(_BELOW.match, lines) if found), "")
-        constants = (re.match(rf"  {re.escape(bound)} = s32\[\]\S* constant\((\d+)\)", line) for line in lines)
+        constants = (re.match(rf"  {re.escape(bound)} = [su]32\[\]\S* constant\((\d+)\)", line) for line in lines)
         return next((int(found[1]) for found in constants if found), 0) if bound else 0
 
     def _line(self, rest: str) -> str:

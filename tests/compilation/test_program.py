@@ -76,8 +76,10 @@ ENTRY %main (p: f32[2]) -> f32[2] {{
 """
 
 
-def test_cycles_are_counted_by_part():
-    parts = {part.name: part for part in parts_of(HLO)}
+@pytest.mark.parametrize("counter", ["s32", "u32"])
+def test_cycles_are_counted_by_part(counter):
+    """A loop of the compiler's own counts with an unsigned number."""
+    parts = {part.name: part for part in parts_of(HLO.replace("s32", counter))}
     assert {name: part.cycles for name, part in parts.items()} == {
         "outside": 7 + 6 * 9 + 2,  # chunks of a scan, and the cheaper branch
         "forward iteration": 100 + 5 * 3 + 3,
