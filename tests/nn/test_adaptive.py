@@ -95,6 +95,16 @@ def test_a_large_tail_is_computed_for_few_tokens_at_a_time(every):
         np.testing.assert_allclose(few, whole, rtol=1e-3, atol=1e-4)
 
 
+def test_a_chunk_that_holds_all_words_of_a_tail_is_taken_without_a_loop():
+    """The gradient of a loop over chunks adds to the table's for each of them, be it zeros."""
+    embedding = AdaptiveEmbedding(3050, 4, 4, cutoffs=(50,), rngs=nnx.Rngs(0))
+    softmax = AdaptiveSoftmax(embedding, rngs=nnx.Rngs(1))
+    program = jax.make_jaxpr(softmax.nll)(jnp.ones((8, 64, 4)), jnp.zeros((8, 64), jnp.int32))
+    (kept,) = (equation for equation in program.eqns if equation.primitive.name == "remat2")
+    (choice,) = (equation for equation in kept.params["jaxpr"].eqns if equation.primitive.name == "cond")
+    assert ["scan" in str(branch) for branch in choice.params["branches"]] == [True, False]
+
+
 def test_the_gradient_keeps_no_copy_of_the_table_for_each_chunk():
     embedding = AdaptiveEmbedding(3050, 4, 4, cutoffs=(50,), rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(AdaptiveSoftmax(embedding, rngs=nnx.Rngs(1)))
