@@ -9,7 +9,7 @@ from flax import nnx
 from deq_flax.nn.convolution import Conv, convolve
 from deq_flax.nn.multiscale import MultiscaleCell, MultiscaleOptions
 from deq_flax.nn.normalization import BatchNorm, GroupNorm
-from deq_flax.nn.resize import resize_bilinear
+from deq_flax.nn.resize import enlarge_nearest, resize_bilinear
 
 
 def normal(*shape, seed=0):
@@ -94,6 +94,20 @@ def test_bilinear_resizing_is_exact_for_bilinear_images_and_keeps_corners(size):
 
     height = max(size[0], 2)
     close(resize_bilinear(jnp.asarray(image(4, 5)), size), image(height, size[1])[:, : size[0]])
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize("size", [(4, 6), (6, 10), (7, 5), (2, 3)])
+def test_enlarging_repeats_pixels_and_its_gradient_sums_over_them(batch, size):
+    """From 2 x 3, up to four times: few images and many, which are enlarged in two ways."""
+    x, cotangent = normal(batch, 2, 3, 4), normal(batch, *size, 4, seed=1)
+    enlarged, transpose = jax.vjp(lambda x: enlarge_nearest(x, size), x)
+    factor = next(factor for factor in (1, 2, 4) if 2 * factor >= size[0] and 3 * factor >= size[1])
+    rows, columns = (np.arange(length) // factor for length in size)
+    close(enlarged, np.asarray(x)[:, rows][:, :, columns])
+    summed = np.zeros(x.shape)
+    np.add.at(summed, (slice(None), rows[:, None], columns[None, :]), np.asarray(cotangent))
+    close(transpose(cotangent)[0], summed)
 
 
 @pytest.mark.parametrize("sizes", [((8, 8), (4, 4), (2, 2), (1, 1)), ((7, 10), (4, 5), (2, 3), (1, 2))])
