@@ -223,7 +223,8 @@ def _read_config(argv: Sequence[str], of_run: OfRun | None, flag_values: flags.F
         try:
             flag.resolved = resolve(mapping, flag.overrides)
         except options.UnknownKeyError as error:
-            raise UserError(f"{error} To list the keys: {listed} --help") from error
+            message = str(error) if str(error).endswith("?") else f"{error}."
+            raise UserError(f"{message} To list the keys: {listed} --help") from error
     return rest
 
 

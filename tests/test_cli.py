@@ -119,7 +119,7 @@ def test_mistakes_in_flags_are_one_line(config, capsys, arguments, message):
 @pytest.mark.parametrize(("argument", "listed"), [("--config.zzz=3", True), ("--config.train.steps=has no key", False)])
 def test_only_an_unknown_name_is_answered_by_how_to_list_the_names(config, capsys, argument, listed):
     assert Command()("--config", config, argument) == 2
-    assert ("To list the keys: --config" in the_error(capsys)) == listed
+    assert (". To list the keys: --config" in the_error(capsys)) == listed
 
 
 @pytest.mark.parametrize(
