@@ -40,8 +40,12 @@ HOSTS = {"v5e:2x4": 8, "v6e:2x4": 8, "v5p:2x2x1": 4}
 PODS = {"v5e:16x16": 256, "v6e:16x16": 256, "v5p:8x8x8": 512}
 """Chips of a pod, or half of one."""
 ON_PODS = ("wt103:base", "imagenet:large")
-VARIATIONS = ("mesh.fsdp=8", "mesh.tensor=2", "deq.backward_solver_options={'history_dtype': 'bfloat16'}")
-"""Changes to wt103:base on one host of v5e."""
+_HALF = "solver_options={'history_dtype': 'bfloat16'}"
+VARIATIONS = {
+    "wt103:base": [("mesh.fsdp=8",), ("mesh.tensor=2",), (f"deq.backward_{_HALF}",)],
+    "cifar10:large": [(f"deq.{_HALF}", f"deq.backward_{_HALF}")],
+}
+"""Changes to a recipe's config, each compiled on one host of v5e."""
 RESULTS = Path(__file__).parent / "accelerators.jsonl"
 
 
@@ -52,17 +56,15 @@ class Row:
     recipe: str
     topology: str
     chips: int
-    change: str = ""
-    """One more change to the config."""
+    variation: tuple[str, ...] = ()
+    """Further changes to the config, KEY=VALUE each."""
 
     def changes(self) -> dict[str, Any]:
         """Changes to the config."""
-        batch = self.chips * SAMPLES[self.recipe] // (2 if self.change == "mesh.tensor=2" else 1)
+        batch = self.chips * SAMPLES[self.recipe] // (2 if "mesh.tensor=2" in self.variation else 1)
         found = {"data.batch_size": batch, "data.eval_batch_size": batch, "model.dtype": "bfloat16"}
-        if self.change:
-            name, value = self.change.split("=", 1)
-            found[name] = ast.literal_eval(value)
-        return found
+        named = (change.split("=", 1) for change in self.variation)
+        return found | {name: ast.literal_eval(value) for name, value in named}
 
     def command(self) -> list[str]:
         """The command that compiles it."""
@@ -82,13 +84,13 @@ class Row:
 
     @property
     def key(self) -> str:
-        return " ".join(filter(None, (self.recipe, self.topology, self.change)))
+        return " ".join((self.recipe, self.topology, *self.variation))
 
 
 def rows() -> list[Row]:
     """All programs, those that matter most first."""
     first = [Row("wt103:base", topology, chips) for topology, chips in HOSTS.items()]
-    first += [Row("wt103:base", "v5e:2x4", 8, change) for change in VARIATIONS]
+    first += [Row(recipe, "v5e:2x4", 8, variation) for recipe, found in VARIATIONS.items() for variation in found]
     found = [*first, *(Row(recipe, topology, chips) for topology, chips in PODS.items() for recipe in ON_PODS)]
     found += [Row(recipe, topology, chips) for topology, chips in HOSTS.items() for recipe in SAMPLES]
     return [*dict.fromkeys(found)]
@@ -120,7 +122,7 @@ def changed(row: Row, account: Mapping[str, Any]) -> bool:
 
 def shown(row: Row, account: Mapping[str, Any]) -> list[str]:
     """The cells of a row."""
-    label = f"`{row.recipe}`" + (f" `{row.change}`" if row.change else "")
+    label = " ".join(f"`{name}`" for name in (row.recipe, *row.variation))
     if "error" in account:
         return [label, account["error"], *[""] * 7]
     held = account["bytes"]
@@ -158,6 +160,7 @@ def text(accounts: records.Records) -> str:
     blocks = [f"Compiled with {'; '.join(sorted(made))}.\n"]
     for topology, chips in {**HOSTS, **PODS}.items():
         wanted = [row for row in rows() if row.topology == topology and row.key in accounts]
+        wanted.sort(key=lambda row: ([*SAMPLES].index(row.recipe), bool(row.variation)))
         if wanted:
             cells = [shown(row, accounts[row.key]) for row in wanted]
             blocks.append(f"### {topology}, {chips} chips\n\n{tables.markdown(HEAD, cells)}")
@@ -167,7 +170,7 @@ def text(accounts: records.Records) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables to their place in docs/accelerators.md")
-    parser.add_argument("--only", default="", help="rows whose key, RECIPE TOPOLOGY [CHANGE], matches this expression")
+    parser.add_argument("--only", default="", help="rows whose key, RECIPE TOPOLOGY [CHANGE ...], matches this expression")
     parser.add_argument("--changed", action="store_true", help="compile rows again whose program or compiler has changed")
     parser.add_argument("--limit", type=float, default=1800, help="seconds to compile one row (1800); 0: none is compiled")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of accounts")
