@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import few_steps, guesses, language, tables, training
+from benchmarks import accelerators, few_steps, guesses, language, records, tables, training
 from deq_flax.config import make_task
 from deq_flax.equilibrium import Anderson
 from deq_flax.models import generation as library
@@ -43,6 +43,17 @@ def test_every_table_has_one_place():
     places = [place for page in pages for place in re.findall(r"<!-- begin (.+) -->", page.read_text())]
     assert len(places) == len(set(places))
     assert set(places) == published - {"utilization"}  # an accelerator's
+
+
+def test_the_table_of_accelerators_has_every_row():
+    assert records.read(accelerators.RESULTS).keys() == {row.key for row in accelerators.rows()}
+
+
+def test_a_variation_of_a_recipe_is_compiled_with_all_its_changes():
+    (row,) = (row for row in accelerators.rows() if row.recipe == "cifar10:large" and row.variation)
+    deq = training.resolved(row.recipe, row.changes()).deq
+    assert deq.solver_options == deq.backward_solver_options == {"history_dtype": "bfloat16"}
+    assert {f"--config.{change}" for change in row.variation} < set(row.command())
 
 
 def test_a_table_replaces_the_one_before_and_nothing_else(tmp_path):
